@@ -1,0 +1,104 @@
+"""How a model is loaded, cached and scheduled."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from headrace.errors import ConfigError
+
+
+class Dtype(Enum):
+    """Type of activations, KV cache and unquantized weights; AUTO takes the checkpoint's (float16 becomes bfloat16)."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Quantize(Enum):
+    """Format of linear weights on load: as stored, or symmetric integers in groups along K."""
+
+    NONE = "none"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+class WeightFormat(Enum):
+    """How one weight matrix lies in memory."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    """model: a folder with config.json and safetensors, or a hub id such as `org/name`; revision: hub only."""
+
+    model: str
+    revision: str | None = None
+    dtype: Dtype = Dtype.AUTO
+    quantize: Quantize = Quantize.NONE
+    show_progress: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The paged KV cache.
+
+    block_size: tokens per block.
+    kv_cache_bytes: memory for keys and values; None takes what `max_num_seqs` full contexts could use, at most
+        `memory_fraction` of the memory free after the weights are loaded, within the cgroup's limit.
+    num_blocks: overrides the budget; for tests and experiments.
+    """
+
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    memory_fraction: float = 0.5
+    num_blocks: int | None = None
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        check_at_least_one("block_size", self.block_size)
+        check_at_least_one("kv_cache_bytes", self.kv_cache_bytes)
+        check_at_least_one("num_blocks", self.num_blocks)
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction is {self.memory_fraction}; allowed: above 0, up to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """max_num_seqs: requests in one step; max_num_batched_tokens: prompt and decode tokens in one step;
+    max_model_len: prompt plus output tokens of one request, None takes the model's."""
+
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 1024
+    max_model_len: int | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least_one("max_num_seqs", self.max_num_seqs)
+        check_at_least_one("max_num_batched_tokens", self.max_num_batched_tokens)
+        check_at_least_one("max_model_len", self.max_model_len)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs ({self.max_num_seqs}); "
+                "a step must have room for one token of each request"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """num_threads: None takes the CPUs of the affinity mask within the cgroup's quota."""
+
+    load: LoadConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least_one("num_threads", self.num_threads)
+
+
+def check_at_least_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigError(f"{name} is {value}; it must be at least 1")

@@ -1,0 +1,83 @@
+"""What one step does, as plain data: small enough to broadcast, complete enough to run on any rank.
+
+A rank keeps the tokens, block table and sampling settings of each live sequence, so a plan carries only what changed.
+Nothing here is decided by a rank: whoever holds the same plans in the same order holds the same state.
+"""
+
+from dataclasses import dataclass
+
+from headrace.config import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewSequence:
+    """A sequence the ranks have not seen: what they need to run and sample it to its end."""
+
+    seq_id: int
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledChunk:
+    """Run tokens [start, start + num_tokens) of a sequence.
+
+    new_block_ids: appended to the rank's block table; if `resets_blocks`, the table is emptied first (admission, and
+        re-admission after a preemption).
+    samples: the chunk reaches the sequence's last token, so the next one is sampled from its logits.
+    """
+
+    seq_id: int
+    start: int
+    num_tokens: int
+    new_block_ids: tuple[int, ...]
+    resets_blocks: bool
+    samples: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """One step: sequences that enter, sequences that left since the last step, and chunks in batch order."""
+
+    step: int
+    new: tuple[NewSequence, ...]
+    finished: tuple[int, ...]
+    chunks: tuple[ScheduledChunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """Natural-log probability of a token under the raw logits; rank 1 is the most likely."""
+
+    token_id: int
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledToken:
+    """The next token of a sequence; logprobs (the chosen token first, then the most likely) where asked for."""
+
+    seq_id: int
+    token_id: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLogprobs:
+    """Log probabilities of prompt tokens [start, start + len(rows)), each row with its prompt token first."""
+
+    seq_id: int
+    start: int
+    rows: tuple[tuple[TokenLogprob, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    sampled: tuple[SampledToken, ...]
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()

@@ -1,0 +1,65 @@
+"""One output being generated, as the scheduler sees it: token ids and counters, no tensors."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from headrace.config import SamplingParams
+
+
+class SequenceStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(Enum):
+    """STOP: a stop token or stop string; LENGTH: max_tokens or the model's length; ABORT: the client went away."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(eq=False, kw_only=True)
+class Sequence:
+    """One of a request's `params.n` outputs.
+
+    seed: names the stream of random draws that belongs to this sequence alone.
+    forked_from: the sibling whose prompt this one repeats; it waits for the sibling's prefill and shares its blocks.
+    num_computed_tokens: tokens whose keys and values are in the cache; back to 0 on preemption.
+    num_cached_tokens: prompt tokens found in the cache at first admission instead of being computed.
+    """
+
+    seq_id: int
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    forked_from: "Sequence | None" = None
+    output_token_ids: list[int] = field(default_factory=list)
+    status: SequenceStatus = SequenceStatus.WAITING
+    finish_reason: FinishReason | None = None
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
+        """Token ids of positions start to stop, prompt and output as one row."""
+        num_prompt = len(self.prompt_token_ids)
+        if stop <= num_prompt:
+            return self.prompt_token_ids[start:stop]
+        output = self.output_token_ids[max(start - num_prompt, 0) : stop - num_prompt]
+        return (*self.prompt_token_ids[start:num_prompt], *output)
+
+    @property
+    def is_prefill(self) -> bool:
+        """More than one token still has no keys and values: the prompt, or everything again after a preemption."""
+        return self.num_tokens - self.num_computed_tokens > 1
