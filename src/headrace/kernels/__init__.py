@@ -1,0 +1,30 @@
+"""One op, one name, one definition: `reference` defines, other implementations prove that speed changed nothing.
+
+Layers get a `Kernels` from `dispatch.resolve_kernels` and call ops through it; they never import an implementation.
+"""
+
+from headrace.kernels.dispatch import KernelChoice, Kernels, OpChoice, kernel_choice_from, resolve_kernels
+from headrace.kernels.ops import AttentionSpec
+from headrace.kernels.weights import (
+    QUANTIZATION_GROUP_SIZE,
+    DenseWeight,
+    QuantizedWeight,
+    Weight,
+    WeightBuilder,
+    quantized_columns,
+)
+
+__all__ = [
+    "QUANTIZATION_GROUP_SIZE",
+    "AttentionSpec",
+    "DenseWeight",
+    "KernelChoice",
+    "Kernels",
+    "OpChoice",
+    "QuantizedWeight",
+    "Weight",
+    "WeightBuilder",
+    "kernel_choice_from",
+    "quantized_columns",
+    "resolve_kernels",
+]

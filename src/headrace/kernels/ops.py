@@ -1,0 +1,72 @@
+"""The signature of each op: what layers may call and what an implementation must provide."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from headrace.config import Activation, WeightFormat
+from headrace.kernels.weights import Weight, WeightBuilder
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """What stays the same for every call of one layer's attention.
+
+    sliding_window: tokens a query sees, itself included; None sees all before it.
+    logit_soft_cap: c * tanh(logits / c) before the softmax, None for none.
+    """
+
+    softmax_scale: float
+    sliding_window: int | None = None
+    logit_soft_cap: float | None = None
+
+
+class LinearOp(Protocol):
+    def __call__(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor: ...
+
+
+class EmbeddingOp(Protocol):
+    def __call__(self, ids: Tensor, weight: Weight) -> Tensor: ...
+
+
+class RmsNormOp(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, *, eps: float, unit_offset: bool = False) -> Tensor: ...
+
+
+class LayerNormOp(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor: ...
+
+
+class RotaryOp(Protocol):
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> None: ...
+
+
+class StoreKvOp(Protocol):
+    def __call__(self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None: ...
+
+
+class AttentionOp(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        spec: AttentionSpec,
+    ) -> Tensor: ...
+
+
+class ActivationOp(Protocol):
+    def __call__(self, x: Tensor, activation: Activation) -> Tensor: ...
+
+
+class RouteOp(Protocol):
+    def __call__(
+        self, router_logits: Tensor, num_experts_per_token: int, *, renormalize: bool
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class WeightBuilderOp(Protocol):
+    def __call__(self, weight_format: WeightFormat, rows: int, columns: int) -> WeightBuilder: ...

@@ -1,0 +1,26 @@
+"""Every op in plain torch, accumulated in float32: the definition that other implementations are tested against."""
+
+from headrace.kernels.reference.activation import activation, gated_activation
+from headrace.kernels.reference.attention import attention, store_kv_
+from headrace.kernels.reference.linear import embedding, linear
+from headrace.kernels.reference.moe import route_experts
+from headrace.kernels.reference.norm import layer_norm, rms_norm
+from headrace.kernels.reference.quantize import dequantize, quantize_rows
+from headrace.kernels.reference.rotary import rotary_
+from headrace.kernels.reference.weight_builder import make_weight_builder
+
+__all__ = [
+    "activation",
+    "attention",
+    "dequantize",
+    "embedding",
+    "gated_activation",
+    "layer_norm",
+    "linear",
+    "make_weight_builder",
+    "quantize_rows",
+    "rms_norm",
+    "rotary_",
+    "route_experts",
+    "store_kv_",
+]

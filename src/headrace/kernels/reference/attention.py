@@ -1,0 +1,101 @@
+"""Attention over the paged KV cache."""
+
+import torch
+from torch import Tensor
+
+from headrace.errors import ShapeError
+from headrace.kernels.ops import AttentionSpec
+
+_MAX_SCORE_ELEMENTS = 16 * 2**20
+"""Scores held at once; longer prefills go through in tiles of query rows (64 MiB of float32)."""
+
+
+def store_kv_(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write each token's key and value to its slot.
+
+    Shapes:
+        key, value:   [num_tokens, num_kv_heads, head_dim]
+        kv_cache:     [2, num_blocks, block_size, num_kv_heads, head_dim]
+        slot_mapping: [num_tokens] int64, block_id * block_size + offset
+    """
+    slots = kv_cache.flatten(1, 2)
+    slots[0].index_copy_(0, slot_mapping, key.to(kv_cache.dtype))
+    slots[1].index_copy_(0, slot_mapping, value.to(kv_cache.dtype))
+
+
+def attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    spec: AttentionSpec,
+) -> Tensor:
+    """Attend each sequence's new tokens to its cached keys and values, their own included.
+
+    out[i] = softmax(soft_cap(softmax_scale * q[i] K^T) + mask) V, for a token at position p over the keys
+    max(0, p - sliding_window + 1) .. p; the new tokens are the last of the context.
+
+    Shapes:
+        query:        [num_tokens, num_heads, head_dim]
+        kv_cache:     [2, num_blocks, block_size, num_kv_heads, head_dim]
+        block_tables: [num_seqs, max_blocks_per_seq] int32; entries past the context are never read
+        context_lens: [num_seqs] int32, >= new tokens of the sequence
+        cu_seqlens_q: [num_seqs + 1] int32
+        returns:      like query, same dtype; accumulated in float32
+    Raises:
+        ShapeError: num_heads is not a multiple of num_kv_heads.
+    """
+    num_heads, num_kv_heads = query.shape[1], kv_cache.shape[3]
+    if num_heads % num_kv_heads:
+        raise ShapeError(f"{num_heads} query heads cannot share {num_kv_heads} KV heads evenly")
+    out = torch.empty_like(query)
+    bounds = cu_seqlens_q.tolist()
+    for i, context_len in enumerate(context_lens.tolist()):
+        start, stop = bounds[i], bounds[i + 1]
+        tile = max(1, _MAX_SCORE_ELEMENTS // (num_heads * context_len))
+        for row in range(start, stop, tile):
+            end = min(row + tile, stop)
+            visible = context_len - (stop - end)
+            out[row:end] = _attend(query[row:end], kv_cache, block_tables[i], visible, spec)
+    return out
+
+
+def _attend(query: Tensor, kv_cache: Tensor, block_table: Tensor, visible: int, spec: AttentionSpec) -> Tensor:
+    """Attention of the last `len(query)` of `visible` tokens of one sequence."""
+    num_queries, head_dim = query.shape[0], query.shape[2]
+    num_kv_heads = kv_cache.shape[3]
+    first_position = visible - num_queries
+    first_key = 0 if spec.sliding_window is None else max(0, first_position - spec.sliding_window + 1)
+    key, value = _gather(kv_cache, block_table, first_key, visible)
+    # One matrix product per KV head: [num_kv_heads, num_queries * heads sharing it, head_dim].
+    grouped = query.float().view(num_queries, num_kv_heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
+    scores = (grouped @ key.transpose(1, 2)) * spec.softmax_scale
+    if spec.logit_soft_cap is not None:
+        scores = spec.logit_soft_cap * torch.tanh(scores / spec.logit_soft_cap)
+    if num_queries > 1 or spec.sliding_window is not None:
+        mask = _mask(first_position, num_queries, first_key, visible, spec.sliding_window)
+        scores = scores.view(num_kv_heads, num_queries, -1, mask.shape[1]) + mask[None, :, None, :]
+        scores = scores.flatten(1, 2)
+    out = torch.softmax(scores, dim=-1) @ value
+    return out.view(num_kv_heads, num_queries, -1, head_dim).transpose(0, 1).reshape(query.shape).to(query.dtype)
+
+
+def _gather(kv_cache: Tensor, block_table: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of positions start to stop: two tensors [num_kv_heads, stop - start, head_dim] float32."""
+    block_size = kv_cache.shape[2]
+    first_block = start // block_size
+    blocks = block_table[first_block : (stop + block_size - 1) // block_size].long()
+    rows = kv_cache[:, blocks].flatten(1, 2)[:, start - first_block * block_size : stop - first_block * block_size]
+    key, value = rows.float().transpose(1, 2)
+    return key, value
+
+
+def _mask(first_position: int, num_queries: int, first_key: int, stop: int, window: int | None) -> Tensor:
+    """0 where a query may see a key, -inf elsewhere: [num_queries, stop - first_key]."""
+    position = torch.arange(first_position, first_position + num_queries)[:, None]
+    key_position = torch.arange(first_key, stop)[None, :]
+    hidden = key_position > position
+    if window is not None:
+        hidden |= key_position <= position - window
+    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))

@@ -1,0 +1,29 @@
+"""Normalization over the last dimension, computed in float32."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, unit_offset: bool = False) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, or * (1 + weight) with unit_offset (arXiv:1910.07467).
+
+    Shapes:
+        x:       [..., size]
+        weight:  [size]
+        returns: like x, same dtype
+    """
+    wide = x.float()
+    scale = weight.float() + 1.0 if unit_offset else weight.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * scale).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias (arXiv:1607.06450).
+
+    Shapes:
+        x:            [..., size]
+        weight, bias: [size]
+        returns:      like x, same dtype
+    """
+    return F.layer_norm(x.float(), (x.shape[-1],), weight.float(), bias.float(), eps).to(x.dtype)

@@ -1,0 +1,52 @@
+"""Weights filled block by block, in the layout the reference ops read."""
+
+import torch
+from torch import Tensor
+
+from headrace.config import WeightFormat
+from headrace.kernels.reference.quantize import quantize_rows
+from headrace.kernels.weights import DenseWeight, QuantizedWeight, Weight, WeightBuilder, quantized_columns
+
+_DENSE_DTYPES = {WeightFormat.FLOAT32: torch.float32, WeightFormat.BFLOAT16: torch.bfloat16}
+
+
+def make_weight_builder(weight_format: WeightFormat, rows: int, columns: int) -> WeightBuilder:
+    """A builder for a [rows, columns] weight."""
+    if weight_format in _DENSE_DTYPES:
+        return _DenseBuilder(_DENSE_DTYPES[weight_format], rows, columns)
+    return _QuantizedBuilder(weight_format, rows, columns)
+
+
+class _DenseBuilder:
+    def __init__(self, dtype: torch.dtype, rows: int, columns: int) -> None:
+        self.data = torch.empty(rows, columns, dtype=dtype)
+
+    def write(self, row: int, block: Tensor) -> None:
+        self.data[row : row + len(block)].copy_(block)
+
+    def write_quantized(self, row: int, qweight: Tensor, scales: Tensor) -> None:
+        raise NotImplementedError("a dense weight takes floating-point rows")
+
+    def build(self) -> Weight:
+        return DenseWeight(data=self.data)
+
+
+class _QuantizedBuilder:
+    def __init__(self, weight_format: WeightFormat, rows: int, columns: int) -> None:
+        self.weight_format, self.columns = weight_format, columns
+        qweight_columns, scale_columns = quantized_columns(weight_format, columns)
+        dtype = torch.uint8 if weight_format is WeightFormat.INT4 else torch.int8
+        self.qweight = torch.empty(rows, qweight_columns, dtype=dtype)
+        self.scales = torch.empty(rows, scale_columns, dtype=torch.float32)
+
+    def write(self, row: int, block: Tensor) -> None:
+        self.write_quantized(row, *quantize_rows(block, self.weight_format))
+
+    def write_quantized(self, row: int, qweight: Tensor, scales: Tensor) -> None:
+        self.qweight[row : row + len(qweight)].copy_(qweight)
+        self.scales[row : row + len(scales)].copy_(scales)
+
+    def build(self) -> Weight:
+        return QuantizedWeight(
+            weight_format=self.weight_format, qweight=self.qweight, scales=self.scales, in_features=self.columns
+        )

@@ -1,0 +1,73 @@
+"""Weight matrices as kernels hold them, and the builder that fills one row block by row block while loading."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from headrace.config import WeightFormat
+
+QUANTIZATION_GROUP_SIZE = 32
+"""Consecutive entries along K that share one scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseWeight:
+    """Shapes: data [N, K], float32 or bfloat16."""
+
+    data: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.data.shape[0], self.data.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedWeight:
+    """w[n, k] is about scales[n, k // QUANTIZATION_GROUP_SIZE] * q[n, k], symmetric (no zero point).
+
+    Shapes:
+        qweight: int8: [N, K] int8. int4: [N, ceil(K / 2)] uint8, entry k = 2j in the low and 2j + 1 in the high nibble
+            of byte j, stored as q + 8.
+        scales: [N, ceil(K / QUANTIZATION_GROUP_SIZE)] float32
+    """
+
+    weight_format: WeightFormat
+    qweight: Tensor
+    scales: Tensor
+    in_features: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.qweight.shape[0], self.in_features
+
+    @property
+    def num_bytes(self) -> int:
+        return self.qweight.nbytes + self.scales.nbytes
+
+
+Weight = DenseWeight | QuantizedWeight
+
+
+def quantized_columns(weight_format: WeightFormat, in_features: int) -> tuple[int, int]:
+    """Columns of `qweight` and of `scales` for a weight with K = in_features."""
+    qweight = -(-in_features // 2) if weight_format is WeightFormat.INT4 else in_features
+    return qweight, -(-in_features // QUANTIZATION_GROUP_SIZE)
+
+
+class WeightBuilder(Protocol):
+    """Allocates a weight once and takes its rows in blocks of any size, so that loading never holds two copies."""
+
+    def write(self, row: int, block: Tensor) -> None:
+        """Store floating-point rows [row, row + len(block)), quantizing them if the format says so."""
+        ...
+
+    def write_quantized(self, row: int, qweight: Tensor, scales: Tensor) -> None:
+        """Store rows that are already in this builder's format."""
+        ...
+
+    def build(self) -> Weight: ...
