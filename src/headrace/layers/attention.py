@@ -1,0 +1,87 @@
+"""Multi-head attention with grouped KV heads over the paged cache."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from headrace.batch import ForwardBatch
+from headrace.config import LayerConfig, ModelConfig
+from headrace.kernels import AttentionSpec
+from headrace.layers.context import LayerContext
+from headrace.layers.linear import ColumnParallelLinear, OutputPart, RowParallelLinear
+from headrace.layers.norm import RmsNorm
+from headrace.layers.parameter import Parameter
+from headrace.parallel.sharding import check_heads_divide, shard_kv_heads, shard_range
+
+
+class Attention:
+    """o_proj(attention(rotary(q), rotary(k), v)), with q, k and v from one fused projection.
+
+    Query heads are split over the group; KV heads too, or repeated where there are more ranks than KV heads.
+    """
+
+    def __init__(self, prefix: str, config: ModelConfig, layer: LayerConfig, context: LayerContext) -> None:
+        attention, group = config.attention, context.tp_group
+        check_heads_divide(attention.num_heads, attention.num_kv_heads, group.world_size)
+        heads = shard_range(attention.num_heads, group.rank, group.world_size)
+        kv_heads = shard_kv_heads(attention.num_kv_heads, group.rank, group.world_size)
+        self._kernels = context.kernels
+        self._head_dim = attention.head_dim
+        self._interleaved = layer.rope.interleaved if layer.rope else False
+        self._spec = AttentionSpec(
+            softmax_scale=attention.softmax_scale,
+            sliding_window=layer.sliding_window,
+            logit_soft_cap=attention.logit_soft_cap,
+        )
+        self._split = [len(heads), len(kv_heads), len(kv_heads)]
+        self.qkv = ColumnParallelLinear(
+            [
+                self._part(f"{prefix}.q_proj", attention.num_heads, heads),
+                self._part(f"{prefix}.k_proj", attention.num_kv_heads, kv_heads),
+                self._part(f"{prefix}.v_proj", attention.num_kv_heads, kv_heads),
+            ],
+            config.hidden_size,
+            context,
+            has_bias=attention.qkv_bias,
+        )
+        self.output = RowParallelLinear(
+            f"{prefix}.o_proj",
+            config.hidden_size,
+            attention.num_heads * attention.head_dim,
+            context,
+            columns=self._rows(heads),
+            has_bias=attention.output_bias,
+        )
+        self.q_norm = RmsNorm(f"{prefix}.q_norm", self._head_dim, config.norm, context) if attention.qk_norm else None
+        self.k_norm = RmsNorm(f"{prefix}.k_norm", self._head_dim, config.norm, context) if attention.qk_norm else None
+
+    def __call__(
+        self, hidden_states: Tensor, batch: ForwardBatch, kv_cache: Tensor, cos_sin: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Shapes: hidden_states [num_tokens, hidden_size], returned alike; kv_cache: this layer's."""
+        heads = self.qkv(hidden_states).view(len(hidden_states), -1, self._head_dim)
+        query, key, value = torch.split(heads, self._split, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if cos_sin is not None:
+            self._kernels.rotary_(query, *cos_sin, interleaved=self._interleaved)
+            self._kernels.rotary_(key, *cos_sin, interleaved=self._interleaved)
+        self._kernels.store_kv_(key, value, kv_cache, batch.slot_mapping)
+        attended = self._kernels.attention(
+            query, kv_cache, batch.block_tables, batch.context_lens, batch.cu_seqlens_q, self._spec
+        )
+        return self.output(attended.flatten(1))
+
+    def parameters(self) -> Iterator[Parameter]:
+        yield from self.qkv.parameters()
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                yield from norm.parameters()
+        yield from self.output.parameters()
+
+    def _part(self, name: str, num_heads: int, heads: range) -> OutputPart:
+        return OutputPart(name=name, size=num_heads * self._head_dim, rows=self._rows(heads))
+
+    def _rows(self, heads: range) -> range:
+        return range(heads.start * self._head_dim, heads.stop * self._head_dim)

@@ -1,0 +1,70 @@
+"""A weight a layer needs: which slices of which checkpoint tensors it is made of, and, once loaded, its value."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from headrace.kernels import Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSlice:
+    """The part of one named tensor that a rank keeps.
+
+    shape is the whole tensor's; rows (and columns, for a matrix) are half-open ranges of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: range
+    columns: range | None = None
+
+
+class Parameter:
+    """Slices stacked along rows into one local weight (q, k and v projections into one matrix, say).
+
+    A matrix becomes a `Weight` in the format chosen for it; a vector (bias, norm) becomes a plain tensor.
+    is_quantizable: an integer format may be chosen; false for small or sensitive matrices (router, positions).
+    """
+
+    def __init__(self, slices: Sequence[TensorSlice], *, is_quantizable: bool = False) -> None:
+        self.slices = tuple(slices)
+        self.is_quantizable = is_quantizable
+        self._value: Weight | Tensor | None = None
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.slices[0].shape) == 2
+
+    @property
+    def local_rows(self) -> int:
+        return sum(len(part.rows) for part in self.slices)
+
+    @property
+    def local_columns(self) -> int:
+        columns = self.slices[0].columns
+        return len(columns) if columns is not None else 1
+
+    def set_value(self, value: Weight | Tensor) -> None:
+        self._value = value
+
+    @property
+    def weight(self) -> Weight:
+        assert self._value is not None, f"{self.slices[0].name} is not loaded"
+        assert not isinstance(self._value, Tensor), f"{self.slices[0].name} is a vector"
+        return self._value
+
+    @property
+    def vector(self) -> Tensor:
+        assert self._value is not None, f"{self.slices[0].name} is not loaded"
+        assert isinstance(self._value, Tensor), f"{self.slices[0].name} is a matrix"
+        return self._value
+
+
+def whole_matrix(name: str, rows: int, columns: int) -> TensorSlice:
+    return TensorSlice(name=name, shape=(rows, columns), rows=range(rows), columns=range(columns))
+
+
+def vector_slice(name: str, size: int, rows: range | None = None) -> TensorSlice:
+    return TensorSlice(name=name, shape=(size,), rows=range(size) if rows is None else rows)

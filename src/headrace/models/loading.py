@@ -1,0 +1,174 @@
+"""Fills a decoder's parameters from a checkpoint, row block by row block."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headrace.config import ModelConfig, WeightFormat
+from headrace.errors import CheckpointError, KernelError
+from headrace.kernels import Kernels, quantized_columns
+from headrace.layers.parameter import Parameter, TensorSlice
+from headrace.models.checkpoint import Checkpoint
+from headrace.models.families import Family
+from headrace.models.quantization import quantized_names
+
+Progress = Callable[[int], None]
+"""Called with the number of checkpoint bytes read since the last call."""
+
+_BLOCK_BYTES = 8 * 2**20
+"""Checkpoint bytes read at once: large enough to stream, small beside any model worth streaming."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormats:
+    """dense: the format of matrices that stay floating point, and the dtype of vectors; linear: of quantizable ones."""
+
+    dense: WeightFormat
+    linear: WeightFormat
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.dense is WeightFormat.FLOAT32 else torch.bfloat16
+
+    def of(self, parameter: Parameter) -> WeightFormat:
+        return self.linear if parameter.is_quantizable else self.dense
+
+
+class WeightLoader:
+    """Loads parameters; knows where a family keeps each tensor and whether the checkpoint holds it quantized.
+
+    stored_format: the checkpoint's integer format if it is quantized.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        config: ModelConfig,
+        kernels: Kernels,
+        formats: WeightFormats,
+        stored_format: WeightFormat | None,
+        progress: Progress,
+    ) -> None:
+        self._checkpoint, self._family, self._config = checkpoint, family, config
+        self._kernels, self._formats, self._progress = kernels, formats, progress
+        self._stored_format = stored_format
+
+    def load(self, parameters: Sequence[Parameter]) -> None:
+        """Check every tensor first, so that nothing is loaded from a checkpoint that does not fit.
+
+        Raises:
+            CheckpointError: missing, unexpected or misshapen tensors, the first five of each; weights that hold NaN.
+        """
+        self._check_tensors(parameters)
+        for parameter in parameters:
+            if parameter.is_matrix:
+                self._load_matrix(parameter)
+            else:
+                self._load_vector(parameter)
+
+    def _load_vector(self, parameter: Parameter) -> None:
+        parts = []
+        for part in parameter.slices:
+            name, rows = self._locate(part)
+            parts.append(self._checkpoint.read_rows(name, rows.start, rows.stop).to(self._formats.dtype, copy=True))
+            self._progress(self._checkpoint.tensors[name].row_bytes * len(rows))
+        parameter.set_value(torch.cat(parts))
+
+    def _load_matrix(self, parameter: Parameter) -> None:
+        weight_format = self._formats.of(parameter)
+        builder = self._kernels.make_weight_builder(weight_format, parameter.local_rows, parameter.local_columns)
+        row = 0
+        for part in parameter.slices:
+            if self._is_stored_quantized(parameter):
+                self._copy_quantized(part, row, builder.write_quantized)
+            else:
+                self._copy_dense(part, row, builder.write)
+            row += len(part.rows)
+        parameter.set_value(builder.build())
+
+    def _copy_dense(self, part: TensorSlice, row: int, write: Callable[[int, Tensor], None]) -> None:
+        name, rows = self._locate(part)
+        row_bytes = self._checkpoint.tensors[name].row_bytes
+        step = max(1, _BLOCK_BYTES // max(1, row_bytes))
+        for start in range(rows.start, rows.stop, step):
+            block = self._checkpoint.read_rows(name, start, min(start + step, rows.stop))
+            try:
+                write(row + start - rows.start, _columns(block, part.columns))
+            except KernelError as error:
+                raise CheckpointError(f"tensor '{name}': {error}") from None
+            self._progress(len(block) * row_bytes)
+            self._checkpoint.release(name)
+
+    def _copy_quantized(self, part: TensorSlice, row: int, write: Callable[[int, Tensor, Tensor], None]) -> None:
+        name, rows = self._locate(part)
+        # A range that is not the whole row would have to be cut at group borders.
+        assert part.columns == range(part.shape[1]), "quantized checkpoints are read in whole rows"
+        names = quantized_names(name)
+        qweight, scales = (self._checkpoint.read_rows(n, rows.start, rows.stop) for n in names)
+        write(row, qweight, scales)
+        for n in names:
+            self._progress(self._checkpoint.tensors[n].row_bytes * len(rows))
+            self._checkpoint.release(n)
+
+    def _locate(self, part: TensorSlice) -> tuple[str, range]:
+        """The checkpoint's name for a tensor, and the rows of it that a slice keeps."""
+        location = self._family.locate(part.name, self._config)
+        return location.name, range(location.row_offset + part.rows.start, location.row_offset + part.rows.stop)
+
+    def _is_stored_quantized(self, parameter: Parameter) -> bool:
+        return self._stored_format is not None and parameter.is_quantizable
+
+    def _check_tensors(self, parameters: Sequence[Parameter]) -> None:
+        expected = self._expected_shapes(parameters)
+        known = self._checkpoint.tensors
+        ignored = [re.compile(pattern) for pattern in (*self._family.ignored, *_tied_head(self._config, self._family))]
+        unexpected = [n for n in known if n not in expected and not any(p.fullmatch(n) for p in ignored)]
+        wrong = [
+            f"{name} {list(known[name].shape)} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in known and known[name].shape != shape
+        ]
+        self._raise_if_any("lacks", [name for name in expected if name not in known])
+        self._raise_if_any("has tensors this architecture does not use:", unexpected)
+        self._raise_if_any("has tensors of the wrong shape:", wrong)
+
+    def _expected_shapes(self, parameters: Sequence[Parameter]) -> dict[str, tuple[int, ...]]:
+        """Shape of every checkpoint tensor the parameters come from; rows of fused tensors add up."""
+        rows: dict[str, int] = defaultdict(int)
+        columns: dict[str, tuple[int, ...]] = {}
+        for parameter in parameters:
+            for part in parameter.slices:
+                name = self._family.locate(part.name, self._config).name
+                for stored, width in self._stored_as(parameter, name, part.shape[1:]):
+                    rows[stored] += part.shape[0]
+                    columns[stored] = width
+        return {name: (rows[name], *columns[name]) for name in rows}
+
+    def _stored_as(self, parameter: Parameter, name: str, width: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+        if not self._is_stored_quantized(parameter):
+            return [(name, width)]
+        assert self._stored_format is not None
+        columns = quantized_columns(self._stored_format, width[0])
+        return [(n, (c,)) for n, c in zip(quantized_names(name), columns, strict=True)]
+
+    def _raise_if_any(self, problem: str, tensors: list[str]) -> None:
+        if tensors:
+            more = f" and {len(tensors) - 5} more" if len(tensors) > 5 else ""
+            raise CheckpointError(
+                f"{self._config.architecture} checkpoint {self._checkpoint.folder} {problem} "
+                f"{', '.join(tensors[:5])}{more}"
+            )
+
+
+def _columns(block: Tensor, columns: range | None) -> Tensor:
+    return block if columns is None else block[:, columns.start : columns.stop]
+
+
+def _tied_head(config: ModelConfig, family: Family) -> tuple[str, ...]:
+    """Some checkpoints store a tied head again; it equals the embedding and is not read."""
+    return (re.escape(family.locate("lm_head.weight", config).name),) if config.tie_word_embeddings else ()
