@@ -12,14 +12,16 @@ from headrace.config import SamplingParams
 if TYPE_CHECKING:
     from headrace.engine.llm import LLM
     from headrace.engine.outputs import CompletionOutput, Logprob, RequestOutput
+    from headrace.models.quantize_checkpoint import quantize
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "__version__", "quantize"]
 
 _LAZY = {
     "LLM": "headrace.engine.llm",
     "CompletionOutput": "headrace.engine.outputs",
     "Logprob": "headrace.engine.outputs",
     "RequestOutput": "headrace.engine.outputs",
+    "quantize": "headrace.models.quantize_checkpoint",
 }
 
 

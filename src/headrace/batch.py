@@ -16,7 +16,6 @@ class ForwardBatch:
         block_tables: [num_seqs, max_blocks_per_seq] int32, -1 padded
         context_lens: [num_seqs] int32, tokens visible to attention, this step's included
         cu_seqlens_q: [num_seqs + 1] int32, exclusive prefix sum of tokens per sequence
-        logits_rows:  [num_logits] int64, rows whose logits are wanted
     """
 
     input_ids: Tensor
@@ -25,4 +24,3 @@ class ForwardBatch:
     block_tables: Tensor
     context_lens: Tensor
     cu_seqlens_q: Tensor
-    logits_rows: Tensor

@@ -4,7 +4,8 @@ A rank keeps the tokens, block table and sampling settings of each live sequence
 Nothing here is decided by a rank: whoever holds the same plans in the same order holds the same state.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from headrace.config import SamplingParams
 
@@ -79,5 +80,8 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
+    """failed: why no token could be sampled, by sequence id."""
+
     sampled: tuple[SampledToken, ...]
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    failed: Mapping[int, str] = field(default_factory=dict)

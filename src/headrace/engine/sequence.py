@@ -13,11 +13,13 @@ class SequenceStatus(Enum):
 
 
 class FinishReason(Enum):
-    """STOP: a stop token or stop string; LENGTH: max_tokens or the model's length; ABORT: the client went away."""
+    """STOP: a stop token or stop string; LENGTH: max_tokens or the model's length; ABORT: the client went away;
+    ERROR: no token could be chosen (logits that are not numbers)."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
 @dataclass(eq=False, kw_only=True)

@@ -41,6 +41,7 @@ class Kernels:
     activation: ops.ActivationOp
     gated_activation: ops.ActivationOp
     route_experts: ops.RouteOp
+    quantize_rows: ops.QuantizeRowsOp
     make_weight_builder: ops.WeightBuilderOp
     choices: tuple[OpChoice, ...]
 
@@ -90,6 +91,7 @@ def _reference_kernels(reason: str) -> Kernels:
         "activation": reference.activation,
         "gated_activation": reference.gated_activation,
         "route_experts": reference.route_experts,
+        "quantize_rows": reference.quantize_rows,
         "make_weight_builder": reference.make_weight_builder,
     }
     choices = tuple(OpChoice(op=op, implementation="reference", reason=reason) for op in implementations)

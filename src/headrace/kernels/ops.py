@@ -68,5 +68,9 @@ class RouteOp(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+class QuantizeRowsOp(Protocol):
+    def __call__(self, rows: Tensor, weight_format: WeightFormat) -> tuple[Tensor, Tensor]: ...
+
+
 class WeightBuilderOp(Protocol):
     def __call__(self, weight_format: WeightFormat, rows: int, columns: int) -> WeightBuilder: ...

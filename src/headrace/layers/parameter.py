@@ -46,6 +46,12 @@ class Parameter:
         columns = self.slices[0].columns
         return len(columns) if columns is not None else 1
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the loaded value."""
+        assert self._value is not None, f"{self.slices[0].name} is not loaded"
+        return self._value.nbytes if isinstance(self._value, Tensor) else self._value.num_bytes
+
     def set_value(self, value: Weight | Tensor) -> None:
         self._value = value
 

@@ -77,11 +77,20 @@ class Checkpoint:
         offset = info.start_byte + start * info.row_bytes
         return torch.frombuffer(self._maps[info.file], dtype=info.dtype, count=count, offset=offset).view(shape)
 
+    def read_whole(self, name: str) -> Tensor:
+        """A tensor of any number of dimensions, scalars included; a view like `read_rows`."""
+        shape = self.tensors[name].shape
+        return self.read_rows(name, 0, shape[0]) if shape else self._read_scalar(name)
+
     def release(self, name: str) -> None:
         """Drop a tensor's pages from this process's memory; they are read again from disk if needed."""
         info = self.tensors[name]
         start = info.start_byte // mmap.PAGESIZE * mmap.PAGESIZE
         self._maps[info.file].madvise(mmap.MADV_DONTNEED, start, info.start_byte + info.num_bytes - start)
+
+    def _read_scalar(self, name: str) -> Tensor:
+        info = self.tensors[name]
+        return torch.frombuffer(self._maps[info.file], dtype=info.dtype, count=1, offset=info.start_byte).view(())
 
     def _add_file(self, file: Path) -> None:
         _check_safetensors(file)

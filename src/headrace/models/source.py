@@ -1,6 +1,5 @@
 """A model folder that has been read but not loaded: what it is, and the decoder it becomes."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +101,3 @@ def _stored_dtype(checkpoint: Checkpoint) -> str:
             name = str(info.dtype).removeprefix("torch.")
             sizes[name] = sizes.get(name, 0) + info.num_bytes
     return max(sizes, key=lambda name: sizes[name], default="float32")
-
-
-def write_config(folder: Path, hf_config: Mapping[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")

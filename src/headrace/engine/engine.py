@@ -1,0 +1,170 @@
+"""The loop: requests in, steps planned and run, updates out."""
+
+import secrets
+import time
+from collections.abc import Sequence as Tokens
+from itertools import count
+
+from headrace.cache.block_manager import BlockManager
+from headrace.config import EngineConfig, SamplingParams
+from headrace.engine.load import LoadedModel, load_model
+from headrace.engine.metrics import EngineMetrics
+from headrace.engine.outputs import CompletionChunk, RequestUpdate
+from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.request_state import RequestState
+from headrace.engine.scheduler import Scheduler
+from headrace.engine.sequence import FinishReason, Sequence
+from headrace.errors import RequestError
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Golden ratio times 2^64: outputs of one request get seeds far apart, and other seeds' outputs miss them."""
+
+
+class Engine:
+    """Owns the queue, the cache and the model; knows nothing about prompts' origin or who reads the output.
+
+    One thread drives it: `add_request` and `abort` between steps, `step` until nothing is unfinished.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.model: LoadedModel = load_model(config)
+        plan = self.model.plan
+        self._blocks = BlockManager(plan.num_blocks, plan.cache.block_size, plan.cache.enable_prefix_caching)
+        self._scheduler = Scheduler(plan.scheduler, self._blocks)
+        self._requests: dict[str, RequestState] = {}
+        self._by_sequence: dict[int, RequestState] = {}
+        self._sequence_ids = count()
+        self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = self._num_finished = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: Tokens[int], params: SamplingParams, prompt: str | None = None
+    ) -> None:
+        """Queue a request, or refuse it and leave everything as it was.
+
+        Raises:
+            RequestError: an id in use, an empty prompt, token ids outside the vocabulary.
+            ContextLengthError: prompt and output could never fit the model or the cache.
+        """
+        if request_id in self._requests:
+            raise RequestError(f"request id '{request_id}' is in use; give each request its own")
+        token_ids = tuple(prompt_token_ids)
+        self._check_request(token_ids, params)
+        sequences = self._make_sequences(request_id, token_ids, params)
+        # Siblings differ in nothing that admission looks at: if the first is accepted, all are.
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+        state = RequestState(request_id, prompt, sequences, params, self.model, arrival_s=time.monotonic())
+        self._requests[request_id] = state
+        self._by_sequence |= {sequence.seq_id: state for sequence in sequences}
+
+    def abort(self, request_id: str) -> RequestUpdate | None:
+        """Drop a request in whatever state it is; None if it has already finished."""
+        state = self._requests.get(request_id)
+        if state is None:
+            return None
+        for sequence in state.sequences:
+            self._scheduler.finish(sequence, FinishReason.ABORT)
+        state.abort()
+        return self._close(state, ())
+
+    def step(self) -> list[RequestUpdate]:
+        """Run one step and say what it brought to each request."""
+        plan = self._scheduler.schedule()
+        self._mark_scheduled(plan)
+        result = self.model.worker.execute(plan)
+        self._count(plan)
+        for seq_id, error in result.failed.items():
+            self._by_sequence[seq_id].fail(seq_id, error)
+            self._scheduler.finish(self._by_sequence[seq_id].sequence(seq_id), FinishReason.ERROR)
+        self._scheduler.update(plan, {token.seq_id: token.token_id for token in result.sampled})
+        return self._collect(result)
+
+    def metrics(self) -> EngineMetrics:
+        return EngineMetrics(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_steps=self._num_steps,
+            num_prefill_tokens=self._num_prefill_tokens,
+            num_decode_tokens=self._num_decode_tokens,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_finished_requests=self._num_finished,
+            prefix_query_tokens=self._blocks.num_query_tokens,
+            prefix_hit_tokens=self._blocks.num_hit_tokens,
+            num_blocks=self._blocks.num_blocks,
+            kv_cache_usage=self._blocks.usage,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if the block manager's invariants do not hold."""
+        self._blocks.check_integrity()
+
+    def _check_request(self, token_ids: tuple[int, ...], params: SamplingParams) -> None:
+        vocab_size = self.model.config.vocab_size
+        outside = [i for i in token_ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab_size]
+        if outside:
+            raise RequestError(f"prompt token {outside[0]!r} is not in the vocabulary; allowed: 0 to {vocab_size - 1}")
+        if params.stop and self.model.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this model folder has none; use stop_token_ids")
+        params.check_against_vocab(vocab_size)
+
+    def _make_sequences(self, request_id: str, token_ids: tuple[int, ...], params: SamplingParams) -> list[Sequence]:
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        sequences: list[Sequence] = []
+        for index in range(params.n):
+            sequences.append(
+                Sequence(
+                    seq_id=next(self._sequence_ids),
+                    request_id=request_id,
+                    prompt_token_ids=token_ids,
+                    params=params,
+                    seed=(seed + index * _SEED_STRIDE) % 2**64,
+                    forked_from=sequences[0] if sequences else None,
+                )
+            )
+        return sequences
+
+    def _mark_scheduled(self, plan: StepPlan) -> None:
+        now = time.monotonic()
+        for new in plan.new:
+            self._by_sequence[new.seq_id].mark_scheduled(now)
+
+    def _count(self, plan: StepPlan) -> None:
+        self._num_steps += bool(plan.chunks)
+        num_decode_tokens = sum(1 for chunk in plan.chunks if chunk.num_tokens == 1 and chunk.samples)
+        self._num_decode_tokens += num_decode_tokens
+        self._num_prefill_tokens += plan.num_tokens - num_decode_tokens
+
+    def _collect(self, result: StepResult) -> list[RequestUpdate]:
+        now = time.monotonic()
+        touched: dict[str, RequestState] = {}
+        for prompt in result.prompt_logprobs:
+            self._by_sequence[prompt.seq_id].add_prompt_logprobs(prompt)
+        for seq_id in result.failed:
+            touched[self._by_sequence[seq_id].request_id] = self._by_sequence[seq_id]
+        for token in result.sampled:
+            if token.seq_id in result.failed:
+                continue
+            state = self._by_sequence[token.seq_id]
+            touched[state.request_id] = state
+            reason = state.append(token, now)
+            if reason is not None:
+                self._scheduler.finish(state.sequence(token.seq_id), reason)
+        return [self._update(state) for state in touched.values()]
+
+    def _update(self, state: RequestState) -> RequestUpdate:
+        chunks = state.take_chunks()
+        if state.is_finished:
+            return self._close(state, chunks)
+        return RequestUpdate(request_id=state.request_id, chunks=chunks)
+
+    def _close(self, state: RequestState, chunks: tuple[CompletionChunk, ...]) -> RequestUpdate:
+        """The last update of a request; nothing of it stays behind."""
+        del self._requests[state.request_id]
+        for sequence in state.sequences:
+            del self._by_sequence[sequence.seq_id]
+        self._num_finished += 1
+        return RequestUpdate(request_id=state.request_id, chunks=chunks, finished=state.finish(now_s=time.monotonic()))

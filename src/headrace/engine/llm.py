@@ -1,0 +1,253 @@
+"""The Python entry point: text in, text out."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any, Self
+
+from headrace.config import (
+    CacheConfig,
+    Dtype,
+    EngineConfig,
+    LoadConfig,
+    Quantize,
+    SamplingParams,
+    SchedulerConfig,
+)
+from headrace.engine.engine import Engine
+from headrace.engine.outputs import CompletionChunk, RequestOutput, RequestUpdate
+from headrace.errors import ConfigError, RequestError, nearest_name
+
+Prompt = str | Mapping[str, Any]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A loaded model that answers prompts.
+
+        llm = LLM(model="path/or/hub-id", quantize="int8")
+        for output in llm.generate(["Hello"], SamplingParams(temperature=0, max_tokens=32)):
+            print(output.outputs[0].text)
+
+    model: a folder or a hub id. dtype: "auto", "float32" or "bfloat16". quantize: None, "int8" or "int4".
+    settings: any field of `CacheConfig` or `SchedulerConfig`, and `num_threads`.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        ConfigError: a setting that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        quantize: str | None = None,
+        show_progress: bool = False,
+        **settings: Any,
+    ) -> None:
+        load = LoadConfig(
+            model=str(model),
+            revision=revision,
+            dtype=_member(Dtype, "dtype", dtype),
+            quantize=_member(Quantize, "quantize", quantize or "none"),
+            show_progress=show_progress,
+        )
+        self.engine = Engine(_engine_config(load, settings))
+        self._request_ids = count()
+        self._listeners: dict[str, Callable[[RequestUpdate], None]] = {}
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete each prompt; all run together, results come in the order given.
+
+        prompts: strings, or {"prompt_token_ids": [...]}; one or several.
+        sampling_params: one for all, or one for each.
+
+        Raises:
+            RequestError: a prompt or its parameters cannot run; then none of them does.
+        """
+        many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        return self._run([(*self._encode(prompt), p) for prompt, p in self._pairs(many, sampling_params)])
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or several: messages of {"role": ..., "content": ...} through the chat template."""
+        many: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        pairs = self._pairs([self.chat_prompt(m, tools=tools) for m in many], sampling_params)
+        return self._run([(*self._encode(text, add_special_tokens=False), p) for text, p in pairs])
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "CompletionStream":
+        """Complete one prompt, piece by piece."""
+        return self._stream(*self._encode(prompt), sampling_params)
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> "CompletionStream":
+        """Answer one conversation, piece by piece."""
+        text = self.chat_prompt(messages, tools=tools)
+        return self._stream(*self._encode(text, add_special_tokens=False), sampling_params)
+
+    def chat_prompt(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The text a conversation becomes.
+
+        Raises:
+            RequestError: no chat template, or messages it refuses.
+        """
+        template = self.engine.model.chat_template
+        if template is None:
+            self._check_tokenizer()
+            raise RequestError("this model has no chat template; use generate with a plain prompt")
+        text: str = template.render(messages, tools=tools)
+        return text
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.engine.model.chat_template is not None
+
+    def default_sampling_params(self, **changes: Any) -> SamplingParams:
+        """What the model's generation_config.json recommends, with `changes` on top; greedy if it does not sample."""
+        config = self.engine.model.generation_config
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        recommended = {name: config[name] for name in names if config.get(name) is not None}
+        if not config.get("do_sample", False):
+            recommended = {"temperature": 0.0} | {k: v for k, v in recommended.items() if k == "repetition_penalty"}
+        return SamplingParams.from_mapping(recommended | changes)
+
+    def _pairs(
+        self, prompts: list[Any], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[tuple[Any, SamplingParams]]:
+        if params is None or isinstance(params, SamplingParams):
+            return [(prompt, params or SamplingParams()) for prompt in prompts]
+        if len(params) != len(prompts):
+            raise RequestError(f"{len(params)} sampling params for {len(prompts)} prompts; give one, or one for each")
+        return list(zip(prompts, params, strict=True))
+
+    def _encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[list[int], str | None]:
+        if isinstance(prompt, str):
+            self._check_tokenizer()
+            assert self.engine.model.tokenizer is not None
+            return self.engine.model.tokenizer.encode(prompt, add_special_tokens=add_special_tokens), prompt
+        token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+        if token_ids is None:
+            raise RequestError(f"a prompt is {prompt!r:.80}; give a string or {{'prompt_token_ids': [...]}}")
+        return list(token_ids), None
+
+    def _check_tokenizer(self) -> None:
+        if self.engine.model.tokenizer is None:
+            raise RequestError(f"{self.engine.model.tokenizer_error}; without one, give prompt_token_ids")
+
+    def _run(self, requests: list[tuple[list[int], str | None, SamplingParams]]) -> list[RequestOutput]:
+        ids = [self._next_id() for _ in requests]
+        outputs: dict[str, RequestOutput] = {}
+
+        def listen(update: RequestUpdate) -> None:
+            if update.finished is not None:
+                outputs[update.request_id] = update.finished
+
+        try:
+            for request_id, (token_ids, prompt, params) in zip(ids, requests, strict=True):
+                self.engine.add_request(request_id, token_ids, params, prompt)
+                self._listeners[request_id] = listen
+            while len(outputs) < len(ids):
+                self._step()
+        finally:
+            # Refused, interrupted or failed half way: leave nothing running.
+            for request_id in ids:
+                self._stop(request_id)
+        return [outputs[request_id] for request_id in ids]
+
+    def _stream(self, token_ids: list[int], prompt: str | None, params: SamplingParams | None) -> "CompletionStream":
+        request_id = self._next_id()
+        self.engine.add_request(request_id, token_ids, params or SamplingParams(), prompt)
+        stream = CompletionStream(step=self._step, stop=lambda: self._stop(request_id))
+        self._listeners[request_id] = stream.listen
+        return stream
+
+    def _step(self) -> None:
+        """Run one step for everybody: streams and batches of one LLM share its engine."""
+        for update in self.engine.step():
+            self._listeners[update.request_id](update)
+            if update.finished is not None:
+                del self._listeners[update.request_id]
+
+    def _stop(self, request_id: str) -> RequestUpdate | None:
+        self._listeners.pop(request_id, None)
+        return self.engine.abort(request_id)
+
+    def _next_id(self) -> str:
+        return f"request-{next(self._request_ids)}"
+
+
+class CompletionStream:
+    """Chunks of one request as they come; `output` is the whole result once the stream has ended.
+
+        with llm.stream("Hello") as stream:
+            for chunk in stream:
+                print(chunk.text, end="", flush=True)
+
+    Leaving early (`close`, or the end of the `with`) stops the request and keeps what it has so far in `output`.
+    Streams of one LLM may be read in turn: a step that one of them asks for moves them all on.
+    """
+
+    def __init__(self, *, step: Callable[[], None], stop: Callable[[], RequestUpdate | None]) -> None:
+        self.output: RequestOutput | None = None
+        self._step, self._stop = step, stop
+        self._chunks: deque[CompletionChunk] = deque()
+
+    def __iter__(self) -> Iterator[CompletionChunk]:
+        while self._chunks or self.output is None:
+            while self._chunks:
+                yield self._chunks.popleft()
+            if self.output is None:
+                self._step()
+
+    def listen(self, update: RequestUpdate) -> None:
+        self._chunks.extend(update.chunks)
+        self.output = update.finished
+
+    def close(self) -> None:
+        if self.output is None:
+            update = self._stop()
+            self.output = update.finished if update else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _engine_config(load: LoadConfig, settings: dict[str, Any]) -> EngineConfig:
+    """Hand each setting to the config that has a field of its name."""
+    cache_fields, scheduler_fields = CacheConfig.__dataclass_fields__, SchedulerConfig.__dataclass_fields__
+    allowed = {*cache_fields, *scheduler_fields, "num_threads"}
+    for name in settings:
+        if name not in allowed:
+            raise ConfigError(f"LLM has no setting '{name}'; {nearest_name(name, allowed)}")
+    return EngineConfig(
+        load=load,
+        cache=CacheConfig(**{k: v for k, v in settings.items() if k in cache_fields}),
+        scheduler=SchedulerConfig(**{k: v for k, v in settings.items() if k in scheduler_fields}),
+        num_threads=settings.get("num_threads"),
+    )
+
+
+def _member(kind: Any, name: str, value: str) -> Any:
+    allowed = [member.value for member in kind]
+    if value not in allowed:
+        raise ConfigError(f"{name} is '{value}'; {nearest_name(str(value), allowed)}")
+    return kind(value)

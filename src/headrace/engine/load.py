@@ -1,0 +1,136 @@
+"""From a model's name to a worker that can run plans."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headrace.cache.kv_pool import KvPool
+from headrace.config import EngineConfig, ModelConfig
+from headrace.engine.engine_plan import EnginePlan, resolve_max_model_len, resolve_plan
+from headrace.engine.runner import ModelRunner
+from headrace.engine.worker import Worker
+from headrace.errors import CheckpointError
+from headrace.kernels import Kernels, kernel_choice_from, resolve_kernels
+from headrace.layers.context import LayerContext
+from headrace.machine import available_memory_bytes, cpu_limits
+from headrace.models.checkpoint import read_json
+from headrace.models.decoder import Decoder
+from headrace.models.hub import resolve_model_folder
+from headrace.models.loading import WeightFormats
+from headrace.models.progress import bytes_progress
+from headrace.models.source import ModelSource, load_decoder, open_model, resolve_formats
+from headrace.parallel import OneRankGroup
+from headrace.tokenizer import ChatTemplate, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """What an engine runs.
+
+    tokenizer: None if the folder has none, and then prompts are token ids; tokenizer_error says why.
+    weight_bytes: weights in memory; load_s: from opening the folder to ready.
+    """
+
+    config: ModelConfig
+    plan: EnginePlan
+    worker: Worker
+    kernels: Kernels
+    formats: WeightFormats
+    tokenizer: Tokenizer | None
+    tokenizer_error: str | None
+    chat_template: ChatTemplate | None
+    eos_token_ids: frozenset[int]
+    generation_config: dict[str, Any]
+    weight_bytes: int
+    load_s: float
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Resolve the folder, load the weights, size the cache. Sets torch's thread count for this process.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        ConfigError: settings that do not fit the model or the machine.
+    """
+    started_s = time.monotonic()
+    kernels = resolve_kernels(kernel_choice_from())
+    folder = resolve_model_folder(config.load.model, config.load.revision, config.load.show_progress)
+    source = open_model(folder)
+    formats = resolve_formats(source, config.load)
+    max_model_len = resolve_max_model_len(config.scheduler, source.config)
+    tokenizer, tokenizer_error = _load_tokenizer(folder)
+    generation_config = _optional_json(folder / "generation_config.json")
+    num_threads = config.num_threads or cpu_limits().num_threads
+    torch.set_num_threads(num_threads)
+
+    context = LayerContext(kernels=kernels, tp_group=OneRankGroup())
+    decoder = _load_with_progress(source, context, formats, max_model_len, config.load.show_progress)
+    plan = resolve_plan(
+        config,
+        source.config,
+        max_model_len=max_model_len,
+        element_bytes=formats.dtype.itemsize,
+        available_bytes=available_memory_bytes(),
+        num_threads=num_threads,
+    )
+    eos_token_ids = _eos_token_ids(source, generation_config, tokenizer)
+    return LoadedModel(
+        config=source.config,
+        plan=plan,
+        worker=Worker(ModelRunner(decoder, _make_kv_pool(source.config, plan, formats.dtype)), eos_token_ids),
+        kernels=kernels,
+        formats=formats,
+        tokenizer=tokenizer,
+        tokenizer_error=tokenizer_error,
+        chat_template=ChatTemplate.from_folder(folder) if tokenizer else None,
+        eos_token_ids=eos_token_ids,
+        generation_config=generation_config,
+        weight_bytes=sum(parameter.num_bytes for parameter in decoder.parameters()),
+        load_s=time.monotonic() - started_s,
+    )
+
+
+def _load_with_progress(
+    source: ModelSource, context: LayerContext, formats: WeightFormats, max_model_len: int, show_progress: bool
+) -> Decoder:
+    with bytes_progress("loading weights", source.checkpoint_bytes, show_progress) as progress:
+        return load_decoder(source, context, formats, max_model_len=max_model_len, progress=progress)
+
+
+def _make_kv_pool(config: ModelConfig, plan: EnginePlan, dtype: torch.dtype) -> KvPool:
+    return KvPool(
+        config,
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=config.attention.num_kv_heads,
+        num_blocks=plan.num_blocks,
+        block_size=plan.cache.block_size,
+        dtype=dtype,
+    )
+
+
+def _load_tokenizer(folder: Path) -> tuple[Tokenizer | None, str | None]:
+    """A model without a tokenizer still runs token ids; what needs text says why it cannot."""
+    try:
+        return Tokenizer.from_folder(folder), None
+    except CheckpointError as error:
+        return None, str(error)
+
+
+def _optional_json(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.exists() else {}
+
+
+def _eos_token_ids(
+    source: ModelSource, generation_config: dict[str, Any], tokenizer: Tokenizer | None
+) -> frozenset[int]:
+    """All that the model's files call end of sequence: config.json, generation_config.json (one or several each),
+    and the tokenizer."""
+    ids: set[int] = set()
+    for value in (source.hf_config.get("eos_token_id"), generation_config.get("eos_token_id")):
+        ids.update([value] if isinstance(value, int) else value or [])
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return frozenset(ids)

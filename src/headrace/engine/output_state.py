@@ -1,0 +1,119 @@
+"""One output on its way to the caller: tokens become text, text and tokens meet the stop conditions."""
+
+from collections.abc import Sequence as Tokens
+
+from headrace.config import SamplingParams
+from headrace.engine.outputs import CompletionChunk, CompletionOutput, Logprob, TokenLogprobs
+from headrace.engine.plan import SampledToken, TokenLogprob
+from headrace.engine.sequence import FinishReason, Sequence
+from headrace.tokenizer import IncrementalDetokenizer, StopStringMatcher, Tokenizer
+
+
+class OutputState:
+    """Owns an output's text and decides when it ends. Knows nothing about steps, blocks or other requests."""
+
+    def __init__(
+        self,
+        index: int,
+        sequence: Sequence,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: frozenset[int],
+        max_model_len: int,
+    ) -> None:
+        params = sequence.params
+        self.sequence = sequence
+        self.output = CompletionOutput(index=index, logprobs=None if params.logprobs is None else [])
+        self._params: SamplingParams = params
+        self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
+        self._max_model_len = max_model_len
+        self._tokenizer = tokenizer
+        self._detokenizer = (
+            IncrementalDetokenizer(tokenizer, sequence.prompt_token_ids, params.skip_special_tokens)
+            if tokenizer
+            else None
+        )
+        self._matcher = StopStringMatcher(params.stop, params.include_stop_str_in_output)
+
+    def append(self, token: SampledToken) -> CompletionChunk:
+        """Take a sampled token; the chunk has a finish_reason if it was the last."""
+        output, before = self.output, len(self.output.text)
+        output.token_ids.append(token.token_id)
+        logprobs = None
+        if output.logprobs is not None:
+            logprobs = (decode_logprobs(token.logprobs, self._tokenizer),)
+            output.logprobs.extend(logprobs)
+        reason = self._check_token(token.token_id)
+        if self._take_text(token.token_id, reason):
+            reason = FinishReason.STOP
+        output.finish_reason = reason.value if reason else None
+        return self._chunk(before, (token.token_id,), logprobs)
+
+    def fail(self, error: str) -> CompletionChunk:
+        before = len(self.output.text)
+        self._flush()
+        self.output.finish_reason, self.output.error = FinishReason.ERROR.value, error
+        return self._chunk(before, (), None)
+
+    def abort(self) -> None:
+        self._flush()
+        self.output.finish_reason = FinishReason.ABORT.value
+
+    def _check_token(self, token_id: int) -> FinishReason | None:
+        num_output_tokens = len(self.output.token_ids)
+        if num_output_tokens >= self._params.min_tokens:
+            if token_id in self._eos_token_ids:
+                return FinishReason.STOP
+            if token_id in self._params.stop_token_ids:
+                self.output.stop_reason = token_id
+                return FinishReason.STOP
+        if self._params.max_tokens is not None and num_output_tokens >= self._params.max_tokens:
+            return FinishReason.LENGTH
+        if self.sequence.num_prompt_tokens + num_output_tokens >= self._max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _take_text(self, token_id: int, reason: FinishReason | None) -> bool:
+        """Release the text that is final; true if a stop string ended it. A stop token itself has no text."""
+        if self._detokenizer is None:
+            return False
+        is_silent = reason is FinishReason.STOP and not self._params.include_stop_str_in_output
+        is_stopped = not is_silent and self._release(self._detokenizer.append(token_id))
+        return is_stopped or (reason is not None and self._flush())
+
+    def _release(self, text: str) -> bool:
+        check = self._matcher.append(text, enabled=len(self.output.token_ids) >= self._params.min_tokens)
+        self.output.text += check.text
+        if check.stop is not None:
+            self.output.stop_reason = check.stop
+        return check.stop is not None
+
+    def _flush(self) -> bool:
+        """Release what was held back, as nothing follows; true if that completes a stop string."""
+        is_stopped = self._detokenizer is not None and self._release(self._detokenizer.finish())
+        self.output.text += self._matcher.flush()
+        return is_stopped
+
+    def _chunk(
+        self, before: int, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] | None
+    ) -> CompletionChunk:
+        output = self.output
+        return CompletionChunk(
+            index=output.index,
+            text=output.text[before:],
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+        )
+
+
+def decode_logprobs(entries: Tokens[TokenLogprob], tokenizer: Tokenizer | None) -> TokenLogprobs:
+    """By token id, with each token's own text."""
+    return {
+        entry.token_id: Logprob(
+            logprob=entry.logprob,
+            rank=entry.rank,
+            decoded_token=tokenizer.decode([entry.token_id], skip_special_tokens=False) if tokenizer else "",
+        )
+        for entry in entries
+    }

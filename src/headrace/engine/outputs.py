@@ -1,0 +1,71 @@
+"""What a caller gets back. Names and shapes are those of vLLM's users."""
+
+from dataclasses import dataclass, field
+
+from headrace.engine.metrics import RequestMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logprob:
+    """Natural-log probability under the raw logits; rank 1 is the most likely token."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+TokenLogprobs = dict[int, Logprob]
+"""By token id: the chosen token and the most likely ones."""
+
+
+@dataclass(kw_only=True)
+class CompletionOutput:
+    """One generated text.
+
+    finish_reason: "stop", "length", "abort" or "error"; stop_reason: the stop string or stop token id that ended it
+    (None for an end-of-sequence token); error: what went wrong, with finish_reason "error".
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+
+@dataclass(kw_only=True)
+class RequestOutput:
+    """A finished request. prompt_logprobs has one entry per prompt token, None for the first."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    metrics: RequestMetrics
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionChunk:
+    """What one step added to one output: text that is final, and the tokens sampled.
+
+    The text may lag behind the tokens (half a character, a possible stop string); the last chunk has a finish_reason.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestUpdate:
+    """News of one request after a step; `finished` is the whole result, with the last update only."""
+
+    request_id: str
+    chunks: tuple[CompletionChunk, ...]
+    finished: RequestOutput | None = None

@@ -1,0 +1,99 @@
+"""One request from admission to its last update: its outputs, its times, its prompt's log probabilities."""
+
+from collections.abc import Sequence as Sequences
+
+from headrace.config import SamplingParams
+from headrace.engine.load import LoadedModel
+from headrace.engine.metrics import RequestMetrics
+from headrace.engine.output_state import OutputState, decode_logprobs
+from headrace.engine.outputs import CompletionChunk, RequestOutput, TokenLogprobs
+from headrace.engine.plan import PromptLogprobs, SampledToken
+from headrace.engine.sequence import FinishReason, Sequence
+
+
+class RequestState:
+    def __init__(
+        self,
+        request_id: str,
+        prompt: str | None,
+        sequences: Sequences[Sequence],
+        params: SamplingParams,
+        model: LoadedModel,
+        *,
+        arrival_s: float,
+    ) -> None:
+        self.request_id = request_id
+        self.sequences = tuple(sequences)
+        self._prompt = prompt
+        self._tokenizer = model.tokenizer
+        self._outputs = {
+            sequence.seq_id: OutputState(
+                index, sequence, model.tokenizer, model.eos_token_ids, model.plan.max_model_len
+            )
+            for index, sequence in enumerate(sequences)
+        }
+        self._chunks: list[CompletionChunk] = []
+        self._prompt_logprobs: dict[int, TokenLogprobs] | None = None if params.prompt_logprobs is None else {}
+        num_prompt_tokens = sequences[0].num_prompt_tokens
+        self._metrics = RequestMetrics(
+            arrival_s=arrival_s, num_prompt_tokens=num_prompt_tokens, num_outputs=len(sequences)
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        return all(state.output.finish_reason is not None for state in self._outputs.values())
+
+    def sequence(self, seq_id: int) -> Sequence:
+        return self._outputs[seq_id].sequence
+
+    def mark_scheduled(self, now_s: float) -> None:
+        if self._metrics.scheduled_s is None:
+            self._metrics.scheduled_s = now_s
+
+    def append(self, token: SampledToken, now_s: float) -> FinishReason | None:
+        """Take a token of one output; the reason if that output has ended."""
+        if self._metrics.first_token_s is None:
+            self._metrics.first_token_s = now_s
+        chunk = self._outputs[token.seq_id].append(token)
+        self._chunks.append(chunk)
+        return FinishReason(chunk.finish_reason) if chunk.finish_reason else None
+
+    def fail(self, seq_id: int, error: str) -> None:
+        self._chunks.append(self._outputs[seq_id].fail(error))
+
+    def abort(self) -> None:
+        for state in self._outputs.values():
+            if state.output.finish_reason is None:
+                state.abort()
+
+    def add_prompt_logprobs(self, found: PromptLogprobs) -> None:
+        """Keep the first output's: siblings share the prompt. A preempted prompt brings the same rows again."""
+        if self._prompt_logprobs is not None and found.seq_id == self.sequences[0].seq_id:
+            for position, row in enumerate(found.rows, start=found.start):
+                self._prompt_logprobs[position] = decode_logprobs(row, self._tokenizer)
+
+    def take_chunks(self) -> tuple[CompletionChunk, ...]:
+        chunks, self._chunks = tuple(self._chunks), []
+        return chunks
+
+    def finish(self, *, now_s: float) -> RequestOutput:
+        metrics = self._metrics
+        metrics.finished_s = now_s
+        metrics.num_completion_tokens = sum(len(state.output.token_ids) for state in self._outputs.values())
+        metrics.num_cached_tokens = self.sequences[0].num_cached_tokens
+        metrics.num_preemptions = sum(sequence.num_preemptions for sequence in self.sequences)
+        prompt_token_ids = list(self.sequences[0].prompt_token_ids)
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=prompt_token_ids,
+            outputs=[state.output for state in self._outputs.values()],
+            metrics=metrics,
+            prompt_logprobs=self._all_prompt_logprobs(len(prompt_token_ids)),
+        )
+
+    def _all_prompt_logprobs(self, num_prompt_tokens: int) -> list[TokenLogprobs | None] | None:
+        """One entry per prompt token; the first has nothing before it to be predicted from."""
+        if self._prompt_logprobs is None:
+            return None
+        return [self._prompt_logprobs.get(position) for position in range(num_prompt_tokens)]

@@ -1,0 +1,116 @@
+"""One rank: keeps what plans have told it, runs them, samples.
+
+A worker decides nothing. Whoever feeds it the same plans gets the same tokens, in this process or another.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from headrace.config import SamplingParams
+from headrace.engine.logprobs import prompt_logprobs
+from headrace.engine.plan import NewSequence, PromptLogprobs, ScheduledChunk, StepPlan, StepResult
+from headrace.engine.runner import ModelRunner, Row
+from headrace.engine.sampler import Sampler, SamplingRow
+from headrace.errors import KernelError
+
+_PROMPT_LOGITS_ROWS = 64
+"""Prompt positions whose logits exist at once: 64 rows of 128 Ki entries are 32 MiB of float32."""
+
+
+@dataclass(kw_only=True)
+class _WorkerSequence:
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    output_token_ids: list[int] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+
+    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
+        num_prompt = len(self.prompt_token_ids)
+        output = self.output_token_ids[max(start - num_prompt, 0) : max(stop - num_prompt, 0)]
+        return (*self.prompt_token_ids[start:stop], *output)
+
+
+class Worker:
+    """Owns the live sequences of one rank, their block tables included.
+
+    eos_token_ids: the model's end-of-sequence tokens, which `min_tokens` holds back.
+    """
+
+    def __init__(self, runner: ModelRunner, eos_token_ids: frozenset[int]) -> None:
+        self._runner = runner
+        self._sampler = Sampler()
+        self._eos_token_ids = eos_token_ids
+        self._sequences: dict[int, _WorkerSequence] = {}
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run a step: forget who left, meet who is new, run every chunk, sample where a chunk asks for it."""
+        for seq_id in plan.finished:
+            del self._sequences[seq_id]
+        for new in plan.new:
+            self._sequences[new.seq_id] = _worker_sequence(new)
+        if not plan.chunks:
+            return StepResult(sampled=())
+        hidden_states = self._runner.run([self._row(chunk) for chunk in plan.chunks])
+        return self._sample(plan, hidden_states)
+
+    def _row(self, chunk: ScheduledChunk) -> Row:
+        sequence = self._sequences[chunk.seq_id]
+        if chunk.resets_blocks:
+            sequence.block_table.clear()
+        sequence.block_table.extend(chunk.new_block_ids)
+        token_ids = sequence.tokens(chunk.start, chunk.start + chunk.num_tokens)
+        return Row(token_ids=token_ids, start=chunk.start, block_table=sequence.block_table)
+
+    def _sample(self, plan: StepPlan, hidden_states: Tensor) -> StepResult:
+        last_rows, sampling, prompts, failed = [], [], [], {}
+        row = 0
+        for chunk in plan.chunks:
+            sequence = self._sequences[chunk.seq_id]
+            if sequence.params.prompt_logprobs is not None:
+                try:
+                    prompts += self._prompt_logprobs(chunk, sequence, hidden_states[row : row + chunk.num_tokens])
+                except KernelError as error:
+                    failed[chunk.seq_id] = str(error)
+            row += chunk.num_tokens
+            if chunk.samples:
+                last_rows.append(row - 1)
+                sampling.append(self._sampling_row(chunk.seq_id, sequence))
+        if not sampling:
+            return StepResult(sampled=(), prompt_logprobs=tuple(prompts), failed=failed)
+        outcome = self._sampler.sample(self._runner.logits(hidden_states[last_rows]), sampling)
+        for token in outcome.sampled:
+            self._sequences[token.seq_id].output_token_ids.append(token.token_id)
+        return StepResult(sampled=outcome.sampled, prompt_logprobs=tuple(prompts), failed={**outcome.failed, **failed})
+
+    def _sampling_row(self, seq_id: int, sequence: _WorkerSequence) -> SamplingRow:
+        return SamplingRow(
+            seq_id=seq_id,
+            params=sequence.params,
+            seed=sequence.seed,
+            prompt_token_ids=sequence.prompt_token_ids,
+            output_token_ids=sequence.output_token_ids,
+            # With ignore_eos an end-of-sequence token is a token like any other, to min_tokens too.
+            eos_token_ids=() if sequence.params.ignore_eos else self._eos_token_ids,
+        )
+
+    def _prompt_logprobs(
+        self, chunk: ScheduledChunk, sequence: _WorkerSequence, hidden_states: Tensor
+    ) -> list[PromptLogprobs]:
+        """Row i of the chunk scores the prompt token after it; the last prompt token scores none."""
+        assert sequence.params.prompt_logprobs is not None
+        targets = sequence.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
+        found = []
+        for offset in range(0, len(targets), _PROMPT_LOGITS_ROWS):
+            part = targets[offset : offset + _PROMPT_LOGITS_ROWS]
+            logits = self._runner.logits(hidden_states[offset : offset + len(part)])
+            rows = prompt_logprobs(logits, part, sequence.params.prompt_logprobs)
+            found.append(PromptLogprobs(seq_id=chunk.seq_id, start=chunk.start + offset + 1, rows=rows))
+        return found
+
+
+def _worker_sequence(new: NewSequence) -> _WorkerSequence:
+    return _WorkerSequence(prompt_token_ids=new.prompt_token_ids, params=new.params, seed=new.seed)

@@ -1,0 +1,141 @@
+"""From the name of a model to a folder on this machine.
+
+Knows the hub's errors and puts each into one line; what is inside the files is the loader's business.
+`huggingface_hub` reads HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE from the environment.
+"""
+
+import errno
+import json
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from headrace.errors import CheckpointError
+from headrace.models.hub_download import download_files, list_repo, select_files
+
+# The HTTP library's own base class: httpx or a successor, depending on the version of huggingface_hub.
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+def resolve_model_folder(model: str, revision: str | None, show_progress: bool) -> Path:
+    """The folder of a model: `model` itself if it is one, else the hub's snapshot, downloaded where it is missing.
+
+    Only files that Headrace reads are downloaded. A transfer that was cut off goes on where it stopped. Without a
+    network, a complete snapshot from an earlier download serves.
+
+    Raises:
+        CheckpointError: no such folder, repository or revision, no access, no network, no space, no safetensors.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"'{model}' is a file; give the folder that holds config.json and the safetensors files")
+    if not is_hub_id(model):
+        raise CheckpointError(
+            f"the folder '{model}' does not exist; give an existing folder, or a hub id of the form organization/name"
+        )
+    return _download(model, revision, show_progress)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a name has the form organization/name and is not written as a path."""
+    return not model.startswith((".", "/", "~")) and model.count("/") == 1 and all(model.split("/"))
+
+
+def _download(model: str, revision: str | None, show_progress: bool) -> Path:
+    try:
+        repo = list_repo(model, revision)
+        return download_files(repo, select_files(repo), show_progress)
+    except HFValidationError as error:
+        raise CheckpointError(f"'{model}' is not a hub id ({_one_line(error)}) and no such folder exists") from error
+    except (OSError, _HTTP_ERROR) as error:
+        if not _is_unreachable(error):
+            raise CheckpointError(_explain(error, model, revision)) from error
+        return _cached_snapshot(model, revision, error)
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """No answer, a broken connection, offline mode or a fault of the server: an earlier download may serve."""
+    if isinstance(error, HfHubHTTPError):
+        return int(error.response.status_code) >= 500
+    return isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError, _HTTP_ERROR))
+
+
+def _explain(error: Exception, model: str, revision: str | None) -> str:
+    if isinstance(error, GatedRepoError):
+        return (
+            f"'{model}' is gated: accept its conditions on its page at {constants.ENDPOINT}, "
+            "then set HF_TOKEN to a token of that account"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"'{model}' was not found: no such folder here, and no such repository at {constants.ENDPOINT} "
+            "(check the spelling; if it is private, set HF_TOKEN)"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"'{model}' has no revision '{revision}'; give a branch, a tag or a commit, or leave it out"
+    if isinstance(error, HfHubHTTPError):
+        return f"{constants.ENDPOINT} refused '{model}': {_one_line(error)}; check HF_TOKEN, or try again later"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk of {constants.HF_HUB_CACHE} is full while downloading '{model}'; free some space there and run "
+            "again (the transfer goes on where it stopped), or set HF_HOME to a folder on another disk"
+        )
+    return f"cannot download '{model}' into {constants.HF_HUB_CACHE}: {_one_line(error)}"
+
+
+def _cached_snapshot(model: str, revision: str | None, cause: Exception) -> Path:
+    """A complete snapshot from an earlier download.
+
+    Raises:
+        CheckpointError: there is none; says why the hub was not asked.
+    """
+    if isinstance(cause, OfflineModeIsEnabled):
+        why, advice = "HF_HUB_OFFLINE is set", "unset it once to download"
+    else:
+        why = f"{constants.ENDPOINT} cannot be reached or the connection broke ({_one_line(cause)})"
+        advice = "check the network and run again (a transfer goes on where it stopped)"
+    try:
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns="config.json"))
+        missing = missing_files(folder)
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"'{model}'{_at(revision)} is not in {constants.HF_HUB_CACHE}, and {why}; {advice}"
+        ) from cause
+    if missing:
+        raise CheckpointError(
+            f"the copy of '{model}'{_at(revision)} in {constants.HF_HUB_CACHE} is incomplete "
+            f"({', '.join(missing[:3])} missing), and {why}; {advice}"
+        ) from cause
+    return folder
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What a snapshot lacks to be loaded: its configuration, or safetensors that its index names."""
+    if not (folder / "config.json").is_file():
+        return ["config.json"]
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [] if any(folder.glob("*.safetensors")) else ["the safetensors"]
+    return [name for name in names if not (folder / name).is_file()]
+
+
+def _at(revision: str | None) -> str:
+    return f" at revision '{revision}'" if revision else ""
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
