@@ -1,0 +1,369 @@
+"""Which tokens run in the next step. No tensors: a scheduler turns queues and free blocks into plans.
+
+A step has room for `max_num_batched_tokens` tokens of at most `max_num_seqs` sequences, given away in three passes:
+
+1. One token to every running sequence that decodes. They always fit, so no long prompt delays them.
+2. Prompt tokens to running sequences whose prompt is not computed yet, oldest first, cut where the room ends.
+3. Waiting sequences, first come first served, each with as much of its prompt as still fits.
+
+A sequence gets blocks for all tokens it has when it is admitted, so only the first pass ever asks for more. When none
+are left, the running sequence that arrived last gives up its own and starts over later. The oldest therefore always
+moves on, and `add` refuses what would not fit alone: every request ends.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from headrace.cache.block_manager import BlockManager
+from headrace.config import SchedulerConfig
+from headrace.engine.plan import NewSequence, ScheduledChunk, StepPlan
+from headrace.engine.sequence import FinishReason, Sequence, SequenceStatus
+from headrace.errors import ConfigError, ContextLengthError, RequestError
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """A live sequence and its place in line. The place stays with it through preemptions."""
+
+    sequence: Sequence
+    arrival: int
+    is_known_to_ranks: bool = False
+
+
+_by_arrival = attrgetter("arrival")
+
+
+@dataclass(eq=False, slots=True)
+class _Draft:
+    """A plan being written. Decodes and prefills are apart because a batch has its decodes first."""
+
+    num_free_tokens: int
+    new: list[NewSequence] = field(default_factory=list)
+    decodes: list[ScheduledChunk] = field(default_factory=list)
+    prefills: list[ScheduledChunk] = field(default_factory=list)
+    has_preempted: bool = False
+
+    def add_prefill(self, sequence: Sequence, new_block_ids: tuple[int, ...], *, resets_blocks: bool = False) -> None:
+        """As many of the sequence's tokens as there is room for."""
+        num_left = sequence.num_tokens - sequence.num_computed_tokens
+        num_tokens = min(num_left, self.num_free_tokens)
+        self.num_free_tokens -= num_tokens
+        self.prefills.append(
+            ScheduledChunk(
+                seq_id=sequence.seq_id,
+                start=sequence.num_computed_tokens,
+                num_tokens=num_tokens,
+                new_block_ids=new_block_ids,
+                resets_blocks=resets_blocks,
+                samples=num_tokens == num_left,
+            )
+        )
+
+
+class Scheduler:
+    """Queues of sequences, and the plan of each step.
+
+    Owns the order of arrival, the waiting and the running queue and, through the block manager, every block table.
+    Writes a sequence's status, counters and output tokens. Knows nothing about tensors, text, stop conditions or
+    clients: whoever drives it calls `finish` when a sequence has its last token.
+
+    One step is `plan = schedule()`, then the ranks run the plan, then `update(plan, sampled)`. Between the two,
+    sequences may be added and aborted, but no other step may be planned. Sequence ids are never used again.
+
+    Invariants:
+        Both queues are in order of arrival; only running sequences hold blocks.
+        A plan has chunks as long as a sequence is unfinished.
+        Ranks hear of a sequence once when it is first scheduled and once when it has left.
+    """
+
+    def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
+        if config.max_model_len is None:
+            raise ConfigError("max_model_len is None; the scheduler needs the model's length filled in")
+        self._max_model_len = config.max_model_len
+        self._max_num_seqs = config.max_num_seqs
+        self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._blocks = block_manager
+        self._entries: dict[int, _Entry] = {}
+        self._waiting: list[_Entry] = []
+        self._running: list[_Entry] = []
+        self._finished: list[int] = []
+        self._num_arrived = 0
+        self._step = 0
+        self._is_step_open = False
+        self.num_preemptions = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._entries)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a new sequence at the end of the line.
+
+        Raises:
+            RequestError: the prompt is empty.
+            ContextLengthError: the sequence could not run to its end even alone.
+            ValueError: the sequence was added before, or repeats a sibling that was not, or another prompt.
+        """
+        if sequence.seq_id in self._entries or sequence.status is not SequenceStatus.WAITING:
+            raise ValueError(f"sequence {sequence.seq_id} was added before; each output needs its own sequence and id")
+        self._check_sibling(sequence)
+        self._check_fits(sequence)
+        entry = _Entry(sequence, self._num_arrived)
+        self._num_arrived += 1
+        self._entries[sequence.seq_id] = entry
+        self._waiting.append(entry)
+
+    def abort(self, seq_id: int) -> None:
+        """Drop a sequence in whatever state it is; an unknown id is ignored, as a cancel may cross a request's end."""
+        entry = self._entries.get(seq_id)
+        if entry is not None:
+            self.finish(entry.sequence, FinishReason.ABORT)
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Take a sequence out and free its blocks. One that has finished keeps its first reason.
+
+        Raises:
+            KeyError: the sequence was never added.
+        """
+        if sequence.status is SequenceStatus.FINISHED:
+            return
+        entry = self._entries.pop(sequence.seq_id)
+        if sequence.status is SequenceStatus.RUNNING:
+            _remove(self._running, entry)
+            self._blocks.free(sequence.seq_id)
+        else:
+            _remove(self._waiting, entry)
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        if entry.is_known_to_ranks:
+            self._finished.append(sequence.seq_id)
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step. Without unfinished sequences it has no chunks, but may still report finished ones.
+
+        Raises:
+            RuntimeError: the last plan's `update` is missing, or a sequence outgrew what `add` allowed it.
+        """
+        if self._is_step_open:
+            raise RuntimeError(f"step {self._step} was planned but not updated; call update() before schedule()")
+        draft = _Draft(self._max_num_batched_tokens)
+        self._schedule_running(draft)
+        # Blocks that a preemption has just freed go to those who still run, not to a newcomer that would go next.
+        if not draft.has_preempted:
+            self._admit_waiting(draft)
+        self._step += 1
+        plan = StepPlan(
+            step=self._step,
+            new=tuple(draft.new),
+            finished=tuple(self._finished),
+            chunks=(*draft.decodes, *draft.prefills),
+        )
+        self._finished.clear()
+        self._check_progress(plan)
+        self._is_step_open = bool(plan.chunks)
+        return plan
+
+    def update(self, plan: StepPlan, sampled: Mapping[int, int]) -> None:
+        """Record that the ranks ran a plan: tokens computed, blocks filled, a sampled token where a chunk asked for it.
+
+        sampled: token id by sequence id; those of sequences that left meanwhile are ignored.
+
+        Raises:
+            KeyError: the token of a live sequence is missing.
+        """
+        self._is_step_open = False
+        for chunk in plan.chunks:
+            entry = self._entries.get(chunk.seq_id)
+            if entry is None:
+                continue
+            sequence = entry.sequence
+            sequence.num_computed_tokens = chunk.start + chunk.num_tokens
+            if chunk.samples:
+                sequence.output_token_ids.append(sampled[chunk.seq_id])
+            self._blocks.commit(chunk.seq_id, sequence.tokens, sequence.num_computed_tokens)
+
+    def _check_sibling(self, sequence: Sequence) -> None:
+        sibling = sequence.forked_from
+        if sibling is None:
+            return
+        if sibling.prompt_token_ids != sequence.prompt_token_ids:
+            raise ValueError(f"sequence {sequence.seq_id} is forked from {sibling.seq_id}, whose prompt is another")
+        if sibling.status is not SequenceStatus.FINISHED and sibling.seq_id not in self._entries:
+            raise ValueError(f"sequence {sequence.seq_id} is forked from {sibling.seq_id}; add that one first")
+
+    def _check_fits(self, sequence: Sequence) -> None:
+        """Refuse what could not run alone, so that whatever is admitted can end."""
+        num_prompt_tokens, max_tokens = sequence.num_prompt_tokens, sequence.params.max_tokens
+        if num_prompt_tokens == 0:
+            raise RequestError("the prompt has 0 tokens; give at least one token to continue from")
+        if num_prompt_tokens >= self._max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {num_prompt_tokens} tokens, but prompt and output together may have "
+                f"{self._max_model_len} (max_model_len); shorten the prompt to at most {self._max_model_len - 1} tokens"
+            )
+        max_num_tokens = self._max_model_len
+        if max_tokens is not None:
+            max_num_tokens = min(max_num_tokens, num_prompt_tokens + max_tokens)
+        # The last token is sampled but never run, so it needs no room.
+        num_needed = self._blocks.num_blocks_for(max_num_tokens - 1)
+        if num_needed > self._blocks.num_blocks:
+            raise self._does_not_fit(num_prompt_tokens, max_num_tokens, num_needed)
+
+    def _does_not_fit(self, num_prompt_tokens: int, max_num_tokens: int, num_needed: int) -> ContextLengthError:
+        num_blocks, block_size = self._blocks.num_blocks, self._blocks.block_size
+        max_output_tokens = num_blocks * block_size + 1 - num_prompt_tokens
+        remedy = (
+            f"set max_tokens to at most {max_output_tokens}"
+            if max_output_tokens >= 1
+            else f"shorten the prompt to at most {num_blocks * block_size} tokens"
+        )
+        return ContextLengthError(
+            f"a prompt of {num_prompt_tokens} tokens and up to {max_num_tokens - num_prompt_tokens} output tokens need "
+            f"{num_needed} KV cache blocks of {block_size} tokens, but the cache has {num_blocks}; "
+            f"{remedy}, or give the cache more memory (kv_cache_bytes)"
+        )
+
+    def _schedule_running(self, draft: _Draft) -> None:
+        """Passes 1 and 2. The loop over decodes is the scheduler's hot path: a few microseconds per sequence."""
+        prefilling: list[Sequence] = []
+        index = 0
+        # Oldest first, while preemption takes from the end: nobody who has a chunk already loses its blocks.
+        while index < len(self._running):
+            entry = self._running[index]
+            index += 1
+            sequence = entry.sequence
+            num_tokens = sequence.num_tokens
+            if num_tokens - sequence.num_computed_tokens > 1:
+                prefilling.append(sequence)
+            elif self._make_room(entry, num_tokens, draft):
+                draft.decodes.append(
+                    ScheduledChunk(
+                        seq_id=sequence.seq_id,
+                        start=num_tokens - 1,
+                        num_tokens=1,
+                        new_block_ids=self._blocks.append_slots(sequence.seq_id, num_tokens),
+                        resets_blocks=False,
+                        samples=True,
+                    )
+                )
+        draft.num_free_tokens -= len(draft.decodes)
+        for sequence in prefilling:
+            if draft.num_free_tokens == 0:
+                break
+            draft.add_prefill(sequence, ())
+
+    def _make_room(self, entry: _Entry, num_tokens: int, draft: _Draft) -> bool:
+        """Preempt from the end until the sequence can grow; False if that took the sequence itself."""
+        while not self._blocks.can_append(entry.sequence.seq_id, num_tokens):
+            victim = self._running.pop()
+            self._preempt(victim)
+            draft.has_preempted = True
+            if victim is entry:
+                return False
+        return True
+
+    def _preempt(self, entry: _Entry) -> None:
+        """Back to the waiting line, before everyone who arrived later. Its tokens are kept and computed again."""
+        sequence = entry.sequence
+        self._blocks.free(sequence.seq_id)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        insort(self._waiting, entry, key=_by_arrival)
+
+    def _admit_waiting(self, draft: _Draft) -> None:
+        index = 0
+        while index < len(self._waiting) and len(self._running) < self._max_num_seqs and draft.num_free_tokens:
+            entry = self._waiting[index]
+            if _waits_for_sibling(entry.sequence):
+                index += 1
+            elif self._try_start(entry, draft):
+                del self._waiting[index]
+                insort(self._running, entry, key=_by_arrival)
+            else:
+                # Nobody overtakes the first that could go, or small requests would starve a large one.
+                return
+
+    def _try_start(self, entry: _Entry, draft: _Draft) -> bool:
+        """Give a waiting sequence blocks for all its tokens and a first chunk, if the blocks are there.
+
+        One block for each running sequence stays free: each can then fill the block it is in and the next one before
+        somebody must be preempted. Alone a sequence needs no such reserve.
+        """
+        sequence = entry.sequence
+        num_reserved_blocks = len(self._running)
+        if self._blocks.num_free_blocks <= num_reserved_blocks:
+            return False
+        shared = self._find_shared_blocks(sequence)
+        if not self._blocks.can_allocate(sequence.num_tokens, shared, num_reserved_blocks):
+            return False
+        block_ids = self._blocks.allocate(sequence.seq_id, sequence.num_tokens, shared)
+        sequence.status = SequenceStatus.RUNNING
+        sequence.num_computed_tokens = len(shared) * self._blocks.block_size
+        if not entry.is_known_to_ranks:
+            self._introduce(entry, draft)
+        draft.add_prefill(sequence, block_ids, resets_blocks=True)
+        return True
+
+    def _introduce(self, entry: _Entry, draft: _Draft) -> None:
+        sequence = entry.sequence
+        entry.is_known_to_ranks = True
+        sequence.num_cached_tokens = sequence.num_computed_tokens
+        draft.new.append(
+            NewSequence(
+                seq_id=sequence.seq_id,
+                prompt_token_ids=sequence.prompt_token_ids,
+                params=sequence.params,
+                seed=sequence.seed,
+            )
+        )
+
+    def _find_shared_blocks(self, sequence: Sequence) -> tuple[int, ...]:
+        """What the cache has, else what the sibling holds; nothing if the logits of all prompt tokens are needed.
+
+        The cache has everything that a sibling holds, and perhaps more, unless prefix caching is off.
+        """
+        if sequence.params.prompt_logprobs is not None:
+            return ()
+        cached = self._blocks.cached_prefix(sequence.tokens, sequence.num_tokens)
+        sibling = sequence.forked_from
+        if cached or sibling is None or sibling.status is not SequenceStatus.RUNNING:
+            return cached
+        # At least one token is left to compute, as its logits are not in the cache.
+        num_common_tokens = min(sequence.num_prompt_tokens, sequence.num_tokens - 1)
+        return self._blocks.forkable_prefix(sibling.seq_id, num_common_tokens)
+
+    def _check_progress(self, plan: StepPlan) -> None:
+        """An empty plan with sequences left would repeat for ever: an error is better than a hang."""
+        if self._entries and not plan.chunks:
+            seq_id = min(self._entries.values(), key=_by_arrival).sequence.seq_id
+            raise RuntimeError(
+                f"nothing can be scheduled though {len(self._entries)} sequences are unfinished; sequence {seq_id} "
+                "outgrew what add() allowed it: finish() it at max_tokens and max_model_len"
+            )
+
+
+def _waits_for_sibling(sequence: Sequence) -> bool:
+    """Whether the prompt that this sequence repeats is about to be computed by a sibling it can share blocks with."""
+    sibling = sequence.forked_from
+    return (
+        sibling is not None
+        and sibling.status is not SequenceStatus.FINISHED
+        and sibling.num_computed_tokens < sibling.num_prompt_tokens
+        and sequence.params.prompt_logprobs is None
+    )
+
+
+def _remove(queue: list[_Entry], entry: _Entry) -> None:
+    del queue[bisect_left(queue, entry.arrival, key=_by_arrival)]
