@@ -33,13 +33,17 @@ class WeightFormat(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
-    """model: a folder with config.json and safetensors, or a hub id such as `org/name`; revision: hub only."""
+    """model: a folder with config.json and safetensors, or a hub id such as `org/name`; revision: hub only.
+
+    require_tokenizer: refuse a model without one before its weights are read, instead of running token ids only.
+    """
 
     model: str
     revision: str | None = None
     dtype: Dtype = Dtype.AUTO
     quantize: Quantize = Quantize.NONE
     show_progress: bool = False
+    require_tokenizer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

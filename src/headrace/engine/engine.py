@@ -92,8 +92,8 @@ class Engine:
             num_decode_tokens=self._num_decode_tokens,
             num_preemptions=self._scheduler.num_preemptions,
             num_finished_requests=self._num_finished,
-            prefix_query_tokens=self._blocks.num_query_tokens,
-            prefix_hit_tokens=self._blocks.num_hit_tokens,
+            prefix_query_tokens=self._blocks.prefix_query_tokens,
+            prefix_hit_tokens=self._blocks.prefix_hit_tokens,
             num_blocks=self._blocks.num_blocks,
             kv_cache_usage=self._blocks.usage,
         )

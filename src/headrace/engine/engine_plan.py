@@ -54,21 +54,20 @@ def resolve_plan(
     Raises:
         ConfigError: the cache could not hold one sequence of a length that was asked for.
     """
-    cache, block_size = config.cache, config.cache.block_size
+    block_size = config.cache.block_size
     block_bytes = kv_block_bytes(model, block_size, element_bytes)
     num_useful = config.scheduler.max_num_seqs * num_blocks_for(max_model_len, block_size)
-    if cache.num_blocks is not None:
-        num_blocks = cache.num_blocks
-    elif cache.kv_cache_bytes is not None:
-        num_blocks = min(num_useful, cache.kv_cache_bytes // block_bytes)
-    else:
-        num_blocks = min(num_useful, int(available_bytes * cache.memory_fraction) // block_bytes)
-    fitting_len = min(max_model_len, num_blocks * block_size)
-    if fitting_len < max_model_len and (fitting_len == 0 or _was_asked_for(config)):
-        raise ConfigError(_too_small(max_model_len, num_blocks, block_size, block_bytes))
+    num_blocks = config.cache.num_blocks
+    if num_blocks is None:
+        budget_bytes = config.cache.kv_cache_bytes or int(available_bytes * config.cache.memory_fraction)
+        num_blocks = min(num_useful, budget_bytes // block_bytes)
+        if num_blocks * block_size < max_model_len:
+            if num_blocks == 0 or _was_asked_for(config):
+                raise ConfigError(_too_small(max_model_len, num_blocks, block_size, block_bytes))
+            max_model_len = num_blocks * block_size
     return EnginePlan(
-        scheduler=replace(config.scheduler, max_model_len=fitting_len),
-        cache=cache,
+        scheduler=replace(config.scheduler, max_model_len=max_model_len),
+        cache=config.cache,
         num_blocks=num_blocks,
         kv_cache_bytes=num_blocks * block_bytes,
         num_threads=num_threads,

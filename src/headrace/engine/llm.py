@@ -45,6 +45,7 @@ class LLM:
         dtype: str = "auto",
         quantize: str | None = None,
         show_progress: bool = False,
+        require_tokenizer: bool = False,
         **settings: Any,
     ) -> None:
         load = LoadConfig(
@@ -53,6 +54,7 @@ class LLM:
             dtype=_member(Dtype, "dtype", dtype),
             quantize=_member(Quantize, "quantize", quantize or "none"),
             show_progress=show_progress,
+            require_tokenizer=require_tokenizer,
         )
         self.engine = Engine(_engine_config(load, settings))
         self._request_ids = count()
@@ -109,14 +111,13 @@ class LLM:
         """
         template = self.engine.model.chat_template
         if template is None:
-            self._check_tokenizer()
-            raise RequestError("this model has no chat template; use generate with a plain prompt")
-        text: str = template.render(messages, tools=tools)
-        return text
+            raise self._no_tokenizer()
+        return template.render(messages, tools=tools)
 
     @property
     def has_chat_template(self) -> bool:
-        return self.engine.model.chat_template is not None
+        template = self.engine.model.chat_template
+        return template is not None and template.is_available
 
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the model's generation_config.json recommends, with `changes` on top; greedy if it does not sample."""
@@ -138,17 +139,16 @@ class LLM:
 
     def _encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[list[int], str | None]:
         if isinstance(prompt, str):
-            self._check_tokenizer()
-            assert self.engine.model.tokenizer is not None
+            if self.engine.model.tokenizer is None:
+                raise self._no_tokenizer()
             return self.engine.model.tokenizer.encode(prompt, add_special_tokens=add_special_tokens), prompt
         token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
         if token_ids is None:
             raise RequestError(f"a prompt is {prompt!r:.80}; give a string or {{'prompt_token_ids': [...]}}")
         return list(token_ids), None
 
-    def _check_tokenizer(self) -> None:
-        if self.engine.model.tokenizer is None:
-            raise RequestError(f"{self.engine.model.tokenizer_error}; without one, give prompt_token_ids")
+    def _no_tokenizer(self) -> RequestError:
+        return RequestError(f"{self.engine.model.tokenizer_error}; without a tokenizer, give prompt_token_ids")
 
     def _run(self, requests: list[tuple[list[int], str | None, SamplingParams]]) -> list[RequestOutput]:
         ids = [self._next_id() for _ in requests]

@@ -61,7 +61,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     source = open_model(folder)
     formats = resolve_formats(source, config.load)
     max_model_len = resolve_max_model_len(config.scheduler, source.config)
-    tokenizer, tokenizer_error = _load_tokenizer(folder)
+    tokenizer, tokenizer_error = _load_tokenizer(folder, is_required=config.load.require_tokenizer)
     generation_config = _optional_json(folder / "generation_config.json")
     num_threads = config.num_threads or cpu_limits().num_threads
     torch.set_num_threads(num_threads)
@@ -111,11 +111,14 @@ def _make_kv_pool(config: ModelConfig, plan: EnginePlan, dtype: torch.dtype) -> 
     )
 
 
-def _load_tokenizer(folder: Path) -> tuple[Tokenizer | None, str | None]:
-    """A model without a tokenizer still runs token ids; what needs text says why it cannot."""
+def _load_tokenizer(folder: Path, *, is_required: bool) -> tuple[Tokenizer | None, str | None]:
+    """Without a tokenizer token ids still run, and what needs text says why it cannot; a broken one raises."""
+    is_missing = not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     try:
         return Tokenizer.from_folder(folder), None
     except CheckpointError as error:
+        if is_required or not is_missing:
+            raise
         return None, str(error)
 
 

@@ -4,8 +4,9 @@ A rank keeps the tokens, block table and sampling settings of each live sequence
 Nothing here is decided by a rank: whoever holds the same plans in the same order holds the same state.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from headrace.config import SamplingParams
 
@@ -49,6 +50,36 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(chunk.num_tokens for chunk in self.chunks)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """JSON-able data, for the way to other ranks."""
+        return {
+            "step": self.step,
+            "new": [vars(new) | {"params": new.params.to_mapping()} for new in self.new],
+            "finished": self.finished,
+            "chunks": [vars(chunk) for chunk in self.chunks],
+        }
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> Self:
+        """The plan that `to_mapping` wrote, also after JSON has made lists of its tuples."""
+        return cls(
+            step=data["step"],
+            new=tuple(_new_sequence(**new) for new in data["new"]),
+            finished=tuple(data["finished"]),
+            chunks=tuple(
+                ScheduledChunk(**(chunk | {"new_block_ids": tuple(chunk["new_block_ids"])})) for chunk in data["chunks"]
+            ),
+        )
+
+
+def _new_sequence(*, seq_id: int, prompt_token_ids: Sequence[int], params: Mapping[str, Any], seed: int) -> NewSequence:
+    return NewSequence(
+        seq_id=seq_id,
+        prompt_token_ids=tuple(prompt_token_ids),
+        params=SamplingParams.from_mapping(params),
+        seed=seed,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
+from typing import BinaryIO
 
 from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not re-exported by name
     WeakFileLock,
@@ -29,6 +31,9 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 )
 
 from headrace.errors import CheckpointError
+
+# What the HTTP library itself raises: httpx's or httpx2's base class, as the version of huggingface_hub has it.
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 _API_TIMEOUT_S = 30.0
 _NUM_CONNECTIONS = 4
@@ -185,17 +190,28 @@ def _fetch(repo: Repo, file: RepoFile) -> None:
 
 
 def _fetch_rest(repo: Repo, file: RepoFile, part: Path) -> None:
+    """Ask for the bytes after those of the part file, again and again as long as some arrive."""
     if part.exists() and part.stat().st_size > file.size_bytes:
         part.unlink()
     with part.open("ab", buffering=0) as stream:
-        http_get(
-            hf_hub_url(repo.repo_id, file.name, revision=repo.commit),
-            stream,
-            resume_size=stream.tell(),
-            headers=build_hf_headers(library_name="headrace"),
-            expected_size=file.size_bytes,
-            displayed_filename=file.name,
-        )
+        while True:
+            start = stream.tell()
+            try:
+                return _append(repo, file, stream)
+            except HTTP_ERROR as error:
+                if isinstance(error, HfHubHTTPError) or stream.tell() == start:
+                    raise
+
+
+def _append(repo: Repo, file: RepoFile, stream: BinaryIO) -> None:
+    http_get(
+        hf_hub_url(repo.repo_id, file.name, revision=repo.commit),
+        stream,
+        resume_size=stream.tell(),
+        headers=build_hf_headers(library_name="headrace"),
+        expected_size=file.size_bytes,
+        displayed_filename=file.name,
+    )
 
 
 def _check_sha256(repo: Repo, file: RepoFile, part: Path) -> None:
