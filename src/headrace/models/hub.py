@@ -20,10 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from headrace.errors import CheckpointError
-from headrace.models.hub_download import download_files, list_repo, select_files
-
-# The HTTP library's own base class: httpx or a successor, depending on the version of huggingface_hub.
-_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+from headrace.models.hub_download import HTTP_ERROR, download_files, list_repo, select_files
 
 
 def resolve_model_folder(model: str, revision: str | None, show_progress: bool) -> Path:
@@ -58,7 +55,7 @@ def _download(model: str, revision: str | None, show_progress: bool) -> Path:
         return download_files(repo, select_files(repo), show_progress)
     except HFValidationError as error:
         raise CheckpointError(f"'{model}' is not a hub id ({_one_line(error)}) and no such folder exists") from error
-    except (OSError, _HTTP_ERROR) as error:
+    except (OSError, HTTP_ERROR) as error:
         if not _is_unreachable(error):
             raise CheckpointError(_explain(error, model, revision)) from error
         return _cached_snapshot(model, revision, error)
@@ -68,7 +65,7 @@ def _is_unreachable(error: Exception) -> bool:
     """No answer, a broken connection, offline mode or a fault of the server: an earlier download may serve."""
     if isinstance(error, HfHubHTTPError):
         return int(error.response.status_code) >= 500
-    return isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError, _HTTP_ERROR))
+    return isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError, HTTP_ERROR))
 
 
 def _explain(error: Exception, model: str, revision: str | None) -> str:
