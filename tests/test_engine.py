@@ -304,10 +304,12 @@ class TestMetrics:
         assert (after.num_running, after.num_waiting, after.kv_cache_usage) == (0, 0, 0.0)
 
 
-def test_plans_are_data_that_any_rank_can_run(llm: LLM) -> None:
+def test_plans_are_data_that_any_rank_can_run() -> None:
     """Plans go through JSON to a second worker, which samples the same tokens."""
-    other = LLM(str(demo_model_path()), dtype="float32", num_threads=1, max_num_batched_tokens=64).engine.model.worker
-    worker, results = llm.engine.model.worker, []
+    llm, second = (
+        LLM(str(demo_model_path()), dtype="float32", num_threads=1, max_num_batched_tokens=64) for _ in range(2)
+    )
+    worker, other, results = llm.engine.model.worker, second.engine.model.worker, []
     execute = worker.execute
 
     def spy(plan: StepPlan) -> object:
@@ -317,11 +319,8 @@ def test_plans_are_data_that_any_rank_can_run(llm: LLM) -> None:
         return result
 
     worker.execute = spy  # type: ignore[method-assign,assignment]
-    try:
-        params = SamplingParams(temperature=1.0, seed=9, n=2, max_tokens=12, presence_penalty=0.5, ignore_eos=True)
-        llm.generate([{"prompt_token_ids": list(range(10, 110))}, PROMPTS[0]], params)
-    finally:
-        worker.execute = execute  # type: ignore[method-assign]
+    params = SamplingParams(temperature=1.0, seed=9, n=2, max_tokens=12, presence_penalty=0.5, ignore_eos=True)
+    llm.generate([{"prompt_token_ids": list(range(10, 110))}, PROMPTS[0]], params)
     assert len(results) > 10
     assert all(mine == theirs for mine, theirs in results)
 

@@ -210,11 +210,24 @@ class CompletionStream:
         self._chunks: deque[CompletionChunk] = deque()
 
     def __iter__(self) -> Iterator[CompletionChunk]:
-        while self._chunks or self.output is None:
-            while self._chunks:
-                yield self._chunks.popleft()
-            if self.output is None:
-                self._step()
+        while not self.is_finished:
+            yield from self.advance()
+
+    @property
+    def is_finished(self) -> bool:
+        """Every chunk has been handed out."""
+        return self.output is not None and not self._chunks
+
+    def advance(self) -> list[CompletionChunk]:
+        """Chunks that wait, or those of one more step, which may be none: a long prompt takes many steps.
+
+        For readers who must look up between steps, to stop for Ctrl-C say.
+        """
+        if not self._chunks and self.output is None:
+            self._step()
+        chunks = list(self._chunks)
+        self._chunks.clear()
+        return chunks
 
     def listen(self, update: RequestUpdate) -> None:
         self._chunks.extend(update.chunks)

@@ -1,0 +1,85 @@
+"""What a model's weights amount to, and how much of them one token needs. Computed from shapes; nothing is loaded."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from headrace.config import ModelConfig, WeightFormat
+from headrace.kernels import Kernels, quantized_columns
+from headrace.layers.context import LayerContext
+from headrace.layers.parameter import Parameter
+from headrace.models.decoder import Decoder
+from headrace.models.loading import WeightFormats
+from headrace.parallel import OneRankGroup
+
+_DENSE_BYTES = {WeightFormat.FLOAT32: 4, WeightFormat.BFLOAT16: 2}
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFacts:
+    """num_parameters, weight_bytes: all of them; a tied embedding counts once.
+
+    num_layer_parameters: those a token is multiplied with in the layers; num_head_parameters: in the output head,
+    which only tokens that are sampled from pass. Embedding tables are looked up, not multiplied, and of a mixture of
+    experts only the chosen ones count.
+    bytes_per_step: weights that a decode step of one token reads.
+    """
+
+    num_parameters: int
+    weight_bytes: int
+    num_layer_parameters: int
+    num_head_parameters: int
+    bytes_per_step: int
+
+
+def weight_facts(config: ModelConfig, formats: WeightFormats, kernels: Kernels) -> WeightFacts:
+    context = LayerContext(kernels=kernels, tp_group=OneRankGroup())
+    decoder = Decoder(config, context, dtype=formats.dtype, max_model_len=config.max_position_embeddings)
+    layers = [parameter for layer in decoder.layers for parameter in layer.parameters()]
+    everything = list(decoder.parameters())
+    head = _head_parameters(decoder, config)
+    shares = {id(parameter): _active_share(parameter, config) for parameter in layers} | {
+        id(p): Fraction(1) for p in head
+    }
+    return WeightFacts(
+        num_parameters=sum(map(_size, everything)),
+        weight_bytes=sum(_num_bytes(p, formats) for p in everything),
+        num_layer_parameters=int(sum(_size(p) * shares[id(p)] for p in layers)),
+        num_head_parameters=sum(map(_size, head)),
+        bytes_per_step=int(sum(_num_bytes(p, formats) * shares[id(p)] for p in (*layers, *head))),
+    )
+
+
+def _head_parameters(decoder: Decoder, config: ModelConfig) -> list[Parameter]:
+    """The output head; a tied one is the embedding table."""
+    assert decoder.lm_head is not None
+    assert decoder.embedding is not None
+    return [*([decoder.embedding.table] if config.tie_word_embeddings else []), *decoder.lm_head.parameters()]
+
+
+def _active_share(parameter: Parameter, config: ModelConfig) -> Fraction:
+    """The part of a parameter that one token uses, averaged over equal ones: k / n for n experts of which k run."""
+    name = parameter.slices[0].name
+    if ".experts." not in name:
+        return Fraction(1)
+    moe = config.layers[_layer_index(name.split("."))].moe
+    assert moe is not None
+    return Fraction(moe.num_experts_per_token, moe.num_experts)
+
+
+def _layer_index(name_parts: Iterable[str]) -> int:
+    """The first number in `model.layers.<index>.mlp...`."""
+    return next(int(part) for part in name_parts if part.isdigit())
+
+
+def _size(parameter: Parameter) -> int:
+    return parameter.local_rows * parameter.local_columns
+
+
+def _num_bytes(parameter: Parameter, formats: WeightFormats) -> int:
+    weight_format = formats.of(parameter) if parameter.is_matrix else formats.dense
+    if weight_format in _DENSE_BYTES:
+        return _size(parameter) * _DENSE_BYTES[weight_format]
+    num_values, num_scales = quantized_columns(weight_format, parameter.local_columns)
+    return parameter.local_rows * (num_values + num_scales * _SCALE_BYTES)

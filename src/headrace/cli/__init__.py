@@ -1,0 +1,1 @@
+"""The `headrace` command: one file per subcommand, imported when it is chosen."""

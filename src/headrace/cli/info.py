@@ -1,0 +1,59 @@
+"""`headrace info`: what Headrace sees of this machine, and of a model without loading its weights."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from headrace.cli.environment import machine, versions
+from headrace.cli.options import add_model_options, engine_config
+from headrace.cli.terminal import aligned, bold, format_bytes, is_watched
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
+    add_model_options(parser, default="none, only the machine is shown")
+
+
+def run(args: argparse.Namespace) -> int:
+    # From here on torch is needed: kernels are chosen and models are opened with it.
+    from headrace.cli.model_info import model_info
+    from headrace.kernels import kernel_choice_from, resolve_kernels
+
+    kernels = resolve_kernels(kernel_choice_from())
+    facts: dict[str, Any] = {
+        "versions": versions(),
+        "machine": machine(args.num_threads),
+        "kernels": [
+            {"op": choice.op, "implementation": choice.implementation, "reason": choice.reason}
+            for choice in kernels.explain()
+        ],
+    }
+    if args.model is not None:
+        facts["model"] = model_info(engine_config(args, show_progress=is_watched() and not args.json), kernels)
+    print(json.dumps(facts, allow_nan=False) if args.json else "\n".join(_text(facts)))
+    return 0
+
+
+def _text(facts: dict[str, Any]) -> Iterator[str]:
+    for name, section in facts.items():
+        yield bold(name, sys.stdout)
+        rows = [tuple(row.values()) for row in section] if isinstance(section, list) else list(_rows(section))
+        yield from (f"  {line}" for line in aligned(rows, num_left=3))
+        yield ""
+
+
+def _rows(section: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in section.items():
+        yield name.removesuffix("_bytes").replace("_", " "), _shown(name, value)
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "none"
+    if name.endswith("_bytes"):
+        return format_bytes(value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)

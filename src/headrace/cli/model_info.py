@@ -1,0 +1,53 @@
+"""What a model is and what it needs, from its configuration and the headers of its weight files."""
+
+from typing import Any
+
+from headrace.bench.facts import weight_facts
+from headrace.config import EngineConfig
+from headrace.costs.memory import kv_block_bytes
+from headrace.engine.engine_plan import resolve_max_model_len, resolve_plan
+from headrace.kernels import Kernels
+from headrace.machine import available_memory_bytes, cpu_limits
+from headrace.models.hub import resolve_model_folder
+from headrace.models.source import open_model, resolve_formats
+
+
+def model_info(config: EngineConfig, kernels: Kernels) -> dict[str, Any]:
+    """Names end in their unit, `_bytes`; the cache is sized as an engine started now would size it.
+
+    Raises:
+        CheckpointError, ConfigError: as loading the model would.
+    """
+    folder = resolve_model_folder(config.load.model, config.load.revision, config.load.show_progress)
+    source = open_model(folder)
+    model, formats = source.config, resolve_formats(source, config.load)
+    facts = weight_facts(model, formats, kernels)
+    element_bytes = formats.dtype.itemsize
+    plan = resolve_plan(
+        config,
+        model,
+        max_model_len=resolve_max_model_len(config.scheduler, model),
+        element_bytes=element_bytes,
+        available_bytes=max(0, available_memory_bytes() - facts.weight_bytes),
+        num_threads=config.num_threads or cpu_limits().num_threads,
+    )
+    return {
+        "folder": str(folder),
+        "architecture": model.architecture,
+        "layers": model.num_hidden_layers,
+        "hidden_size": model.hidden_size,
+        "heads": model.attention.num_heads,
+        "kv_heads": model.attention.num_kv_heads,
+        "head_dim": model.attention.head_dim,
+        "vocab_size": model.vocab_size,
+        "parameters": facts.num_parameters,
+        "linear_weights": formats.linear.value,
+        "other_weights": formats.dense.value,
+        "checkpoint_bytes": source.checkpoint_bytes,
+        "weight_bytes": facts.weight_bytes,
+        "kv_per_token_bytes": kv_block_bytes(model, 1, element_bytes),
+        "max_model_len": plan.max_model_len,
+        "block_size": plan.cache.block_size,
+        "blocks": plan.num_blocks,
+        "kv_cache_bytes": plan.kv_cache_bytes,
+    }

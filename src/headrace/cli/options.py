@@ -1,0 +1,235 @@
+"""Options that several commands share. Defaults and limits are those of the configuration dataclasses."""
+
+import argparse
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import headrace
+from headrace.config import CacheConfig, Dtype, EngineConfig, LoadConfig, Quantize, SamplingParams, SchedulerConfig
+from headrace.demo_model import demo_model_path
+
+if TYPE_CHECKING:
+    from headrace.engine.llm import LLM
+
+DEMO = "demo"
+"""Names the shipped model; a folder called demo is ./demo."""
+
+_BYTE_UNITS = {"": 1, "B": 1}
+_BYTE_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
+_BYTE_UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
+
+_ENGINE_SETTINGS = (
+    "num_threads",
+    "block_size",
+    "kv_cache_bytes",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "enable_prefix_caching",
+)
+
+_SAMPLING_SETTINGS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "stop",
+    "min_tokens",
+    "ignore_eos",
+    "n",
+    "seed",
+    "logprobs",
+)
+
+
+def add_model_options(
+    parser: argparse.ArgumentParser, *, default: str = f"{DEMO}, the small one inside the package"
+) -> None:
+    """Which model, and how it is loaded, cached and scheduled."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="MODEL", help=f"a folder or a hub id such as org/name (default: {default})")
+    model.add_argument("--revision", help="branch, tag or commit of a hub model")
+    model.add_argument(
+        "--dtype",
+        choices=_values(Dtype),
+        default=LoadConfig.dtype.value,
+        help="type of activations, KV cache and unquantized weights (default: %(default)s, the checkpoint's)",
+    )
+    model.add_argument(
+        "--quantize",
+        choices=_values(Quantize),
+        default=LoadConfig.quantize.value,
+        help="format of linear weights, converted while loading (default: %(default)s, as stored)",
+    )
+    _add_engine_options(parser.add_argument_group("engine"))
+
+
+def _add_engine_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--threads",
+        dest="num_threads",
+        type=int,
+        metavar="N",
+        help="CPU threads (default: the CPUs this process may use)",
+    )
+    group.add_argument(
+        "--block-size", type=int, metavar="N", help=f"tokens per KV cache block (default: {CacheConfig.block_size})"
+    )
+    group.add_argument(
+        "--kv-cache-bytes",
+        type=parse_bytes,
+        metavar="BYTES",
+        help="memory for keys and values, such as 512MiB or 1.5GB (default: what --max-num-seqs full contexts need, "
+        f"at most {CacheConfig.memory_fraction:.0%} of free memory)".replace("%", "%%"),
+    )
+    group.add_argument(
+        "--max-num-seqs",
+        type=int,
+        metavar="N",
+        help=f"requests in one step (default: {SchedulerConfig.max_num_seqs})",
+    )
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help=f"prompt and output tokens in one step (default: {SchedulerConfig.max_num_batched_tokens})",
+    )
+    group.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="prompt plus output tokens of one request (default: the model's)",
+    )
+    group.add_argument(
+        "--no-prefix-caching",
+        dest="enable_prefix_caching",
+        action="store_false",
+        default=None,
+        help="compute every prompt from its first token, even where an earlier one began the same",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
+    """How tokens are chosen and when an output ends; max_tokens: this command's default, None is no limit."""
+    group = parser.add_argument_group("sampling", "defaults are what the model's generation_config.json recommends")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most likely token")
+    group.add_argument("--top-k", type=int, metavar="K", help="keep the K most likely tokens; 0 keeps all")
+    group.add_argument("--top-p", type=float, metavar="P", help="keep the most likely tokens that sum to P")
+    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the most likely one")
+    group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 avoids tokens seen before")
+    group.add_argument("--presence-penalty", type=float, metavar="X", help="-2 to 2, once per token in the output")
+    group.add_argument("--frequency-penalty", type=float, metavar="X", help="-2 to 2, for each time in the output")
+    group.add_argument(
+        "--logit-bias",
+        type=parse_bias,
+        action="append",
+        metavar="ID=BIAS",
+        help="add BIAS (-100 to 100) to the logit of token ID; repeatable",
+    )
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end the output before TEXT; repeatable")
+    group.add_argument(
+        "--max-tokens",
+        type=parse_max_tokens,
+        default=max_tokens,
+        metavar="N",
+        help=f"output tokens at most; 'none' goes up to the model's length (default: {max_tokens or 'none'})",
+    )
+    group.add_argument("--min-tokens", type=int, metavar="N", help="output tokens at least")
+    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after an end-of-sequence token")
+    group.add_argument("--seed", type=int, metavar="N", help="makes the same call give the same text")
+
+
+def make_llm(args: argparse.Namespace, *, show_progress: bool) -> "LLM":
+    """Load the model that the options name."""
+    return headrace.LLM(
+        _model_name(args),
+        revision=args.revision,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        show_progress=show_progress,
+        **_given(args, _ENGINE_SETTINGS),
+    )
+
+
+def engine_config(args: argparse.Namespace, *, show_progress: bool) -> EngineConfig:
+    """The same settings, for commands that load no model."""
+    return EngineConfig(
+        load=LoadConfig(
+            model=_model_name(args),
+            revision=args.revision,
+            dtype=Dtype(args.dtype),
+            quantize=Quantize(args.quantize),
+            show_progress=show_progress,
+        ),
+        cache=CacheConfig(**_given(args, tuple(CacheConfig.__dataclass_fields__))),
+        scheduler=SchedulerConfig(**_given(args, tuple(SchedulerConfig.__dataclass_fields__))),
+        num_threads=args.num_threads,
+    )
+
+
+def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling settings that were given, checked before any time goes into loading a model.
+
+    Raises:
+        RequestError: a value outside its range.
+    """
+    changes = _given(args, _SAMPLING_SETTINGS) | {"max_tokens": args.max_tokens}
+    if args.logit_bias:
+        changes["logit_bias"] = dict(args.logit_bias)
+    SamplingParams.from_mapping(changes)
+    return changes
+
+
+def parse_bytes(text: str) -> int:
+    """512MiB, 1.5GB, 1073741824: a number and its unit, decimal (MB) or binary (MiB)."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) ?([A-Za-z]*)", text.strip(), re.ASCII)
+    units = {name.lower(): factor for name, factor in _BYTE_UNITS.items()}
+    if match is None or match[2].lower() not in units:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size; write 512MiB, 2GiB, 1.5GB or a number of bytes")
+    return (
+        int(float(match[1]) * units[match[2].lower()]) if "." in match[1] else int(match[1]) * units[match[2].lower()]
+    )
+
+
+def parse_bias(text: str) -> tuple[int, float]:
+    """ID=BIAS, such as 13=-100."""
+    token_id, _, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not ID=BIAS; write 13=-100 for token 13") from None
+
+
+def parse_max_tokens(text: str) -> int | None:
+    """A number of tokens, or `none` for as many as the model's length allows."""
+    if text.lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text[:80]}' is neither a number of tokens nor 'none'") from None
+
+
+def parse_token_ids(text: str) -> list[int]:
+    """Token ids separated by commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text[:80]}' is not a list of token ids; write 1,2,3") from None
+
+
+def _model_name(args: argparse.Namespace) -> str:
+    return str(demo_model_path()) if args.model in (None, DEMO) else str(args.model)
+
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """What was given on the command line; the rest keeps the defaults of its dataclass."""
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def _values(kind: type[Dtype] | type[Quantize]) -> list[str]:
+    return [member.value for member in kind]

@@ -1,0 +1,212 @@
+"""The benchmark: shapes of its report, what it refuses, and the arithmetic of floors. No speed is asserted."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_model import num_parameters, write_tiny_model
+
+import headrace
+from headrace.bench import limits as limits_module
+from headrace.bench.facts import WeightFacts, weight_facts
+from headrace.bench.floors import decode_floor, prefill_floor
+from headrace.bench.limits import MachineLimits
+from headrace.bench.model import BenchSettings, measure_speed
+from headrace.bench.rounds import RoundRunner
+from headrace.cli.main import main
+from headrace.config import MoeConfig
+from headrace.errors import ConfigError, RequestError
+from headrace.kernels import KernelChoice, resolve_kernels
+
+FACTS = WeightFacts(
+    num_parameters=1_100, weight_bytes=2_200, num_layer_parameters=800, num_head_parameters=100, bytes_per_step=1_800
+)
+LIMITS = MachineLimits(
+    read_gb_per_s=2.0, read_buffer_bytes=1, matmul_gflops={"bfloat16": 10.0, "float32": 4.0}, num_threads=1
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    return headrace.LLM(model, max_num_seqs=4)
+
+
+@pytest.fixture
+def quick_limits(monkeypatch):
+    """Limits of a tenth of a second: their size is not what is tested."""
+    monkeypatch.setattr(limits_module, "_BUFFER_BYTES", 2**20)
+    monkeypatch.setattr(limits_module, "_MATMUL_SHAPE", (16, 16, 16))
+
+
+@pytest.fixture
+def run(capsys, quick_limits):
+    def call(*argv):
+        code = main(["bench", *map(str, argv)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+class TestCommand:
+    def test_json_names_every_figure(self, run, model):
+        code, out, err = run(
+            *("--model", model, "--json", "--rounds", 1, "--prefill-tokens", 20, 30, "--context-lens", 20),
+            *("--decode-tokens", 3, "--batch-sizes", 1, 3),
+        )
+        report = json.loads(out)
+        assert (code, err) == (0, "")
+        assert min(report["prefill_20"], report["prefill_30"], report["decode_from_20"]) > 0
+        assert "decode_from_30" not in report
+        assert report["batched_decode"].keys() == {"1", "3"}
+        assert report["limits"]["floors"].keys() == {
+            "prefill_20",
+            "prefill_30",
+            "decode_from_20",
+            "batched_decode_1",
+            "batched_decode_3",
+        }
+        assert report["limits"]["matmul_gflops"].keys() == {"float32"}
+        assert report["peak_memory_bytes"] > report["weight_bytes"] > 0
+        assert report["formats"] == {"linear": "float32", "dense": "float32", "kv_cache": "float32"}
+        assert report["machine"]["cpu"]
+        assert report["versions"]["torch"] == torch.__version__
+        assert report["remarks"] == []
+
+    def test_table_shows_figures_and_limits(self, run, model):
+        code, out, _ = run("--model", model, "--rounds", 1, "--decode-tokens", 2, "--batch-sizes", 2, "--threads", 1)
+        assert code == 0
+        for text in ("prefill 512", "decode from 512", "batch of 2", "share of limit", "GB/s"):
+            assert text in out
+        assert any(line.split() == ["threads", "1"] for line in out.splitlines())
+
+    def test_defaults_give_way_to_a_short_model_and_say_so(self, run, model):
+        code, out, _ = run(
+            *("--model", model, "--json", "--max-model-len", 40, "--max-num-seqs", 2, "--rounds", 1),
+            *("--decode-tokens", 4),
+        )
+        report = json.loads(out)
+        assert code == 0
+        assert "prefill_34" in report
+        assert "decode_from_34" in report
+        assert report["batched_decode"].keys() == {"1"}
+        assert len(report["remarks"]) == 3
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (["--prefill-tokens", "200"], "--prefill-tokens 200 and the decoded tokens do not fit max_model_len 100"),
+            (["--context-lens", "60"], "give at most 50"),
+            (["--decode-tokens", "99"], "give fewer --decode-tokens"),
+            (["--batch-sizes", "64"], "--batch-sizes 64 is above --max-num-seqs"),
+            (["--rounds", "0"], "--rounds is 0; it must be at least 1"),
+            (["--batch-sizes", "0"], "--batch-sizes is 0"),
+            (["kernels"], "choose from 'model'"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, run, model, argv, message):
+        code, out, err = run("--model", model, "--max-model-len", "100", *argv)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert err.count("\n") == 1
+
+
+class TestRounds:
+    def test_counts_tokens_and_leaves_nothing_behind(self, llm):
+        times = RoundRunner(llm.engine).run(num_seqs=3, context_len=10, num_steps=5)
+        assert (times.num_prompt_tokens, times.num_decode_tokens) == (30, 15)
+        assert times.prefill_s > 0
+        assert times.decode_s > 0
+        assert not llm.engine.has_unfinished
+        llm.engine.check_integrity()
+
+    def test_prompts_are_never_in_the_cache(self, llm):
+        runner = RoundRunner(llm.engine)
+        before = llm.engine.metrics().prefix_hit_tokens
+        for _ in range(3):
+            runner.run(num_seqs=1, context_len=40, num_steps=1)
+        assert llm.engine.metrics().prefix_hit_tokens == before
+
+    def test_a_cached_prompt_is_an_error(self, llm):
+        """A second runner with the same random numbers would measure the cache instead of the model."""
+        RoundRunner(llm.engine, seed=5).run(num_seqs=1, context_len=40, num_steps=1)
+        with pytest.raises(RequestError, match="came from the cache"):
+            RoundRunner(llm.engine, seed=5).run(num_seqs=1, context_len=40, num_steps=1)
+
+    def test_a_cache_too_small_is_an_error(self, model):
+        llm = headrace.LLM(model, num_blocks=6, max_num_seqs=4, max_model_len=96)
+        with pytest.raises(ConfigError, match="need 12 KV cache blocks, and there are 6"):
+            RoundRunner(llm.engine).run(num_seqs=4, context_len=16, num_steps=30)
+
+    def test_a_prompt_of_several_steps(self, model):
+        llm = headrace.LLM(model, max_num_batched_tokens=16, max_num_seqs=4)
+        times = RoundRunner(llm.engine).run(num_seqs=2, context_len=50, num_steps=4)
+        assert times.num_decode_tokens == 8
+
+    def test_speed_is_the_best_of_the_rounds(self, llm):
+        started = []
+        settings = BenchSettings(
+            prefill_tokens=(8,), context_lens=(12,), decode_tokens=2, batch_sizes=(2,), num_rounds=2
+        )
+        speed = measure_speed(llm.engine, settings, started.append)
+        assert (speed.prefill_s.keys(), speed.decode_step_s.keys(), speed.batch_step_s.keys()) == ({8}, {12}, {2})
+        names = ("8 tokens", "12 tokens", "batch of 2")
+        assert started == ["warm-up", *(f"{name}, round {i} of 2" for name in names for i in (1, 2))]
+
+
+class TestFacts:
+    def test_equal_what_is_loaded(self, llm):
+        model = llm.engine.model
+        facts = weight_facts(model.config, model.formats, model.kernels)
+        table = model.config.vocab_size * model.config.hidden_size
+        assert facts.num_parameters == num_parameters(model.config.vocab_size)
+        assert facts.weight_bytes == model.weight_bytes == 4 * facts.num_parameters
+        assert facts.num_head_parameters == table
+        assert facts.bytes_per_step == facts.weight_bytes - 4 * table - 4 * model.config.hidden_size
+
+    @pytest.mark.parametrize("quantize", ["int8", "int4"])
+    def test_quantized_bytes_equal_what_is_loaded(self, model, quantize):
+        loaded = headrace.LLM(model, quantize=quantize).engine.model
+        assert weight_facts(loaded.config, loaded.formats, loaded.kernels).weight_bytes == loaded.weight_bytes
+
+    def test_of_experts_only_the_chosen_count(self, llm):
+        config, formats = llm.engine.model.config, llm.engine.model.formats
+        moe = MoeConfig(num_experts=4, num_experts_per_token=2, intermediate_size=64)
+        sparse = replace(config, layers=tuple(replace(layer, moe=moe) for layer in config.layers))
+        kernels = resolve_kernels(KernelChoice.REFERENCE)
+        dense_facts, facts = weight_facts(config, formats, kernels), weight_facts(sparse, formats, kernels)
+        expert, router = 3 * config.hidden_size * 64, config.hidden_size * 4
+        num_layers = config.num_hidden_layers
+        assert facts.num_layer_parameters == dense_facts.num_layer_parameters + num_layers * (expert + router)
+        assert facts.num_parameters == dense_facts.num_parameters + num_layers * (3 * expert + router)
+
+
+class TestFloors:
+    def test_decode_reads_the_weights_once_for_all_sequences(self):
+        floor = decode_floor(3, 10, kv_token_bytes=4, facts=FACTS, limits=LIMITS)
+        assert floor.memory_s == pytest.approx((1_800 + 3 * 10 * 4) / 2e9)
+        assert floor.compute_s == pytest.approx(2 * 3 * 900 / 10e9)
+        assert (floor.floor_s, floor.bound) == (floor.memory_s, "memory")
+
+    def test_prefill_counts_the_head_once(self):
+        floor = prefill_floor(512, FACTS, LIMITS)
+        assert floor.compute_s == pytest.approx(2 * (800 * 512 + 100) / 10e9)
+        assert floor.bound == "compute"
+        assert floor.share(2 * floor.floor_s) == pytest.approx(0.5)
+
+
+class TestLimits:
+    def test_are_measured_in_the_dtype_and_in_float32(self, quick_limits):
+        heard = []
+        found = limits_module.measure_limits(torch.bfloat16, heard.append)
+        assert found.matmul_gflops.keys() == {"bfloat16", "float32"}
+        assert found.read_gb_per_s > 0
+        assert found.read_buffer_bytes == 2**20
+        assert len(heard) == 3
+        assert found.best_gflops == max(found.matmul_gflops.values())
