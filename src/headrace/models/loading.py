@@ -19,8 +19,9 @@ from headrace.models.quantization import quantized_names
 Progress = Callable[[int], None]
 """Called with the number of checkpoint bytes read since the last call."""
 
-_BLOCK_BYTES = 8 * 2**20
-"""Checkpoint bytes read at once: large enough to stream, small beside any model worth streaming."""
+_BLOCK_BYTES = 2**19
+"""Checkpoint bytes read at once: large enough to stream, small enough that the quantizer's temporaries, some fifteen
+times as large, are nothing beside the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,17 +21,19 @@ def quantize_rows(rows: Tensor, weight_format: WeightFormat) -> tuple[Tensor, Te
         KernelError: a value that is not finite.
     """
     groups = _in_groups(rows.float())
-    largest = groups.abs().amax(dim=-1, keepdim=True)
+    magnitudes = groups.abs()
+    largest = magnitudes.amax(dim=-1, keepdim=True)
     if not torch.isfinite(largest).all():
         raise KernelError("cannot quantize a weight that holds NaN or infinity")
     if weight_format is WeightFormat.INT8:
         scales, low, high = largest / 127.0, -127, 127
     else:
-        extreme = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
+        extreme = groups.gather(-1, magnitudes.argmax(dim=-1, keepdim=True))
         scales, low, high = extreme / -8.0, -8, 7
     scales = torch.where(scales.abs() < torch.finfo(torch.float32).tiny, 0.0, scales)
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
-    q = torch.round(groups * inverse).clamp_(low, high).flatten(1)[:, : rows.shape[1]]
+    # `groups` may be the caller's rows; only the product is ours to change in place.
+    q = torch.mul(groups, inverse, out=magnitudes).round_().clamp_(low, high).flatten(1)[:, : rows.shape[1]]
     return (_pack_int4(q) if weight_format is WeightFormat.INT4 else q.to(torch.int8)), scales.squeeze(-1)
 
 
