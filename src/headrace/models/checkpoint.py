@@ -5,6 +5,7 @@ Nothing in a checkpoint is executed: only config.json and safetensors are read, 
 
 import json
 import mmap
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+_MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+"""Python names it from 3.13 on; the number is that of x86-64 and ARM."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +101,7 @@ class Checkpoint:
         with file.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(header_bytes))
-            # A private map that may be written satisfies torch's wish for writable buffers; nothing ever writes.
-            self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._maps[file] = _map(stream.fileno(), file)
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
@@ -152,11 +155,20 @@ def _unindexed_files(folder: Path) -> list[Path]:
 def _check_safetensors(file: Path) -> None:
     """Let the library validate header, offsets and length."""
     try:
-        with safe_open(str(file), framework="pt"):
+        with safe_open(str(file), framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
         size = file.stat().st_size if file.exists() else 0
         raise CheckpointError(f"{file} ({size} bytes) is not a whole safetensors file: {error}") from None
+
+
+def _map(descriptor: int, file: Path) -> mmap.mmap:
+    """A private map that may be written satisfies torch's wish for writable buffers; nothing ever writes, so the system
+    need not set memory aside for copies, which it would refuse for a file larger than its memory."""
+    try:
+        return mmap.mmap(descriptor, 0, mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be mapped into memory: {error}") from None
 
 
 def _tensor_info(name: str, entry: dict[str, Any], file: Path, data_start: int) -> TensorInfo:
