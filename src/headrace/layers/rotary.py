@@ -89,7 +89,7 @@ def _yarn(config: RopeConfig, scaling: RopeScaling) -> Tensor:
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.rotary_dim - 1)
-    width = max(high - low, 0.001)  # a ramp of no width would divide by zero
+    width = high - low or 0.001  # a ramp of no width would divide by zero
     stretched = ((torch.arange(config.rotary_dim // 2).float() - low) / width).clamp(0.0, 1.0)
     return frequencies / scaling.factor * stretched + frequencies * (1 - stretched)
 

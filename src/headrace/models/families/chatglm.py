@@ -9,7 +9,10 @@ from headrace.config import (
     NormConfig,
     NormKind,
     RopeConfig,
+    RopeScaling,
+    RopeType,
 )
+from headrace.errors import CheckpointError
 from headrace.models.families.family import Family, Location
 from headrace.models.families.hf_config import HfConfig
 
@@ -32,22 +35,24 @@ _RENAMED = {
 def read_config(config: HfConfig, architecture: str) -> ModelConfig:
     # Version 1 of ChatGLM shares the architecture's name but is a prefix model with two-dimensional positions.
     config.integer("padded_vocab_size")
+    # Every published text model has original_rope true: pairs lie side by side. CogAgent's false means half by half.
     config.refuse("original_rope", True)
     config.refuse("apply_residual_connection_post_layernorm", False)
     config.refuse("pre_seq_len")
+    config.refuse("quantization_bit", 0)
+    if not config.flag("multi_query_attention", False):
+        raise CheckpointError("config.json: multi_query_attention is not true; q, k and v then lie mixed head by head")
     head_dim, num_heads = config.integer("kv_channels"), config.integer("num_attention_heads")
-    shares_kv = config.flag("multi_query_attention", False)
     linear_bias = config.flag("add_bias_linear", False)
-    rope = RopeConfig(rotary_dim=head_dim // 2, theta=10000.0 * config.number("rope_ratio", 1.0), interleaved=True)
     return ModelConfig(
         architecture=architecture,
         vocab_size=config.integer("padded_vocab_size"),
         hidden_size=config.integer("hidden_size"),
         max_position_embeddings=config.integer("seq_length"),
-        layers=(LayerConfig(rope=rope),) * config.integer("num_layers"),
+        layers=(LayerConfig(rope=_rope(config, head_dim)),) * config.integer("num_layers"),
         attention=AttentionConfig(
             num_heads=num_heads,
-            num_kv_heads=config.integer("multi_query_group_num") if shares_kv else num_heads,
+            num_kv_heads=config.integer("multi_query_group_num"),
             head_dim=head_dim,
             softmax_scale=head_dim**-0.5,
             qkv_bias=linear_bias or config.flag("add_qkv_bias", False),
@@ -63,6 +68,18 @@ def read_config(config: HfConfig, architecture: str) -> ModelConfig:
         ),
         tie_word_embeddings=config.flag("tie_word_embeddings", False),
     )
+
+
+def _rope(config: HfConfig, head_dim: int) -> RopeConfig:
+    """Half of each head is rotated. rope_ratio multiplies theta, but in ChatGLM2-32k it divides positions, and only
+    the name tells: the two have the same architecture and the same keys."""
+    ratio, theta, scaling = config.number("rope_ratio", 1.0), 10000.0, None
+    if ratio != 1 and "chatglm2" in str(config.data.get("_name_or_path")).lower():
+        length = max(1, int(config.integer("seq_length") / ratio))
+        scaling = RopeScaling(rope_type=RopeType.LINEAR, factor=ratio, original_max_position_embeddings=length)
+    else:
+        theta *= ratio
+    return RopeConfig(rotary_dim=head_dim // 2, theta=theta, interleaved=True, scaling=scaling)
 
 
 def locate(name: str, config: ModelConfig) -> Location:

@@ -1,6 +1,8 @@
 """Gemma 2 (soft caps) and Gemma 3 text (normalized q and k): scaled embeddings, alternating windows, norms before and
 after each sublayer whose scale is 1 + weight."""
 
+from collections.abc import Mapping
+
 from headrace.config import EmbeddingConfig, LayerConfig, MlpConfig, ModelConfig, NormConfig, NormPlacement, RopeConfig
 from headrace.models.families.family import Family, Location
 from headrace.models.families.hf_config import HfConfig
@@ -29,7 +31,8 @@ def read_gemma3(config: HfConfig) -> ModelConfig:
     """Sliding layers rotate with their own theta, and only full layers are stretched."""
     head_dim = config.integer("head_dim", 256)
     full = config.rope(head_dim, layer_type="full_attention", default_theta=1e6)
-    if "sliding_attention" in (config.data.get("rope_parameters") or {}):
+    parameters = config.data.get("rope_parameters")
+    if isinstance(parameters, Mapping) and "sliding_attention" in parameters:
         sliding = config.rope(head_dim, layer_type="sliding_attention")
     else:
         sliding = RopeConfig(rotary_dim=head_dim, theta=config.number("rope_local_base_freq", 10000.0))

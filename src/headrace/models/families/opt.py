@@ -29,7 +29,11 @@ _RENAMED = {
 
 def read_config(config: HfConfig) -> ModelConfig:
     config.refuse("layer_norm_elementwise_affine", True)
-    hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    hidden_size, num_heads, head_dim = (
+        config.integer("hidden_size"),
+        config.integer("num_attention_heads"),
+        config.head_dim(),
+    )
     positions = config.integer("max_position_embeddings")
     bias, pre_norm = config.flag("enable_bias", True), config.flag("do_layer_norm_before", True)
     width = config.integer("word_embed_proj_dim", hidden_size)
@@ -42,8 +46,8 @@ def read_config(config: HfConfig) -> ModelConfig:
         attention=AttentionConfig(
             num_heads=num_heads,
             num_kv_heads=num_heads,
-            head_dim=hidden_size // num_heads,
-            softmax_scale=(hidden_size // num_heads) ** -0.5,
+            head_dim=head_dim,
+            softmax_scale=head_dim**-0.5,
             qkv_bias=bias,
             output_bias=bias,
         ),

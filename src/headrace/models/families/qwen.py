@@ -35,7 +35,7 @@ def read_qwen3_moe(config: HfConfig) -> ModelConfig:
         intermediate_size=config.integer("moe_intermediate_size"),
         renormalize=config.flag("norm_topk_prob", False),
     )
-    step, dense_layers = config.integer("decoder_sparse_step", 1), config.data.get("mlp_only_layers") or []
+    step, dense_layers = config.integer("decoder_sparse_step", 1), config.integers("mlp_only_layers")
     layers = tuple(
         replace(layer, moe=None if i in dense_layers or (i + 1) % step else moe) for i, layer in enumerate(dense.layers)
     )
@@ -46,7 +46,7 @@ def _windows(config: HfConfig) -> list[int | None]:
     """The window slides on layers from `max_window_layers` up, and only if use_sliding_window is set."""
     num_layers = config.integer("num_hidden_layers")
     window = config.optional_integer("sliding_window") if config.flag("use_sliding_window", False) else None
-    full = config.integer("max_window_layers", 28)
+    full = config.integer("max_window_layers", 28, minimum=0)
     default = ["sliding_attention" if window and i >= full else "full_attention" for i in range(num_layers)]
     return [window if name == "sliding_attention" else None for name in config.layer_types(default)]
 

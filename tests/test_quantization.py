@@ -1,0 +1,331 @@
+"""int8 and int4 weights: what rounding may cost, models that run on them, and which kernels run."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import BY_NAME, Recipe, load, load_folder, prompt_logits, random_tokens, read_config, write_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_quantizer import pack, plain_dequantize, plain_quantize
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headrace import LLM, SamplingParams
+from headrace.config import Dtype, LoadConfig, Quantize, WeightFormat
+from headrace.errors import BackendUnavailable, CheckpointError, ConfigError, KernelError
+from headrace.kernels import (
+    QUANTIZATION_GROUP_SIZE,
+    KernelChoice,
+    QuantizedWeight,
+    kernel_choice_from,
+    reference,
+    resolve_kernels,
+)
+from headrace.models.quantization import quantization_config
+from headrace.models.source import open_model, resolve_formats
+
+PROMPT = random_tokens(30, seed=7)
+QUANTIZED = (WeightFormat.INT8, WeightFormat.INT4)
+FORMATS = pytest.mark.parametrize("weight_format", QUANTIZED, ids=lambda f: f.value)
+TINY = float(np.finfo(np.float32).tiny)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+# Rounding
+
+
+def round_trip(rows: Tensor, weight_format: WeightFormat) -> tuple[np.ndarray, np.ndarray]:
+    """The dequantized rows and each entry's scale."""
+    qweight, scales = reference.quantize_rows(rows, weight_format)
+    weight = QuantizedWeight(weight_format=weight_format, qweight=qweight, scales=scales, in_features=rows.shape[1])
+    per_entry = np.repeat(scales.double().numpy(), QUANTIZATION_GROUP_SIZE, axis=1)[:, : rows.shape[1]]
+    return reference.dequantize(weight).double().numpy(), per_entry
+
+
+def assert_error_within_bound(rows: Tensor, weight_format: WeightFormat) -> None:
+    """|w - dequantized| <= |scale| / 2.
+
+    But for int4 entries above 7 steps, which are cut to 7: at most one step, for the mirror image of the largest entry.
+    And but for groups too small for a normal scale, which become zero.
+    """
+    w = rows.double().numpy()
+    dequantized, scales = round_trip(rows, weight_format)
+    assert np.isfinite(dequantized).all()
+    steps = np.divide(w, scales, out=np.zeros_like(w), where=scales != 0)
+    allowed = np.full_like(w, 0.5)
+    if weight_format is WeightFormat.INT4:
+        allowed = np.maximum(allowed, steps - 7)
+        assert steps.max(initial=0) <= 8 + 1e-6
+    allowed = np.where(scales == 0, 127 * TINY, allowed * np.abs(scales) * (1 + 1e-5) + 1e-44)
+    assert (np.abs(w - dequantized) <= allowed).all()
+
+
+VALUES = st.one_of(
+    st.floats(-1, 1, width=32),
+    st.floats(-(2.0**127), 2.0**127, width=32),
+    st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e-38, 1e-36, 1.5e-36, TINY, 3e38, -3e38, 7.5, 8.0, -8.0]),
+)
+
+
+@FORMATS
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_error_of_any_rows_is_within_the_bound(weight_format, data):
+    columns = data.draw(st.integers(1, 70))
+    rows = data.draw(st.lists(st.lists(VALUES, min_size=columns, max_size=columns), min_size=1, max_size=3))
+    assert_error_within_bound(torch.tensor(rows, dtype=torch.float32), weight_format)
+
+
+@FORMATS
+@pytest.mark.parametrize("columns", [1, 2, 31, 32, 33, 64, 95, 1000])
+@pytest.mark.parametrize("spread", [1e-38, 1e-3, 1.0, 1e30])
+def test_error_of_normal_rows_is_within_the_bound(weight_format, columns, spread):
+    assert_error_within_bound(torch.randn(4, columns) * spread, weight_format)
+
+
+@FORMATS
+def test_zeros_stay_zero(weight_format):
+    dequantized, scales = round_trip(torch.zeros(3, 40), weight_format)
+    assert not dequantized.any()
+    assert not scales.any()
+
+
+@FORMATS
+def test_largest_entry_of_each_group_is_kept(weight_format):
+    rows = torch.randn(5, 96)
+    dequantized, _ = round_trip(rows, weight_format)
+    groups, back = rows.double().numpy().reshape(5, 3, 32), dequantized.reshape(5, 3, 32)
+    largest = np.abs(groups).argmax(-1)[..., None]
+    np.testing.assert_allclose(
+        np.take_along_axis(back, largest, -1), np.take_along_axis(groups, largest, -1), rtol=1e-6
+    )
+
+
+def test_int4_cuts_the_mirror_image_of_the_largest_entry_by_one_step():
+    dequantized, scales = round_trip(torch.tensor([[8.0, -8.0, 7.4, -7.4]]), WeightFormat.INT4)
+    assert scales[0, 0] == -1.0
+    assert dequantized.tolist() == [[8.0, -7.0, 7.0, -7.0]]
+
+
+@FORMATS
+def test_rows_are_quantized_independently(weight_format):
+    rows = torch.randn(6, 50)
+    whole, _ = round_trip(rows, weight_format)
+    for i in range(6):
+        assert np.array_equal(round_trip(rows[i : i + 1], weight_format)[0], whole[i : i + 1])
+
+
+@FORMATS
+def test_bfloat16_rows_are_quantized_as_their_float32_values(weight_format):
+    rows = torch.randn(3, 50).to(torch.bfloat16)
+    assert np.array_equal(round_trip(rows, weight_format)[0], round_trip(rows.float(), weight_format)[0])
+
+
+@FORMATS
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_weight_that_is_not_finite_is_refused(weight_format, bad):
+    rows = torch.randn(3, 50)
+    rows[2, 49] = bad
+    with pytest.raises(KernelError, match="NaN or infinity"):
+        reference.quantize_rows(rows, weight_format)
+
+
+# Models
+
+
+def with_sizes(recipe: Recipe, **sizes) -> Recipe:
+    return replace(recipe, settings=recipe.settings | sizes)
+
+
+LLAMA = BY_NAME["llama-gqa"]
+MODELS = {
+    "k-64": LLAMA,
+    "k-60": with_sizes(LLAMA, hidden_size=60, intermediate_size=90, head_dim=16),
+    "k-20": with_sizes(LLAMA, hidden_size=20, intermediate_size=33, head_dim=6),
+    "tied": BY_NAME["llama-tied"],
+    "biases": BY_NAME["llama-biases"],
+    "opt": BY_NAME["opt"],
+    "chatglm": BY_NAME["chatglm3"],
+    "glm": BY_NAME["glm"],
+    "qwen3-moe": BY_NAME["qwen3-moe"],
+}
+ALL_MODELS = pytest.mark.parametrize("name", MODELS)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> dict[str, Path]:
+    folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
+    for name, folder in folders.items():
+        MODELS[name].write(folder)
+    return folders
+
+
+def is_quantized(name: str, tensor: Tensor, is_tied: bool) -> bool:
+    """Every linear layer's matrix, and the embedding table where it is the head as well."""
+    if tensor.ndim != 2 or name.endswith((".gate.weight", "embed_positions.weight")):
+        return False
+    if "embed_tokens" in name or "word_embeddings" in name:
+        return is_tied
+    return True
+
+
+def quantizable(folder: Path) -> list[str]:
+    is_tied = read_config(folder).get("tie_word_embeddings", False)
+    return [name for name, t in load_file(folder / "model.safetensors").items() if is_quantized(name, t, is_tied)]
+
+
+def round_weights(folder: Path, weight_format: WeightFormat) -> None:
+    """Put the values that quantized weights stand for into the checkpoint itself."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in quantizable(folder):
+        rounded = plain_dequantize(*plain_quantize(tensors[name].numpy(), weight_format))
+        tensors[name] = torch.from_numpy(rounded).float()
+    save_file(tensors, folder / "model.safetensors")
+
+
+@FORMATS
+@ALL_MODELS
+def test_model_quantized_on_load_equals_one_whose_weights_were_rounded(written, tmp_path, name, weight_format):
+    rounded = shutil.copytree(written[name], tmp_path / "rounded")
+    round_weights(rounded, weight_format)
+    actual = prompt_logits(load_folder(written[name], quantize=Quantize(weight_format.value)), PROMPT)
+    assert (actual - prompt_logits(load_folder(rounded), PROMPT)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("quantize", "largest"), [("int8", 0.05), ("int4", 0.6)])
+@pytest.mark.parametrize("name", ["k-64", "k-60", "k-20", "tied"])
+def test_logits_of_a_quantized_model_stay_near_those_of_float32(written, name, quantize, largest):
+    """Mean distance over the logits' spread; these random models are as sensitive as a model can be."""
+    expected = prompt_logits(load_folder(written[name]), PROMPT)
+    actual = prompt_logits(load_folder(written[name], quantize=Quantize(quantize)), PROMPT)
+    assert (actual - expected).abs().mean() < largest * expected.std()
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["k-64", "k-60", "tied"])
+def test_engine_runs_on_quantized_weights(written, name, quantize):
+    """Greedy tokens of the engine follow the logits of a whole prefill over the same weights."""
+    llm = LLM(model=str(written[name]), dtype="float32", quantize=quantize, num_threads=1, block_size=8)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    (output,) = llm.generate({"prompt_token_ids": PROMPT}, params)
+    tokens = output.outputs[0].token_ids
+    logits = prompt_logits(load_folder(written[name], quantize=Quantize(quantize)), PROMPT + tokens)
+    assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
+
+
+@FORMATS
+def test_quantized_weights_take_the_bytes_of_their_format(written, weight_format):
+    decoder = load_folder(written["k-64"], quantize=Quantize(weight_format.value))
+    weight = decoder.layers[0].mlp.down.weight
+    per_entry = (1 if weight_format is WeightFormat.INT8 else 0.5) + 4 / QUANTIZATION_GROUP_SIZE
+    assert weight.num_bytes == 64 * 96 * per_entry
+
+
+@FORMATS
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_checkpoint_with_a_weight_that_is_not_finite_is_refused_by_name(written, tmp_path, weight_format, bad):
+    folder = shutil.copytree(written["k-64"], tmp_path / "bad")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][3, 5] = bad
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"tensor '{name}': cannot quantize a weight that holds NaN or infinity"):
+        load_folder(folder, quantize=Quantize(weight_format.value))
+
+
+# Checkpoints that are stored quantized
+
+
+def store_quantized(folder: Path, weight_format: WeightFormat) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name in quantizable(folder):
+        q, scales = plain_quantize(tensors.pop(name).numpy(), weight_format)
+        stem = name.removesuffix(".weight")
+        tensors |= {f"{stem}.qweight": torch.from_numpy(pack(q, weight_format)), f"{stem}.scales": torch.tensor(scales)}
+    save_file(tensors, folder / "model.safetensors")
+    write_config(folder, read_config(folder) | {"quantization_config": quantization_config(weight_format)})
+
+
+@FORMATS
+@ALL_MODELS
+def test_stored_quantized_equals_quantized_on_load(written, tmp_path, name, weight_format):
+    stored = shutil.copytree(written[name], tmp_path / "stored")
+    store_quantized(stored, weight_format)
+    on_load = prompt_logits(load_folder(written[name], quantize=Quantize(weight_format.value)), PROMPT)
+    assert torch.equal(prompt_logits(load_folder(stored), PROMPT), on_load)
+
+
+def test_stored_quantized_cannot_be_loaded_as_another_format(written, tmp_path):
+    stored = shutil.copytree(written["k-64"], tmp_path / "stored")
+    store_quantized(stored, WeightFormat.INT8)
+    source = open_model(stored)
+    for asked in (Quantize.NONE, Quantize.INT8):
+        assert resolve_formats(source, LoadConfig(model="", quantize=asked)).linear is WeightFormat.INT8
+    with pytest.raises(ConfigError, match="already quantized to int8; it cannot be loaded as int4"):
+        load(source, quantize=Quantize.INT4)
+
+
+@pytest.mark.parametrize("changes", [{"group_size": 64}, {"weight_format": "int3"}, {"weight_format": None}], ids=str)
+def test_stored_quantized_in_a_form_of_another_version_is_refused(written, tmp_path, changes):
+    stored = shutil.copytree(written["k-64"], tmp_path / "stored")
+    entry = quantization_config(WeightFormat.INT8) | changes
+    write_config(stored, read_config(stored) | {"quantization_config": entry})
+    with pytest.raises(CheckpointError, match="allowed: weight_format int8 or int4, group_size 32"):
+        open_model(stored)
+
+
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.BFLOAT16], ids=lambda d: d.value)
+def test_activations_have_the_dtype_asked_for(written, dtype):
+    torch_dtype = getattr(torch, dtype.value)
+    decoder = load_folder(written["k-60"], dtype=dtype, quantize=Quantize.INT8)
+    expected = prompt_logits(load_folder(written["k-60"]), PROMPT)
+    actual = prompt_logits(decoder, PROMPT, dtype=torch_dtype)
+    assert actual.dtype == torch.float32
+    assert (actual - expected).abs().mean() < 0.2 * expected.std()
+
+
+# Which kernels run
+
+
+@pytest.mark.parametrize("value", [None, "auto", "reference"])
+def test_kernels_this_build_has_are_chosen_and_explained(value):
+    choice = kernel_choice_from({} if value is None else {"HEADRACE_KERNELS": value})
+    kernels = resolve_kernels(choice)
+    assert choice is KernelChoice(value or "auto")
+    reason = "asked for by HEADRACE_KERNELS=reference" if value == "reference" else "auto: "
+    assert all(row.implementation == "reference" and row.reason.startswith(reason) for row in kernels.explain())
+    assert {row.op for row in kernels.explain()} == set(type(kernels).__dataclass_fields__) - {"choices"}
+
+
+@pytest.mark.parametrize("value", ["cpu", "triton"])
+def test_kernels_asked_for_by_name_run_or_raise(value):
+    choice = kernel_choice_from({"HEADRACE_KERNELS": value})
+    with pytest.raises(BackendUnavailable, match=f"HEADRACE_KERNELS={value}: this build has no {value} kernels"):
+        resolve_kernels(choice)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [("refrence", "did you mean 'reference'"), ("Triton", "did you mean 'triton'"), ("", "known: auto, cpu, ")],
+)
+def test_nonsense_in_the_variable_is_refused_with_the_nearest_name(value, hint):
+    with pytest.raises(ConfigError, match=f"HEADRACE_KERNELS is '{value}'; {hint}"):
+        kernel_choice_from({"HEADRACE_KERNELS": value})
+
+
+def test_engine_reads_the_variable(written, monkeypatch):
+    monkeypatch.setenv("HEADRACE_KERNELS", "cpu")
+    with pytest.raises(BackendUnavailable):
+        LLM(model=str(written["k-64"]))
