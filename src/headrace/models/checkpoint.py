@@ -6,6 +6,7 @@ Nothing in a checkpoint is executed: only config.json and safetensors are read, 
 import json
 import mmap
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ _DTYPES = {
 
 _MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 """Python names it from 3.13 on; the number is that of x86-64 and ARM."""
+
+
+_BLOCK_BYTES = 2**19
+"""Of a block of rows: quantizing one needs temporaries of ten times its size, which must stay small beside a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,16 @@ class Checkpoint:
             return torch.empty(shape, dtype=info.dtype)
         offset = info.start_byte + start * info.row_bytes
         return torch.frombuffer(self._maps[info.file], dtype=info.dtype, count=count, offset=offset).view(shape)
+
+    def row_blocks(self, name: str, rows: range) -> Iterator[tuple[int, Tensor]]:
+        """Blocks of rows as (first row, view), small enough that work on them stays in the CPU's cache.
+
+        A block's pages are given back when the next one is asked for.
+        """
+        step = max(1, _BLOCK_BYTES // max(1, self.tensors[name].row_bytes))
+        for start in range(rows.start, rows.stop, step):
+            yield start, self.read_rows(name, start, min(start + step, rows.stop))
+            self.release(name)
 
     def read_whole(self, name: str) -> Tensor:
         """A tensor of any number of dimensions, scalars included; a view like `read_rows`."""

@@ -19,10 +19,6 @@ from headrace.models.quantization import quantized_names
 Progress = Callable[[int], None]
 """Called with the number of checkpoint bytes read since the last call."""
 
-_BLOCK_BYTES = 2**19
-"""Checkpoint bytes read at once: large enough to stream, small enough that the quantizer's temporaries, some fifteen
-times as large, are nothing beside the model."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFormats:
@@ -94,27 +90,23 @@ class WeightLoader:
 
     def _copy_dense(self, part: TensorSlice, row: int, write: Callable[[int, Tensor], None]) -> None:
         name, rows = self._locate(part)
-        row_bytes = self._checkpoint.tensors[name].row_bytes
-        step = max(1, _BLOCK_BYTES // max(1, row_bytes))
-        for start in range(rows.start, rows.stop, step):
-            block = self._checkpoint.read_rows(name, start, min(start + step, rows.stop))
+        for start, block in self._checkpoint.row_blocks(name, rows):
             try:
                 write(row + start - rows.start, _columns(block, part.columns))
             except KernelError as error:
                 raise CheckpointError(f"tensor '{name}': {error}") from None
-            self._progress(len(block) * row_bytes)
-            self._checkpoint.release(name)
+            self._progress(block.nbytes)
 
     def _copy_quantized(self, part: TensorSlice, row: int, write: Callable[[int, Tensor, Tensor], None]) -> None:
         name, rows = self._locate(part)
         # A range that is not the whole row would have to be cut at group borders.
         assert part.columns == range(part.shape[1]), "quantized checkpoints are read in whole rows"
-        names = quantized_names(name)
-        qweight, scales = (self._checkpoint.read_rows(n, rows.start, rows.stop) for n in names)
-        write(row, qweight, scales)
-        for n in names:
-            self._progress(self._checkpoint.tensors[n].row_bytes * len(rows))
-            self._checkpoint.release(n)
+        qweight_name, scales_name = quantized_names(name)
+        for start, qweight in self._checkpoint.row_blocks(qweight_name, rows):
+            scales = self._checkpoint.read_rows(scales_name, start, start + len(qweight))
+            write(row + start - rows.start, qweight, scales)
+            self._checkpoint.release(scales_name)
+            self._progress(qweight.nbytes + scales.nbytes)
 
     def _locate(self, part: TensorSlice) -> tuple[str, range]:
         """The checkpoint's name for a tensor, and the rows of it that a slice keeps."""

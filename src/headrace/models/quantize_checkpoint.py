@@ -25,7 +25,6 @@ from headrace.models.source import ModelSource, open_model
 from headrace.parallel import OneRankGroup
 
 _SHARD_BYTES = 256 * 2**20
-_BLOCK_BYTES = 8 * 2**20
 _COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.*")
 
 
@@ -122,11 +121,8 @@ def _quantizable_names(source: ModelSource, kernels: Kernels) -> set[str]:
 def _quantize(
     checkpoint: Checkpoint, name: str, weight_format: WeightFormat, kernels: Kernels
 ) -> tuple[Tensor, Tensor]:
-    info = checkpoint.tensors[name]
-    step = max(1, _BLOCK_BYTES // max(1, info.row_bytes))
     blocks = []
-    for start in range(0, info.shape[0], step):
-        rows = checkpoint.read_rows(name, start, min(start + step, info.shape[0]))
+    for _, rows in checkpoint.row_blocks(name, range(checkpoint.tensors[name].shape[0])):
         try:
             blocks.append(kernels.quantize_rows(rows, weight_format))
         except KernelError as error:
