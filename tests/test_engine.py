@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,6 @@ from headrace.errors import CheckpointError, ConfigError, ContextLengthError, Re
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 PROMPTS = ["The largest ocean is", "Hello", "What is 12 + 30?", "Once upon a time there was a small", "a b c d e f g"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -47,17 +47,8 @@ class Subject:
     min_gap: float
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=RECIPES, ids=lambda recipe: recipe.name)
 def subject(request, tmp_path_factory) -> Subject:
-    torch.set_num_threads(1)
     return make_subject(request.param, tmp_path_factory.mktemp(request.param.name))
 
 

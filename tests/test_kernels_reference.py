@@ -27,15 +27,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 NAN = float("nan")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 def assert_close(actual: Tensor, expected: np.ndarray, dtype=torch.float32) -> None:
     assert actual.dtype == dtype
     scale = max(1.0, float(np.abs(expected).max(initial=0)))

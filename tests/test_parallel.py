@@ -49,14 +49,6 @@ def thread_groups(world_size: int) -> list[ThreadGroup]:
     return [ThreadGroup(rank, world_size, board, barrier) for rank in range(world_size)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # Shares
 
 

@@ -34,15 +34,6 @@ FORMATS = pytest.mark.parametrize("weight_format", QUANTIZED, ids=lambda f: f.va
 TINY = float(np.finfo(np.float32).tiny)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 # Rounding
 
 

@@ -15,14 +15,6 @@ from headrace.models.families import HfConfig, read_model_config
 LENGTH = 4096
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def oracle(head_dim: int, seq_len: int | None, **parameters):
     """transformers' frequencies and amplitude for these rope parameters."""
     config = LlamaConfig(

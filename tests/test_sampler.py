@@ -30,14 +30,6 @@ VOCAB_SIZES = (1, 2, 5, 64, 131, 257, 1000, 4099)
 EOS = 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_row(seq_id=0, prompt=(), output=(), seed=0, eos=(EOS,), **params) -> SamplingRow:
     return SamplingRow(
         seq_id=seq_id,
