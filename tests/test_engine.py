@@ -301,7 +301,7 @@ def test_plans_are_data_that_any_rank_can_run() -> None:
     llm, second = (
         LLM(str(demo_model_path()), dtype="float32", num_threads=1, max_num_batched_tokens=64) for _ in range(2)
     )
-    worker, other, results = llm.engine.model.worker, second.engine.model.worker, []
+    worker, other, results = llm.engine.model.executor, second.engine.model.executor, []
     execute = worker.execute
 
     def spy(plan: StepPlan) -> object:

@@ -50,6 +50,8 @@ class FakeRank:
         assert plan.step == self.step
         assert plan.num_tokens <= self.config.max_num_batched_tokens
         assert len({chunk.seq_id for chunk in plan.chunks}) == len(plan.chunks) <= self.config.max_num_seqs
+        for seq_id, token_id in plan.sampled:
+            self.sequences[seq_id].tokens.append(token_id)
         for seq_id in plan.finished:
             del self.sequences[seq_id]
         for new in plan.new:
@@ -101,7 +103,6 @@ class FakeRank:
     def sample(self, chunk: ScheduledChunk) -> tuple[int, int]:
         sequence = self.sequences[chunk.seq_id]
         token_id = next_token(tuple(sequence.tokens), sequence.seed)
-        sequence.tokens.append(token_id)
         return chunk.seq_id, token_id
 
 
@@ -161,9 +162,10 @@ class Engine:
         self.check_tables()
         for seq_id in abort_midway:
             self.scheduler.abort(seq_id)
-        self.scheduler.update(plan, sampled)
         for sequence in self.with_status(SequenceStatus.RUNNING):
             assert tuple(self.rank.sequences[sequence.seq_id].tokens) == sequence.tokens(0, sequence.num_tokens)
+        self.scheduler.update(plan, sampled)
+        for sequence in self.with_status(SequenceStatus.RUNNING):
             if self.has_last_token(sequence):
                 self.scheduler.finish(sequence, FinishReason.LENGTH)
         self.manager.check_integrity()

@@ -64,9 +64,6 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        # Tokens of admitted sequences, and how many of them came with a shared block instead of being computed.
-        self.prefix_query_tokens = 0
-        self.prefix_hit_tokens = 0
         self._ref_count = [0] * num_blocks
         # In order of reuse: blocks without content first, then the least recently used.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
@@ -147,8 +144,6 @@ class BlockManager:
         new = [self._take_free_block() for _ in range(self.num_blocks_for(num_tokens) - len(shared))]
         prefix = self._node_of.get(shared[-1], self._root) if shared else self._root
         self._tables[seq_id] = _BlockTable([*shared, *new], len(shared), prefix)
-        self.prefix_query_tokens += num_tokens
-        self.prefix_hit_tokens += len(shared) * self.block_size
         return (*shared, *new)
 
     def can_append(self, seq_id: int, num_tokens: int) -> bool:

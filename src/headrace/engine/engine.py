@@ -2,15 +2,18 @@
 
 import secrets
 import time
-from collections.abc import Sequence as Tokens
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import count
+from operator import index
+from typing import SupportsIndex
 
 from headrace.cache.block_manager import BlockManager
-from headrace.config import EngineConfig, SamplingParams
-from headrace.engine.load import LoadedModel, load_model
+from headrace.config import SamplingParams
+from headrace.engine.load import LoadedModel
 from headrace.engine.metrics import EngineMetrics
 from headrace.engine.outputs import CompletionChunk, RequestUpdate
-from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.plan import ScheduledChunk, StepPlan, StepResult
 from headrace.engine.request_state import RequestState
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.sequence import FinishReason, Sequence
@@ -23,25 +26,31 @@ _SEED_STRIDE = 0x9E3779B97F4A7C15
 class Engine:
     """Owns the queue, the cache and the model; knows nothing about prompts' origin or who reads the output.
 
-    One thread drives it: `add_request` and `abort` between steps, `step` until nothing is unfinished.
+    One thread drives it: `add_request` and `abort` between steps, `step` until nothing is unfinished. It must not be
+    entered from two threads, or from a signal handler, at the same time.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.model: LoadedModel = load_model(config)
-        plan = self.model.plan
-        self._blocks = BlockManager(plan.num_blocks, plan.cache.block_size, plan.cache.enable_prefix_caching)
-        self._scheduler = Scheduler(plan.scheduler, self._blocks)
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
         self._requests: dict[str, RequestState] = {}
         self._by_sequence: dict[int, RequestState] = {}
+        self._failed: list[RequestUpdate] = []
         self._sequence_ids = count()
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = self._num_finished = 0
+        self._prefix_query_tokens = self._prefix_hit_tokens = self._num_preemptions = 0
+        self._start_afresh()
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._requests)
+        """Requests to run, or the end of one to report."""
+        return bool(self._requests or self._failed)
 
     def add_request(
-        self, request_id: str, prompt_token_ids: Tokens[int], params: SamplingParams, prompt: str | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: Iterable[SupportsIndex],
+        params: SamplingParams,
+        prompt: str | None = None,
     ) -> None:
         """Queue a request, or refuse it and leave everything as it was.
 
@@ -51,13 +60,13 @@ class Engine:
         """
         if request_id in self._requests:
             raise RequestError(f"request id '{request_id}' is in use; give each request its own")
-        token_ids = tuple(prompt_token_ids)
+        token_ids = _as_token_ids(prompt_token_ids)
         self._check_request(token_ids, params)
         sequences = self._make_sequences(request_id, token_ids, params)
+        state = RequestState(request_id, prompt, sequences, params, self.model, arrival_s=time.monotonic())
         # Siblings differ in nothing that admission looks at: if the first is accepted, all are.
         for sequence in sequences:
             self._scheduler.add(sequence)
-        state = RequestState(request_id, prompt, sequences, params, self.model, arrival_s=time.monotonic())
         self._requests[request_id] = state
         self._by_sequence |= {sequence.seq_id: state for sequence in sequences}
 
@@ -72,13 +81,25 @@ class Engine:
         return self._close(state, ())
 
     def step(self) -> list[RequestUpdate]:
-        """Run one step and say what it brought to each request."""
+        """Run one step and say what it brought to each request.
+
+        A step that raises (out of memory, Ctrl-C) ends every request with that error, reported by the next step; the
+        engine is then empty and takes new ones.
+        """
+        if self._failed:
+            updates, self._failed = self._failed, []
+            return updates
         plan = self._scheduler.schedule()
-        self._mark_scheduled(plan)
-        result = self.model.worker.execute(plan)
+        try:
+            self._mark_scheduled(plan)
+            result = self.model.executor.execute(plan)
+        except BaseException as error:
+            # Which ranks saw how much of the plan is unknown: nothing of it can be kept.
+            self._fail_all(f"the step was cut short: {type(error).__name__}: {error}")
+            raise
         self._count(plan)
-        for seq_id, error in result.failed.items():
-            self._by_sequence[seq_id].fail(seq_id, error)
+        for seq_id, reason in result.failed.items():
+            self._by_sequence[seq_id].fail(seq_id, reason)
             self._scheduler.finish(self._by_sequence[seq_id].sequence(seq_id), FinishReason.ERROR)
         self._scheduler.update(plan, {token.seq_id: token.token_id for token in result.sampled})
         return self._collect(result)
@@ -90,10 +111,10 @@ class Engine:
             num_steps=self._num_steps,
             num_prefill_tokens=self._num_prefill_tokens,
             num_decode_tokens=self._num_decode_tokens,
-            num_preemptions=self._scheduler.num_preemptions,
+            num_preemptions=self._num_preemptions + self._scheduler.num_preemptions,
             num_finished_requests=self._num_finished,
-            prefix_query_tokens=self._blocks.prefix_query_tokens,
-            prefix_hit_tokens=self._blocks.prefix_hit_tokens,
+            prefix_query_tokens=self._prefix_query_tokens,
+            prefix_hit_tokens=self._prefix_hit_tokens,
             num_blocks=self._blocks.num_blocks,
             kv_cache_usage=self._blocks.usage,
         )
@@ -102,26 +123,42 @@ class Engine:
         """Raise AssertionError if the block manager's invariants do not hold."""
         self._blocks.check_integrity()
 
+    def _start_afresh(self) -> None:
+        """An empty cache and an empty line."""
+        plan = self.model.plan
+        self._blocks = BlockManager(plan.num_blocks, plan.cache.block_size, plan.cache.enable_prefix_caching)
+        self._scheduler = Scheduler(plan.scheduler, self._blocks)
+
+    def _fail_all(self, error: str) -> None:
+        for state in list(self._requests.values()):
+            state.fail_unfinished(error)
+            self._failed.append(self._close(state, state.take_chunks()))
+        self._num_preemptions += self._scheduler.num_preemptions
+        self._start_afresh()
+        self.model.executor.reset()
+
     def _check_request(self, token_ids: tuple[int, ...], params: SamplingParams) -> None:
         vocab_size = self.model.config.vocab_size
-        outside = [i for i in token_ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab_size]
+        outside = [token_id for token_id in token_ids if not 0 <= token_id < vocab_size]
         if outside:
-            raise RequestError(f"prompt token {outside[0]!r} is not in the vocabulary; allowed: 0 to {vocab_size - 1}")
+            raise RequestError(f"prompt token {outside[0]} is not in the vocabulary; allowed: 0 to {vocab_size - 1}")
         if params.stop and self.model.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model folder has none; use stop_token_ids")
         params.check_against_vocab(vocab_size)
 
     def _make_sequences(self, request_id: str, token_ids: tuple[int, ...], params: SamplingParams) -> list[Sequence]:
         seed = secrets.randbits(64) if params.seed is None else params.seed
+        # One output scores the prompt for all: the others can share its blocks.
+        sibling_params = replace(params, prompt_logprobs=None) if params.prompt_logprobs is not None else params
         sequences: list[Sequence] = []
-        for index in range(params.n):
+        for output_index in range(params.n):
             sequences.append(
                 Sequence(
                     seq_id=next(self._sequence_ids),
                     request_id=request_id,
                     prompt_token_ids=token_ids,
-                    params=params,
-                    seed=(seed + index * _SEED_STRIDE) % 2**64,
+                    params=sibling_params if sequences else params,
+                    seed=(seed + output_index * _SEED_STRIDE) % 2**64,
                     forked_from=sequences[0] if sequences else None,
                 )
             )
@@ -130,13 +167,22 @@ class Engine:
     def _mark_scheduled(self, plan: StepPlan) -> None:
         now = time.monotonic()
         for new in plan.new:
-            self._by_sequence[new.seq_id].mark_scheduled(now)
+            state = self._by_sequence[new.seq_id]
+            state.mark_scheduled(now)
+            if new.params.prompt_logprobs is None and self.model.plan.cache.enable_prefix_caching:
+                self._prefix_query_tokens += len(new.prompt_token_ids)
+            self._prefix_hit_tokens += state.sequence(new.seq_id).num_cached_tokens
 
     def _count(self, plan: StepPlan) -> None:
+        """Prefill is every prompt token computed, and whatever a preemption makes compute again."""
         self._num_steps += bool(plan.chunks)
-        num_decode_tokens = sum(1 for chunk in plan.chunks if chunk.num_tokens == 1 and chunk.samples)
+        num_decode_tokens = sum(1 for chunk in plan.chunks if self._is_decode(chunk))
         self._num_decode_tokens += num_decode_tokens
         self._num_prefill_tokens += plan.num_tokens - num_decode_tokens
+
+    def _is_decode(self, chunk: ScheduledChunk) -> bool:
+        sequence = self._by_sequence[chunk.seq_id].sequence(chunk.seq_id)
+        return chunk.num_tokens == 1 and chunk.samples and chunk.start >= sequence.num_prompt_tokens
 
     def _collect(self, result: StepResult) -> list[RequestUpdate]:
         now = time.monotonic()
@@ -168,3 +214,14 @@ class Engine:
             del self._by_sequence[sequence.seq_id]
         self._num_finished += 1
         return RequestUpdate(request_id=state.request_id, chunks=chunks, finished=state.finish(now_s=time.monotonic()))
+
+
+def _as_token_ids(values: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """Plain ints of any integers, numpy's included; true and false are none."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise RequestError(f"prompt_token_ids is {values!r:.80}; give a list of integers")
+    values = list(values)
+    for value in values:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise RequestError(f"prompt token {value!r:.80} is not in the vocabulary; token ids are integers")
+    return tuple(index(value) for value in values)

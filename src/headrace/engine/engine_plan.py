@@ -9,13 +9,17 @@ from headrace.errors import ConfigError, ContextLengthError
 
 @dataclass(frozen=True, kw_only=True)
 class EnginePlan:
-    """scheduler: with max_model_len filled in; num_blocks blocks of cache.block_size tokens, kv_cache_bytes in all."""
+    """scheduler: with max_model_len filled in; num_blocks blocks of cache.block_size tokens, kv_cache_bytes in all.
+
+    remarks: defaults that gave way to the machine.
+    """
 
     scheduler: SchedulerConfig
     cache: CacheConfig
     num_blocks: int
     kv_cache_bytes: int
     num_threads: int
+    remarks: tuple[str, ...] = ()
 
     @property
     def max_model_len(self) -> int:
@@ -57,6 +61,7 @@ def resolve_plan(
     block_size = config.cache.block_size
     block_bytes = kv_block_bytes(model, block_size, element_bytes)
     num_useful = config.scheduler.max_num_seqs * num_blocks_for(max_model_len, block_size)
+    remarks: tuple[str, ...] = ()
     num_blocks = config.cache.num_blocks
     if num_blocks is None:
         budget_bytes = config.cache.kv_cache_bytes or int(available_bytes * config.cache.memory_fraction)
@@ -64,13 +69,23 @@ def resolve_plan(
         if num_blocks * block_size < max_model_len:
             if num_blocks == 0 or _was_asked_for(config):
                 raise ConfigError(_too_small(max_model_len, num_blocks, block_size, block_bytes))
+            remarks = (
+                f"max_model_len is {num_blocks * block_size} instead of {max_model_len}: the KV cache gets "
+                f"{num_blocks * block_bytes} bytes, {config.cache.memory_fraction:.0%} of the memory that is free",
+            )
             max_model_len = num_blocks * block_size
+    if num_blocks * block_bytes > available_bytes:
+        raise ConfigError(
+            f"the KV cache would take {num_blocks * block_bytes} bytes, but {available_bytes} are free; "
+            f"give it at most {available_bytes // block_bytes} blocks"
+        )
     return EnginePlan(
         scheduler=replace(config.scheduler, max_model_len=max_model_len),
         cache=config.cache,
         num_blocks=num_blocks,
         kv_cache_bytes=num_blocks * block_bytes,
         num_threads=num_threads,
+        remarks=remarks,
     )
 
 

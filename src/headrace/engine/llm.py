@@ -1,7 +1,10 @@
 """The Python entry point: text in, text out."""
 
+import logging
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
@@ -16,8 +19,11 @@ from headrace.config import (
     SchedulerConfig,
 )
 from headrace.engine.engine import Engine
+from headrace.engine.load import load_model
 from headrace.engine.outputs import CompletionChunk, RequestOutput, RequestUpdate
 from headrace.errors import ConfigError, RequestError, nearest_name
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
@@ -32,6 +38,8 @@ class LLM:
 
     model: a folder or a hub id. dtype: "auto", "float32" or "bfloat16". quantize: None, "int8" or "int4".
     settings: any field of `CacheConfig` or `SchedulerConfig`, and `num_threads`.
+
+    One thread at a time: its requests share one engine, which is driven by whoever waits for one of them.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -57,9 +65,11 @@ class LLM:
             show_progress=show_progress,
             require_tokenizer=require_tokenizer,
         )
-        self.engine = Engine(_engine_config(load, settings))
+        self.engine = Engine(load_model(_engine_config(load, settings)))
+        for remark in self.engine.model.plan.remarks:
+            logger.warning(remark)
         self._request_ids = count()
-        self._listeners: dict[str, Callable[[RequestUpdate], None]] = {}
+        self._listeners: dict[str, Callable[[], Callable[[RequestUpdate], None] | None]] = {}
 
     def generate(
         self,
@@ -74,7 +84,7 @@ class LLM:
         Raises:
             RequestError: a prompt or its parameters cannot run; then none of them does.
         """
-        many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        many = [prompts] if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) else list(prompts)
         return self._run([(*self._encode(prompt), p) for prompt, p in self._pairs(many, sampling_params)])
 
     def chat(
@@ -85,7 +95,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation, or several: messages of {"role": ..., "content": ...} through the chat template."""
-        many: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        many: list[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
         pairs = self._pairs([self.chat_prompt(m, tools=tools) for m in many], sampling_params)
         return self._run([(*self._encode(text, add_special_tokens=False), p) for text, p in pairs])
 
@@ -134,11 +144,13 @@ class LLM:
     ) -> list[tuple[Any, SamplingParams]]:
         if params is None or isinstance(params, SamplingParams):
             return [(prompt, params or SamplingParams()) for prompt in prompts]
+        if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
+            raise RequestError(f"sampling_params are {params!r:.80}; give SamplingParams(...), or one for each prompt")
         if len(params) != len(prompts):
             raise RequestError(f"{len(params)} sampling params for {len(prompts)} prompts; give one, or one for each")
         return list(zip(prompts, params, strict=True))
 
-    def _encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[list[int], str | None]:
+    def _encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> tuple[Any, str | None]:
         if isinstance(prompt, str):
             if self.engine.model.tokenizer is None:
                 raise self._no_tokenizer()
@@ -146,12 +158,12 @@ class LLM:
         token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
         if token_ids is None:
             raise RequestError(f"a prompt is {prompt!r:.80}; give a string or {{'prompt_token_ids': [...]}}")
-        return list(token_ids), None
+        return token_ids, None
 
     def _no_tokenizer(self) -> RequestError:
         return RequestError(f"{self.engine.model.tokenizer_error}; without a tokenizer, give prompt_token_ids")
 
-    def _run(self, requests: list[tuple[list[int], str | None, SamplingParams]]) -> list[RequestOutput]:
+    def _run(self, requests: list[tuple[Any, str | None, SamplingParams]]) -> list[RequestOutput]:
         ids = [self._next_id() for _ in requests]
         outputs: dict[str, RequestOutput] = {}
 
@@ -162,7 +174,7 @@ class LLM:
         try:
             for request_id, (token_ids, prompt, params) in zip(ids, requests, strict=True):
                 self.engine.add_request(request_id, token_ids, params, prompt)
-                self._listeners[request_id] = listen
+                self._listeners[request_id] = lambda: listen
             while len(outputs) < len(ids):
                 self._step()
         finally:
@@ -171,19 +183,26 @@ class LLM:
                 self._stop(request_id)
         return [outputs[request_id] for request_id in ids]
 
-    def _stream(self, token_ids: list[int], prompt: str | None, params: SamplingParams | None) -> "CompletionStream":
+    def _stream(self, token_ids: Any, prompt: str | None, params: SamplingParams | None) -> "CompletionStream":
+        [(_, params)] = self._pairs([prompt], params)
         request_id = self._next_id()
-        self.engine.add_request(request_id, token_ids, params or SamplingParams(), prompt)
-        stream = CompletionStream(step=self._step, stop=lambda: self._stop(request_id))
-        self._listeners[request_id] = stream.listen
+        self.engine.add_request(request_id, token_ids, params, prompt)
+        stop = partial(self._stop, request_id)
+        stream = CompletionStream(step=self._step, stop=stop)
+        # Weakly held: a stream that its reader has dropped stops its request instead of running on unread.
+        self._listeners[request_id] = weakref.WeakMethod(stream.listen)
+        weakref.finalize(stream, stop).atexit = False
         return stream
 
     def _step(self) -> None:
         """Run one step for everybody: streams and batches of one LLM share its engine."""
         for update in self.engine.step():
-            self._listeners[update.request_id](update)
+            listener = self._listeners.get(update.request_id)
+            listen = listener() if listener is not None else None
+            if listen is not None:
+                listen(update)
             if update.finished is not None:
-                del self._listeners[update.request_id]
+                self._listeners.pop(update.request_id, None)
 
     def _stop(self, request_id: str) -> RequestUpdate | None:
         self._listeners.pop(request_id, None)
@@ -207,6 +226,7 @@ class CompletionStream:
     def __init__(self, *, step: Callable[[], None], stop: Callable[[], RequestUpdate | None]) -> None:
         self.output: RequestOutput | None = None
         self._step, self._stop = step, stop
+        self._is_ended = False
         self._chunks: deque[CompletionChunk] = deque()
 
     def __iter__(self) -> Iterator[CompletionChunk]:
@@ -216,14 +236,14 @@ class CompletionStream:
     @property
     def is_finished(self) -> bool:
         """Every chunk has been handed out."""
-        return self.output is not None and not self._chunks
+        return self._is_ended and not self._chunks
 
     def advance(self) -> list[CompletionChunk]:
         """Chunks that wait, or those of one more step, which may be none: a long prompt takes many steps.
 
         For readers who must look up between steps, to stop for Ctrl-C say.
         """
-        if not self._chunks and self.output is None:
+        if not self._chunks and not self._is_ended:
             self._step()
         chunks = list(self._chunks)
         self._chunks.clear()
@@ -232,9 +252,12 @@ class CompletionStream:
     def listen(self, update: RequestUpdate) -> None:
         self._chunks.extend(update.chunks)
         self.output = update.finished
+        self._is_ended = update.finished is not None
 
     def close(self) -> None:
-        if self.output is None:
+        """Stop the request, unless it has ended, and keep what it has so far."""
+        if not self._is_ended:
+            self._is_ended = True
             update = self._stop()
             self.output = update.finished if update else None
 

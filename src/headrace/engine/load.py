@@ -10,6 +10,7 @@ import torch
 from headrace.cache.kv_pool import KvPool
 from headrace.config import EngineConfig, ModelConfig
 from headrace.engine.engine_plan import EnginePlan, resolve_max_model_len, resolve_plan
+from headrace.engine.executor import Executor
 from headrace.engine.runner import ModelRunner
 from headrace.engine.worker import Worker
 from headrace.errors import CheckpointError
@@ -36,7 +37,7 @@ class LoadedModel:
 
     config: ModelConfig
     plan: EnginePlan
-    worker: Worker
+    executor: Executor
     kernels: Kernels
     formats: WeightFormats
     tokenizer: Tokenizer | None
@@ -80,7 +81,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     return LoadedModel(
         config=source.config,
         plan=plan,
-        worker=Worker(ModelRunner(decoder, _make_kv_pool(source.config, plan, formats.dtype)), eos_token_ids),
+        executor=Worker(ModelRunner(decoder, _make_kv_pool(source.config, plan, formats.dtype)), eos_token_ids),
         kernels=kernels,
         formats=formats,
         tokenizer=tokenizer,

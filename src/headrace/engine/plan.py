@@ -40,9 +40,14 @@ class ScheduledChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """One step: sequences that enter, sequences that left since the last step, and chunks in batch order."""
+    """One step: what the last one sampled, sequences that left and that enter, and chunks in batch order.
+
+    sampled: the last step's (sequence id, token id) of sequences that go on. A rank learns every token from here, so
+        that ranks which hold no logits know them too.
+    """
 
     step: int
+    sampled: tuple[tuple[int, int], ...]
     new: tuple[NewSequence, ...]
     finished: tuple[int, ...]
     chunks: tuple[ScheduledChunk, ...]
@@ -55,6 +60,7 @@ class StepPlan:
         """JSON-able data, for the way to other ranks."""
         return {
             "step": self.step,
+            "sampled": self.sampled,
             "new": [vars(new) | {"params": new.params.to_mapping()} for new in self.new],
             "finished": self.finished,
             "chunks": [vars(chunk) for chunk in self.chunks],
@@ -65,6 +71,7 @@ class StepPlan:
         """The plan that `to_mapping` wrote, also after JSON has made lists of its tuples."""
         return cls(
             step=data["step"],
+            sampled=tuple((seq_id, token_id) for seq_id, token_id in data["sampled"]),
             new=tuple(_new_sequence(**new) for new in data["new"]),
             finished=tuple(data["finished"]),
             chunks=tuple(

@@ -61,6 +61,11 @@ class RequestState:
     def fail(self, seq_id: int, error: str) -> None:
         self._chunks.append(self._outputs[seq_id].fail(error))
 
+    def fail_unfinished(self, error: str) -> None:
+        for seq_id, state in self._outputs.items():
+            if state.output.finish_reason is None:
+                self.fail(seq_id, error)
+
     def abort(self) -> None:
         for state in self._outputs.values():
             if state.output.finish_reason is None:

@@ -89,6 +89,7 @@ class Scheduler:
         self._waiting: list[_Entry] = []
         self._running: list[_Entry] = []
         self._finished: list[int] = []
+        self._sampled: list[tuple[int, int]] = []
         self._num_arrived = 0
         self._step = 0
         self._is_step_open = False
@@ -164,11 +165,13 @@ class Scheduler:
         self._step += 1
         plan = StepPlan(
             step=self._step,
+            sampled=tuple(entry for entry in self._sampled if entry[0] in self._entries),
             new=tuple(draft.new),
             finished=tuple(self._finished),
             chunks=(*draft.decodes, *draft.prefills),
         )
         self._finished.clear()
+        self._sampled.clear()
         self._check_progress(plan)
         self._is_step_open = bool(plan.chunks)
         return plan
@@ -189,7 +192,9 @@ class Scheduler:
             sequence = entry.sequence
             sequence.num_computed_tokens = chunk.start + chunk.num_tokens
             if chunk.samples:
-                sequence.output_token_ids.append(sampled[chunk.seq_id])
+                token_id = sampled[chunk.seq_id]
+                sequence.output_token_ids.append(token_id)
+                self._sampled.append((chunk.seq_id, token_id))
             self._blocks.commit(chunk.seq_id, sequence.tokens, sequence.num_computed_tokens)
 
     def _check_sibling(self, sequence: Sequence) -> None:

@@ -47,7 +47,10 @@ class Worker:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run a step: forget who left, meet who is new, run every chunk, sample where a chunk asks for it."""
+        """Run a step: take in the last one's tokens, forget who left, meet who is new, run every chunk, sample where a
+        chunk asks for it."""
+        for seq_id, token_id in plan.sampled:
+            self._sequences[seq_id].output_token_ids.append(token_id)
         for seq_id in plan.finished:
             del self._sequences[seq_id]
         for new in plan.new:
@@ -56,6 +59,10 @@ class Worker:
             return StepResult(sampled=())
         hidden_states = self._runner.run([self._row(chunk) for chunk in plan.chunks])
         return self._sample(plan, hidden_states)
+
+    def reset(self) -> None:
+        """Forget every sequence, as after a step that failed half way."""
+        self._sequences.clear()
 
     def _row(self, chunk: ScheduledChunk) -> Row:
         sequence = self._sequences[chunk.seq_id]
@@ -82,8 +89,6 @@ class Worker:
         if not sampling:
             return StepResult(sampled=(), prompt_logprobs=tuple(prompts), failed=failed)
         outcome = self._sampler.sample(self._runner.logits(hidden_states[last_rows]), sampling)
-        for token in outcome.sampled:
-            self._sequences[token.seq_id].output_token_ids.append(token.token_id)
         return StepResult(sampled=outcome.sampled, prompt_logprobs=tuple(prompts), failed={**outcome.failed, **failed})
 
     def _sampling_row(self, seq_id: int, sequence: _WorkerSequence) -> SamplingRow:
@@ -93,8 +98,7 @@ class Worker:
             seed=sequence.seed,
             prompt_token_ids=sequence.prompt_token_ids,
             output_token_ids=sequence.output_token_ids,
-            # With ignore_eos an end-of-sequence token is a token like any other, to min_tokens too.
-            eos_token_ids=() if sequence.params.ignore_eos else self._eos_token_ids,
+            eos_token_ids=self._eos_token_ids,
         )
 
     def _prompt_logprobs(

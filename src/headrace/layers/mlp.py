@@ -15,7 +15,9 @@ from headrace.parallel.sharding import shard_range
 class Mlp:
     """down(act(gate(x)) * up(x)), gate and up in one fused projection; or down(act(up(x))) if not gated."""
 
-    def __init__(self, prefix: str, hidden_size: int, config: MlpConfig, context: LayerContext) -> None:
+    def __init__(
+        self, prefix: str, hidden_size: int, config: MlpConfig, context: LayerContext, *, reduces: bool = True
+    ) -> None:
         size, group = config.intermediate_size, context.tp_group
         kernels = context.kernels
         self._config = config
@@ -26,7 +28,7 @@ class Mlp:
         )
         columns = shard_range(size, group.rank, group.world_size)
         self.down = RowParallelLinear(
-            f"{prefix}.down_proj", hidden_size, size, context, columns=columns, has_bias=config.bias
+            f"{prefix}.down_proj", hidden_size, size, context, columns=columns, has_bias=config.bias, reduces=reduces
         )
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
@@ -38,15 +40,20 @@ class Mlp:
 
 
 class MoeMlp:
-    """Each token through its `num_experts_per_token` best experts, their outputs summed by router weight."""
+    """Each token through its `num_experts_per_token` best experts, their outputs summed by router weight.
+
+    One all-reduce a layer, whatever the router chose: ranks must never differ in the collectives they call.
+    """
 
     def __init__(self, prefix: str, config: ModelConfig, moe: MoeConfig, context: LayerContext) -> None:
         self._kernels = context.kernels
+        self._group = context.tp_group
         self._moe = moe
         expert = MlpConfig(intermediate_size=moe.intermediate_size, activation=config.mlp.activation)
         self.router = Parameter([whole_matrix(f"{prefix}.gate.weight", moe.num_experts, config.hidden_size)])
         self.experts = [
-            Mlp(f"{prefix}.experts.{i}", config.hidden_size, expert, context) for i in range(moe.num_experts)
+            Mlp(f"{prefix}.experts.{i}", config.hidden_size, expert, context, reduces=False)
+            for i in range(moe.num_experts)
         ]
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
@@ -59,6 +66,7 @@ class MoeMlp:
             tokens, choice = (chosen == expert).nonzero(as_tuple=True)
             share = weights[tokens, choice, None].to(out.dtype)
             out.index_add_(0, tokens, self.experts[expert](hidden_states[tokens]) * share)
+        self._group.all_reduce_(out)
         return out
 
     def parameters(self) -> Iterator[Parameter]:
