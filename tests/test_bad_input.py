@@ -67,13 +67,17 @@ def add(weights: dict[str, torch.Tensor]) -> None:
     weights["model.layers.0.adapter.weight"] = torch.zeros(2, 2)
 
 
-def edit_config(**changes: object) -> Break:
-    def edit(folder: Path) -> None:
-        file = folder / "config.json"
-        config = json.loads(file.read_text()) | changes
-        file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+def edit_tokenizer(**changes: object) -> Break:
+    return lambda folder: edit_json(folder / "tokenizer_config.json", changes)
 
-    return edit
+
+def edit_config(**changes: object) -> Break:
+    return lambda folder: edit_json(folder / "config.json", changes)
+
+
+def edit_json(file: Path, changes: dict[str, object]) -> None:
+    data = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
 
 
 def write(name: str, data: bytes) -> Break:
@@ -118,6 +122,22 @@ BROKEN_MODELS: dict[str, tuple[Break, str]] = {
     "config_not_an_object": (write("config.json", b"[]"), "must hold a JSON object"),
     "no_config": (remove("config.json"), "has no config.json"),
     "no_weights": (remove("model.safetensors"), "has no safetensors files"),
+    "eos_is_text": (edit_config(eos_token_id="abc"), "eos_token_id is 'abc'; it must be a token id"),
+    "eos_is_negative": (edit_config(eos_token_id=-1), "eos_token_id is -1"),
+    "eos_is_nested": (edit_config(eos_token_id=[[1]]), "eos_token_id is [[1]]"),
+    "endless_integer": (write("config.json", b'{"hidden_size": ' + b"9" * 5000 + b"}"), "cannot be read as JSON"),
+    "format_is_a_list": (
+        edit_config(quantization_config={"quant_method": "headrace", "weight_format": ["int4"], "group_size": 32}),
+        "allowed: weight_format int8 or int4",
+    ),
+    "template_not_utf8": (write("chat_template.jinja", b"\xff\xfe"), "cannot be read as UTF-8"),
+    "template_too_deep": (write("chat_template.jinja", b"{{" + b"(" * 5000 + b"}}"), "chat template"),
+    "added_tokens_is_a_list": (edit_tokenizer(added_tokens_decoder=[1]), "added_tokens_decoder is [1]"),
+    "special_tokens_is_a_number": (edit_tokenizer(additional_special_tokens=5), "additional_special_tokens are 5"),
+    "dynamic_rope_of_one_pair": (
+        edit_config(head_dim=2, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+        "dynamic scaling needs at least 4",
+    ),
     "no_tokenizer": (remove("tokenizer.json"), "no tokenizer.json and no tokenizer.model"),
     "broken_tokenizer": (write("tokenizer.json", b"{}"), "tokenizer.json"),
 }
@@ -144,6 +164,22 @@ BAD_CALLS: dict[str, tuple[list[str], str]] = {
     "unknown_dtype": (["generate", "Hi", "--dtype", "float16"], "float32"),
     "unknown_format": (["generate", "Hi", "--quantize", "int5"], "int4"),
     "batch_below_sequences": (["generate", "Hi", "--max-num-batched-tokens", "8"], "max_num_seqs"),
+    "endless_threads": (["generate", "Hi", "--threads", "100000000000"], "allowed: 1 to"),
+    "more_cache_than_memory": (
+        [
+            "generate",
+            "Hi",
+            "--kv-cache-bytes",
+            "900TB",
+            "--max-num-seqs",
+            "1000",
+            "--max-num-batched-tokens",
+            "1000",
+            "--block-size",
+            "1000000000",
+        ],
+        "are free",
+    ),
     "token_outside_vocabulary": (["generate", "--prompt-token-ids", "5,99999"], "99999 is not in the vocabulary"),
     "missing_prompt_file": (["generate", "--prompt-file", "/no/such/file"], "/no/such/file"),
     "quantize_missing_folder": (

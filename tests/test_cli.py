@@ -250,7 +250,7 @@ class TestGenerate:
         code, out, _ = run("generate", "--prompt-token-ids", "5,6,7", "--max-tokens", 3, "--model", folder)
         assert code == 0
         assert len(out.strip().split(",")) == 3
-        assert "give prompt_token_ids" in refused("generate", "hi", "--model", folder)
+        assert "copy the tokenizer files" in refused("generate", "hi", "--model", folder)
 
     def test_prompts_come_from_files_and_pipes(self, run, model, tmp_path, stdin):
         file = tmp_path / "prompt.txt"

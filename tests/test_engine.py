@@ -1,16 +1,21 @@
 """The engine from prompts to outputs, on the shipped model (text) and on poisoned copies of it (faults)."""
 
+import gc
 import json
 import shutil
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from headrace import LLM, RequestOutput, SamplingParams
 from headrace.demo_model import demo_model_path
-from headrace.engine.plan import StepPlan
+from headrace.engine.plan import SampledToken, StepPlan, StepResult
+from headrace.engine.runner import Row
+from headrace.engine.sampler import SampleOutcome, SamplingRow
 from headrace.errors import CheckpointError, ConfigError, ContextLengthError, RequestError
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -80,7 +85,10 @@ class TestGenerate:
     def test_stop_string_may_lie_across_tokens(self, llm: LLM, include: bool) -> None:
         [whole] = llm.generate(PROMPTS[3], SamplingParams(**GREEDY, max_tokens=24))
         text = text_of(whole)
-        stop = text[len(text) // 2 - 2 : len(text) // 2 + 3]
+        tokenizer = llm.engine.model.tokenizer
+        assert tokenizer is not None
+        border = len(tokenizer.decode(whole.outputs[0].token_ids[:12]))
+        stop = text[border - 2 : border + 3]
         params = SamplingParams(**GREEDY, max_tokens=24, stop=(stop,), include_stop_str_in_output=include)
         [output] = llm.generate(PROMPTS[3], params)
         end = text.index(stop) + (len(stop) if include else 0)
@@ -140,6 +148,16 @@ class TestSampling:
                 assert entry.logprob == pytest.approx(float(expected[position, token_id]), abs=1e-3)
                 assert entry.rank == 1 + int((expected[position] > expected[position, token_id]).sum())
 
+    def test_siblings_share_a_scored_prompt(self) -> None:
+        """Each of n outputs used to compute and score the whole prompt again."""
+        llm = LLM(str(demo_model_path()), dtype="float32", num_threads=1)
+        ids, params = list(range(10, 110)), SamplingParams(**GREEDY, n=4, max_tokens=4, prompt_logprobs=1)
+        [output] = llm.generate({"prompt_token_ids": ids}, params)
+        assert llm.engine.metrics().num_prefill_tokens == 100 + 3 * (100 % 16)
+        assert output.prompt_logprobs is not None
+        assert None not in output.prompt_logprobs[1:]
+        assert len({tuple(o.token_ids) for o in output.outputs}) == 1
+
     def test_prompt_logprobs_do_not_come_from_cached_blocks(self, llm: LLM) -> None:
         """Cached blocks have no logits: such a request computes its whole prompt, in chunks of the token budget."""
         ids = list(range(10, 110))
@@ -187,8 +205,70 @@ class TestStream:
         pieces[1] += [chunk.text for chunk in b]
         assert ["".join(p) for p in pieces] == alone[:2]
 
+    def test_dropped_stream_does_not_run_on(self, llm: LLM) -> None:
+        """A listener that held the stream kept its request running in every later call."""
+        for _ in llm.stream(PROMPTS[3], SamplingParams(**GREEDY, max_tokens=900)):
+            break
+        gc.collect()
+        llm.generate(PROMPTS[1], SamplingParams(**GREEDY, max_tokens=2))
+        assert not llm.engine.has_unfinished
+
+    def test_stream_whose_request_was_aborted_ends(self, llm: LLM) -> None:
+        """It used to wait for ever for an update that could not come."""
+        stream = llm.stream(PROMPTS[3], SamplingParams(**GREEDY, max_tokens=50))
+        stream.advance()
+        assert llm.engine.abort(next(iter(llm.engine._requests))) is not None
+        assert list(stream) == []
+        assert stream.is_finished
+
 
 class TestFaults:
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
+    @pytest.mark.parametrize("at_step", [1, 3])
+    def test_step_that_fails_ends_its_requests_and_nothing_else(
+        self, error: type[BaseException], at_step: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The scheduler used to refuse every later step: "planned but not updated"."""
+        llm = LLM(str(demo_model_path()), dtype="float32", num_threads=1)
+        params = SamplingParams(**GREEDY, max_tokens=8)
+        expected = text_of(llm.generate(PROMPTS[0], params)[0])
+        stream, steps = llm.stream(PROMPTS[1], params), count(1)
+        execute = llm.engine.model.executor.execute
+
+        def fail(plan: StepPlan) -> StepResult:
+            if next(steps) == at_step:
+                raise error("injected")
+            return execute(plan)
+
+        monkeypatch.setattr(llm.engine.model.executor, "execute", fail)
+        with pytest.raises(error, match="injected"):
+            llm.generate(PROMPTS[0], params)
+        assert text_of(llm.generate(PROMPTS[0], params)[0]) == expected
+        assert [chunk.finish_reason for chunk in stream][-1] == "error"
+        assert stream.output is not None
+        assert "injected" in (stream.output.outputs[0].error or "")
+        assert not llm.engine.has_unfinished
+        llm.engine.check_integrity()
+
+    @pytest.mark.parametrize("params", [{"temperature": 0}, 5, [SamplingParams(), "x"]])
+    def test_params_that_are_none(self, llm: LLM, params: object) -> None:
+        with pytest.raises(RequestError, match="give SamplingParams"):
+            llm.generate(["a", "b"], params)  # type: ignore[arg-type]
+
+    def test_no_messages(self, llm: LLM) -> None:
+        with pytest.raises(RequestError, match="message"):
+            llm.chat([])
+
+    def test_text_that_is_not_unicode(self, llm: LLM) -> None:
+        with pytest.raises(RequestError, match="surrogate"):
+            llm.generate("half an emoji: \ud83d")
+
+    def test_numpy_token_ids_are_integers(self, llm: LLM) -> None:
+        params = SamplingParams(**GREEDY, max_tokens=4)
+        ids = np.arange(20, 40)
+        by_numpy, by_list = (llm.generate({"prompt_token_ids": i}, params)[0] for i in (ids, ids.tolist()))
+        assert by_numpy.outputs[0].token_ids == by_list.outputs[0].token_ids
+
     @pytest.mark.parametrize(
         ("prompt", "message"),
         [
@@ -196,11 +276,16 @@ class TestFaults:
             ({"prompt_token_ids": [1, 10**6]}, "1000000 is not in the vocabulary; allowed: 0 to"),
             ({"prompt_token_ids": [1, -1]}, "-1 is not in the vocabulary"),
             ({"prompt_token_ids": [1, "x"]}, "'x' is not in the vocabulary"),
+            ({"prompt_token_ids": [1, True]}, "token ids are integers"),
+            ({"prompt_token_ids": 5}, "give a list of integers"),
             ({"prompt_tokens": [1]}, "give a string or"),
+            (None, "give a string or"),
             ({"prompt_token_ids": [1] * 1024}, "1024 tokens"),
         ],
     )
-    def test_bad_prompt_is_refused_and_harms_nobody(self, llm: LLM, prompt: dict[str, list[int]], message: str) -> None:
+    def test_bad_prompt_is_refused_and_harms_nobody(
+        self, llm: LLM, prompt: dict[str, object] | None, message: str
+    ) -> None:
         with pytest.raises(RequestError, match=message):
             llm.generate([PROMPTS[0], prompt], SamplingParams(**GREEDY, max_tokens=4))
         assert not llm.engine.has_unfinished
@@ -296,25 +381,43 @@ class TestMetrics:
         assert (after.num_running, after.num_waiting, after.kv_cache_usage) == (0, 0, 0.0)
 
 
-def test_plans_are_data_that_any_rank_can_run() -> None:
-    """Plans go through JSON to a second worker, which samples the same tokens."""
+def test_plans_are_data_that_any_rank_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second worker follows plans that went through JSON. What it samples is thrown away, as on a rank that has no
+    logits, and yet it runs the same rows."""
     llm, second = (
         LLM(str(demo_model_path()), dtype="float32", num_threads=1, max_num_batched_tokens=64) for _ in range(2)
     )
-    worker, other, results = llm.engine.model.executor, second.engine.model.executor, []
-    execute = worker.execute
+    mine, theirs = record_rows(llm, monkeypatch), record_rows(second, monkeypatch)
+    leader, follower = llm.engine.model.executor, second.engine.model.executor
+    execute = leader.execute
 
-    def spy(plan: StepPlan) -> object:
-        result = execute(plan)
-        copy = StepPlan.from_mapping(json.loads(json.dumps(plan.to_mapping())))
-        results.append((result.sampled, other.execute(copy).sampled))
-        return result
+    def execute_both(plan: StepPlan) -> StepResult:
+        follower.execute(StepPlan.from_mapping(json.loads(json.dumps(plan.to_mapping()))))
+        return execute(plan)
 
-    worker.execute = spy  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(follower, "_sampler", OnlyZeros())
+    monkeypatch.setattr(leader, "execute", execute_both)
     params = SamplingParams(temperature=1.0, seed=9, n=2, max_tokens=12, presence_penalty=0.5, ignore_eos=True)
     llm.generate([{"prompt_token_ids": list(range(10, 110))}, PROMPTS[0]], params)
-    assert len(results) > 10
-    assert all(mine == theirs for mine, theirs in results)
+    assert len(mine) > 10
+    assert mine == theirs
+
+
+class OnlyZeros:
+    def sample(self, logits: torch.Tensor, rows: list[SamplingRow]) -> SampleOutcome:
+        return SampleOutcome(sampled=tuple(SampledToken(seq_id=r.seq_id, token_id=0) for r in rows), failed={})
+
+
+def record_rows(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[object, ...]]]:
+    runner = llm.engine.model.executor._runner  # type: ignore[attr-defined]
+    run, recorded = runner.run, []
+
+    def spy(rows: list[Row]) -> torch.Tensor:
+        recorded.append([(row.token_ids, row.start, tuple(row.block_table)) for row in rows])
+        return run(rows)
+
+    monkeypatch.setattr(runner, "run", spy)
+    return recorded
 
 
 def copy_model(tmp_path: Path) -> Path:

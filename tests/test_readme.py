@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.cli.main import COMMANDS
+from headrace.cli.main import COMMANDS, main
 from headrace.cli.parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +37,12 @@ def test_command_is_understood(command: str) -> None:
     parser = Parser(prog=f"headrace {name}", summary=summary)
     import_module(module_name).add_arguments(parser)
     assert parser.parse(argv) is not None
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith(("headrace generate", "headrace info"))])
+def test_command_runs(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out.strip()
 
 
 def test_make_targets_exist() -> None:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from headrace.machine import peak_memory_bytes
 
     is_silent = args.json or args.quiet
-    llm = make_llm(args, show_progress=is_watched() and not is_silent)
+    llm = make_llm(args, show_progress=is_watched() and not is_silent, require_tokenizer=False)
     engine = llm.engine
     settings, remarks = resolve_settings(args, engine.model.plan)
     with _progress(is_shown=not is_silent) as on_start:

@@ -51,7 +51,11 @@ def run(args: argparse.Namespace) -> int:
     prompts, changes = _read_prompts(args), sampling_changes(args)
     if args.logprobs is not None and not args.json:
         raise ConfigError("--logprobs are only shown with --json; add it, or leave --logprobs out")
-    llm = make_llm(args, show_progress=is_watched() and not args.json and not args.quiet)
+    llm = make_llm(
+        args,
+        show_progress=is_watched() and not args.json and not args.quiet,
+        require_tokenizer=args.prompt_token_ids is None,
+    )
     params = llm.default_sampling_params(**changes)
     if args.json:
         results = _complete(llm, prompts, params, args)

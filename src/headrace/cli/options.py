@@ -143,7 +143,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int | N
     group.add_argument("--seed", type=int, metavar="N", help="makes the same call give the same text")
 
 
-def make_llm(args: argparse.Namespace, *, show_progress: bool) -> "LLM":
+def make_llm(args: argparse.Namespace, *, show_progress: bool, require_tokenizer: bool = True) -> "LLM":
     """Load the model that the options name."""
     return headrace.LLM(
         _model_name(args),
@@ -151,6 +151,7 @@ def make_llm(args: argparse.Namespace, *, show_progress: bool) -> "LLM":
         dtype=args.dtype,
         quantize=args.quantize,
         show_progress=show_progress,
+        require_tokenizer=require_tokenizer,
         **_given(args, _ENGINE_SETTINGS),
     )
 

@@ -5,6 +5,9 @@ from enum import Enum
 
 from headrace.errors import ConfigError
 
+MAX_THREADS = 4096
+"""More than any machine has; a typing error should not ask the system for them."""
+
 
 class Dtype(Enum):
     """Type of activations, KV cache and unquantized weights; AUTO takes the checkpoint's (float16 becomes bfloat16)."""
@@ -101,8 +104,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_at_least_one("num_threads", self.num_threads)
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:
+            raise ConfigError(f"num_threads is {self.num_threads}; allowed: 1 to {MAX_THREADS}")
 
 
 def check_at_least_one(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")

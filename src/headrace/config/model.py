@@ -78,6 +78,8 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.rotary_dim <= 0 or self.rotary_dim % 2:
             raise ConfigError(f"rotary_dim is {self.rotary_dim}; it must be a positive even number")
+        if self.scaling is not None and self.scaling.rope_type is RopeType.DYNAMIC and self.rotary_dim < 4:
+            raise ConfigError(f"rotary_dim is {self.rotary_dim}; dynamic scaling needs at least 4")
 
 
 @dataclass(frozen=True, kw_only=True)

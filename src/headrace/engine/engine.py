@@ -45,6 +45,10 @@ class Engine:
         """Requests to run, or the end of one to report."""
         return bool(self._requests or self._failed)
 
+    def is_live(self, request_id: str) -> bool:
+        """The request still has an update to come."""
+        return request_id in self._requests or any(update.request_id == request_id for update in self._failed)
+
     def add_request(
         self,
         request_id: str,

@@ -69,6 +69,7 @@ class LLM:
         for remark in self.engine.model.plan.remarks:
             logger.warning(remark)
         self._request_ids = count()
+        self._dropped: deque[str] = deque()
         self._listeners: dict[str, Callable[[], Callable[[RequestUpdate], None] | None]] = {}
 
     def generate(
@@ -187,15 +188,17 @@ class LLM:
         [(_, params)] = self._pairs([prompt], params)
         request_id = self._next_id()
         self.engine.add_request(request_id, token_ids, params, prompt)
-        stop = partial(self._stop, request_id)
-        stream = CompletionStream(step=self._step, stop=stop)
-        # Weakly held: a stream that its reader has dropped stops its request instead of running on unread.
+        stream = CompletionStream(step=partial(self._step_for, request_id), stop=partial(self._stop, request_id))
+        # Weakly held: a stream that its reader has dropped ends its request instead of running on unread. The garbage
+        # collector may find it in the middle of a step, so the end waits for the next one.
         self._listeners[request_id] = weakref.WeakMethod(stream.listen)
-        weakref.finalize(stream, stop).atexit = False
+        weakref.finalize(stream, self._dropped.append, request_id).atexit = False
         return stream
 
     def _step(self) -> None:
         """Run one step for everybody: streams and batches of one LLM share its engine."""
+        while self._dropped:
+            self._stop(self._dropped.popleft())
         for update in self.engine.step():
             listener = self._listeners.get(update.request_id)
             listen = listener() if listener is not None else None
@@ -203,6 +206,13 @@ class LLM:
                 listen(update)
             if update.finished is not None:
                 self._listeners.pop(update.request_id, None)
+
+    def _step_for(self, request_id: str) -> bool:
+        """Run one step for a stream; false if its request is gone, aborted behind its back."""
+        if not self.engine.is_live(request_id):
+            return False
+        self._step()
+        return True
 
     def _stop(self, request_id: str) -> RequestUpdate | None:
         self._listeners.pop(request_id, None)
@@ -223,7 +233,7 @@ class CompletionStream:
     Streams of one LLM may be read in turn: a step that one of them asks for moves them all on.
     """
 
-    def __init__(self, *, step: Callable[[], None], stop: Callable[[], RequestUpdate | None]) -> None:
+    def __init__(self, *, step: Callable[[], bool], stop: Callable[[], RequestUpdate | None]) -> None:
         self.output: RequestOutput | None = None
         self._step, self._stop = step, stop
         self._is_ended = False
@@ -244,7 +254,7 @@ class CompletionStream:
         For readers who must look up between steps, to stop for Ctrl-C say.
         """
         if not self._chunks and not self._is_ended:
-            self._step()
+            self._is_ended = not self._step()
         chunks = list(self._chunks)
         self._chunks.clear()
         return chunks

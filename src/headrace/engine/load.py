@@ -1,6 +1,7 @@
 """From a model's name to a worker that can run plans."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,9 +133,15 @@ def _eos_token_ids(
 ) -> frozenset[int]:
     """All that the model's files call end of sequence: config.json, generation_config.json (one or several each),
     and the tokenizer."""
-    ids: set[int] = set()
-    for value in (source.hf_config.get("eos_token_id"), generation_config.get("eos_token_id")):
-        ids.update([value] if isinstance(value, int) else value or [])
+    ids = _token_ids(source.hf_config, "config.json") | _token_ids(generation_config, "generation_config.json")
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return frozenset(ids)
+
+
+def _token_ids(config: Mapping[str, Any], file_name: str) -> set[int]:
+    value = config.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise CheckpointError(f"{file_name}: eos_token_id is {value!r:.80}; it must be a token id or a list of them")
+    return set(ids)

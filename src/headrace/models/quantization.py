@@ -31,7 +31,7 @@ def read_quantization(config: Mapping[str, Any]) -> WeightFormat | None:
             f"the checkpoint is quantized by '{method}'; Headrace reads its own format (headrace quantize) "
             "and unquantized weights"
         )
-    if entry.get("weight_format") not in _FORMATS or entry.get("group_size") != QUANTIZATION_GROUP_SIZE:
+    if str(entry.get("weight_format")) not in _FORMATS or entry.get("group_size") != QUANTIZATION_GROUP_SIZE:
         raise CheckpointError(
             f"quantization_config is {dict(entry)}; allowed: weight_format {' or '.join(_FORMATS)}, "
             f"group_size {QUANTIZATION_GROUP_SIZE}"

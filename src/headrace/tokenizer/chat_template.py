@@ -37,7 +37,7 @@ class ChatTemplate:
         tokens = TokenizerConfig.from_folder(path).named_tokens
         file = path / "chat_template.jinja"
         if file.is_file():
-            return cls(file.read_text("utf-8"), tokens)
+            return cls(_read_template(file), tokens)
         for name in ("tokenizer_config.json", "chat_template.json"):
             if template := read_json_object(path / name).get("chat_template"):
                 return cls(_named_sources(template, path / name), tokens)
@@ -83,6 +83,8 @@ class ChatTemplate:
     def _compile(self, name: str, source: str) -> Any:
         try:
             return self._environment.from_source(source)
+        except RecursionError:
+            raise CheckpointError(f"the checkpoint's chat template '{name}' is nested too deeply") from None
         except TemplateSyntaxError as error:
             raise CheckpointError(
                 f"the checkpoint's chat template '{name}' is not valid Jinja: {error.message} in line {error.lineno}; "
@@ -99,6 +101,13 @@ class ChatTemplate:
         if _DEFAULT not in self._templates:
             raise RequestError(f"this model has no chat template for this: {nearest_name(_DEFAULT, self._templates)}")
         return self._templates[_DEFAULT]
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as UTF-8 text: {error}") from None
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

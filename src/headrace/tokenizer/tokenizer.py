@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from headrace.errors import CheckpointError
+from headrace.errors import CheckpointError, RequestError
 from headrace.tokenizer.fast_backend import FastBackend
 from headrace.tokenizer.sentencepiece_backend import SentencePieceBackend
 from headrace.tokenizer.tokenizer_files import TokenizerConfig
@@ -60,7 +60,16 @@ class Tokenizer:
         """Token ids of a text; special tokens written out in it become their ids.
 
         add_special_tokens: surround it as the model expects; a rendered chat template has done so already.
+
+        Raises:
+            RequestError: the text holds half of a surrogate pair, which no encoding can express.
         """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text is not valid Unicode: a lone surrogate at character {error.start}; send whole characters"
+            ) from None
         return self._backend.encode(text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -1,7 +1,7 @@
 """Reads the files beside a tokenizer: tokenizer_config.json, special_tokens_map.json, added tokens."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,8 @@ def _extra_tokens(special: Mapping[str, Any]) -> tuple[str, ...]:
     """A list of tokens, or in some versions of transformers an object of named ones."""
     tokens = special.get("additional_special_tokens") or special.get("extra_special_tokens") or ()
     tokens = tokens.values() if isinstance(tokens, Mapping) else tokens
+    if not isinstance(tokens, Iterable):
+        raise CheckpointError(f"the tokenizer's additional_special_tokens are {tokens!r:.80}; expected a list")
     return tuple(text for token in tokens if (text := token_text(token)))
 
 
@@ -100,7 +102,10 @@ def _added_tokens(config: Mapping[str, Any], by_text: Mapping[str, Any]) -> dict
         for text, token_id in by_text.items()
         if isinstance(token_id, int)
     }
-    for token_id, token in (config.get("added_tokens_decoder") or {}).items():
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, Mapping):
+        raise CheckpointError(f"the tokenizer's added_tokens_decoder is {decoder!r:.80}; expected an object")
+    for token_id, token in decoder.items():
         if token_text(token) and str(token_id).isdecimal():
             tokens[int(token_id)] = _added_token(token)
     return tokens
