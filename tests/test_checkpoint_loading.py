@@ -443,7 +443,10 @@ def test_file_larger_than_memory_is_read(tmp_path):
     encoded = json.dumps(header).encode()
     with (tmp_path / WEIGHTS).open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
-        stream.truncate(8 + len(encoded) + num_rows * 2**20)  # a hole: takes no disk
+        try:
+            stream.truncate(8 + len(encoded) + num_rows * 2**20)  # a hole: takes no disk
+        except OSError as error:
+            pytest.skip(f"no sparse file of this size here: {error}")
         stream.seek(-1, 2)
         stream.write(b"\x07")
     checkpoint = Checkpoint(tmp_path)

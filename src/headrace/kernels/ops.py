@@ -59,7 +59,7 @@ class AttentionOp(Protocol):
 
 
 class ActivationOp(Protocol):
-    def __call__(self, x: Tensor, activation: Activation) -> Tensor: ...
+    def __call__(self, x: Tensor, kind: Activation) -> Tensor: ...
 
 
 class RouteOp(Protocol):

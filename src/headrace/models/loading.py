@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.config import ModelConfig, WeightFormat
-from headrace.errors import CheckpointError, KernelError
+from headrace.errors import CheckpointError, KernelError, ParallelismError
 from headrace.kernels import Kernels, quantized_columns
 from headrace.layers.parameter import Parameter, TensorSlice
 from headrace.models.checkpoint import Checkpoint
@@ -99,8 +99,11 @@ class WeightLoader:
 
     def _copy_quantized(self, part: TensorSlice, row: int, write: Callable[[int, Tensor, Tensor], None]) -> None:
         name, rows = self._locate(part)
-        # A range that is not the whole row would have to be cut at group borders.
-        assert part.columns == range(part.shape[1]), "quantized checkpoints are read in whole rows"
+        if part.columns != range(part.shape[1]):
+            raise ParallelismError(
+                f"'{name}' is stored quantized and can only be read in whole rows; sizes that work: 1. "
+                "Quantize the original on load instead"
+            )
         qweight_name, scales_name = quantized_names(name)
         for start, qweight in self._checkpoint.row_blocks(qweight_name, rows):
             scales = self._checkpoint.read_rows(scales_name, start, start + len(qweight))

@@ -22,7 +22,7 @@ class Group(Protocol):
         ...
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Concatenate the ranks' tensors along the last dimension, rank 0 first."""
+        """Concatenate the ranks' tensors along the last dimension, rank 0 first; sizes there may differ by rank."""
         ...
 
 

@@ -6,9 +6,9 @@ from torch import Tensor
 from headrace.config import Activation
 
 
-def activation(x: Tensor, activation: Activation) -> Tensor:
+def activation(x: Tensor, kind: Activation) -> Tensor:
     """act(x), elementwise; GELU exact (erf) or in its tanh approximation (arXiv:1606.08415)."""
-    match activation:
+    match kind:
         case Activation.SILU:
             return F.silu(x)
         case Activation.GELU:
@@ -19,10 +19,7 @@ def activation(x: Tensor, activation: Activation) -> Tensor:
             return F.relu(x)
 
 
-_activate = activation
-
-
-def gated_activation(x: Tensor, activation: Activation) -> Tensor:
+def gated_activation(x: Tensor, kind: Activation) -> Tensor:
     """act(gate) * up, gate and up side by side in x (GLU variants, arXiv:2002.05202).
 
     Shapes:
@@ -30,4 +27,4 @@ def gated_activation(x: Tensor, activation: Activation) -> Tensor:
         returns: [num_tokens, intermediate_size]
     """
     gate, up = x.chunk(2, dim=-1)
-    return _activate(gate, activation) * up
+    return activation(gate, kind) * up
