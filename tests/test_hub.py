@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub, FakeRepo, run_fake_hub
 
+from headrace.demo_model import demo_model_path
 from headrace.errors import CheckpointError
 from headrace.models import hub as hub_module
 from headrace.models import hub_download
@@ -256,3 +257,28 @@ def test_missing_shards_are_named(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-1.safetensors").touch()
     assert missing_files(tmp_path) == ["model-2.safetensors"]
+
+
+def test_the_command_line_takes_a_hub_id(tmp_path):
+    files = {
+        file.name: file.read_bytes() for file in demo_model_path().iterdir() if file.suffix != ".py" and file.is_file()
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "headrace",
+        "generate",
+        "Hello",
+        "--model",
+        "test/small",
+        "--max-tokens",
+        "4",
+        "--json",
+    ]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    with run_fake_hub(small=FakeRepo(files=files)) as hub:
+        env = clean | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        online = subprocess.run(command, env=env, capture_output=True, text=True, timeout=50, check=True)
+    # The hub is gone: the copy serves.
+    offline = subprocess.run(command, env=env, capture_output=True, text=True, timeout=50, check=True)
+    assert json.loads(online.stdout)["text"] == json.loads(offline.stdout)["text"] != ""
