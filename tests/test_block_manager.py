@@ -41,7 +41,7 @@ def snapshot(manager: BlockManager, token_ids: Tokens, seq_ids: tuple[int, ...])
 
 @pytest.mark.parametrize(("num_blocks", "block_size", "name"), [(0, 4, "num_blocks"), (4, 0, "block_size")])
 def test_sizes_must_be_positive(num_blocks: int, block_size: int, name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is 0; it must be at least 1"):
+    with pytest.raises(ConfigError, match=f"{name} is 0; it must be a whole number of at least 1"):
         BlockManager(num_blocks, block_size, enable_prefix_caching=True)
 
 
