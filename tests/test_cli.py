@@ -482,11 +482,11 @@ class _Terminal:
 
     def interrupt_until_exit(self):
         """Readline misses a signal that comes between its printing the prompt and its waiting for a key."""
-        for _ in range(5):
+        for _ in range(15):
             time.sleep(0.2)
             self.interrupt()
             with suppress(subprocess.TimeoutExpired):
-                return self.process.wait(timeout=5)
+                return self.process.wait(timeout=2)
         return self.process.wait(timeout=5)
 
     def wait_for(self, text, timeout_s=45.0):
