@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BUILD := pyproject.toml CMakeLists.txt $(wildcard native/* native/*/*)
 
 .PHONY: demo test check bench clean
 
@@ -20,18 +21,20 @@ bench: $(VENV)/.installed
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Headrace needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Try: make demo PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import os, sysconfig; header = os.path.join(sysconfig.get_path("include"), "Python.h"); exit(not os.path.exists(header))' || \
+		{ echo "Python's headers are missing. On Debian and Ubuntu: apt install python3-dev"; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || \
 		{ rm -rf $(VENV); echo "Python's venv module is missing. On Debian and Ubuntu: apt install python3-venv"; exit 2; }
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+$(VENV)/.installed: $(BUILD) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-test: $(BUILD) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-check: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-check: $(BUILD) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test,check]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 

@@ -1,0 +1,121 @@
+// The private module headrace._native: pointers and shapes in, nothing known of tensors. Its callers
+// (headrace.kernels.cpu) check shapes, types and strides; what is checked here keeps memory safe within a matrix.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "linear.h"
+#include "packed_matrix.h"
+#include "peaks.h"
+#include "target.h"
+#include "thread_pool.h"
+
+namespace nb = nanobind;
+
+namespace headrace {
+namespace {
+
+const void* ConstPointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
+
+std::vector<std::string> Names(bool is_only_supported) {
+  std::vector<std::string> names;
+  for (const Target target : CompiledTargets()) {
+    if (!is_only_supported || IsSupported(target)) names.push_back(Name(target));
+  }
+  return names;
+}
+
+void WriteRows(PackedMatrix& matrix, int64_t row, int64_t num_rows, uintptr_t block) {
+  matrix.WriteRows(row, num_rows, ConstPointer(block));
+}
+
+void WriteQuantizedRows(PackedMatrix& matrix, int64_t row, int64_t num_rows, uintptr_t values, uintptr_t scales) {
+  matrix.WriteQuantizedRows(row, num_rows, ConstPointer(values), static_cast<const float*>(ConstPointer(scales)));
+}
+
+void ReadRows(const PackedMatrix& matrix, uintptr_t rows, int64_t num_rows, uintptr_t out) {
+  const auto* ids = static_cast<const int64_t*>(ConstPointer(rows));
+  const int64_t value_bytes = matrix.layout().format == Format::kBfloat16 ? 2 : 4;
+  const int64_t row_bytes = matrix.layout().columns * value_bytes;
+  for (int64_t i = 0; i < num_rows; ++i) matrix.ReadRow(ids[i], reinterpret_cast<char*>(out) + i * row_bytes);
+}
+
+// An op bound to its target, found by name once.
+class NativeLinear {
+ public:
+  explicit NativeLinear(const std::string& target) : target_(TargetFromName(target)) {}
+
+  void Run(Arm arm, const PackedMatrix& weight, DType dtype, int64_t num_rows, uintptr_t x, int64_t x_stride,
+           uintptr_t bias, uintptr_t out) const {
+    Linear(
+        target_, arm,
+        {weight.view(), dtype, num_rows, ConstPointer(x), x_stride, ConstPointer(bias), reinterpret_cast<void*>(out)});
+  }
+
+ private:
+  Target target_;
+};
+
+void DefineTypes(nb::module_& m) {
+  nb::enum_<Format>(m, "Format")
+      .value("FLOAT32", Format::kFloat32)
+      .value("BFLOAT16", Format::kBfloat16)
+      .value("INT8", Format::kInt8)
+      .value("INT4", Format::kInt4);
+  nb::enum_<DType>(m, "DType").value("FLOAT32", DType::kFloat32).value("BFLOAT16", DType::kBfloat16);
+  nb::enum_<Arm>(m, "Arm").value("GEMV", Arm::kGemv).value("FLAT_GEMM", Arm::kFlatGemm).value("GEMM", Arm::kGemm);
+}
+
+void DefineMatrix(nb::module_& m) {
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  nb::class_<PackedMatrix>(m, "PackedMatrix")
+      .def(nb::init<Format, int64_t, int64_t>(), nb::arg("weight_format"), nb::arg("rows"), nb::arg("columns"))
+      .def("write_rows", &WriteRows, nb::arg("row"), nb::arg("num_rows"), nb::arg("block_ptr"), Unlocked())
+      .def("write_quantized_rows", &WriteQuantizedRows, nb::arg("row"), nb::arg("num_rows"), nb::arg("values_ptr"),
+           nb::arg("scales_ptr"), Unlocked())
+      .def("read_rows", &ReadRows, nb::arg("rows_ptr"), nb::arg("num_rows"), nb::arg("out_ptr"), Unlocked());
+  m.def(
+      "packed_bytes",
+      [](Format format, int64_t rows, int64_t columns) { return PackedLayout(format, rows, columns).num_bytes; },
+      nb::arg("weight_format"), nb::arg("rows"), nb::arg("columns"));
+}
+
+void DefineLinear(nb::module_& m) {
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  nb::class_<NativeLinear>(m, "Linear")
+      .def(nb::init<const std::string&>(), nb::arg("target"))
+      .def("run", &NativeLinear::Run, nb::arg("arm"), nb::arg("weight"), nb::arg("dtype"), nb::arg("num_rows"),
+           nb::arg("x_ptr"), nb::arg("x_stride"), nb::arg("bias_ptr"), nb::arg("out_ptr"), Unlocked());
+}
+
+void DefinePeaks(nb::module_& m) {
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  m.def(
+      "measure_read_bytes_per_s",
+      [](const std::string& target, int64_t buffer_bytes, int num_passes) {
+        return MeasureReadBytesPerSecond(TargetFromName(target), buffer_bytes, num_passes);
+      },
+      nb::arg("target"), nb::arg("buffer_bytes"), nb::arg("num_passes"), Unlocked());
+  m.def(
+      "measure_ops_per_s",
+      [](const std::string& target, Format format, int num_passes) {
+        return MeasureOpsPerSecond(TargetFromName(target), format, num_passes);
+      },
+      nb::arg("target"), nb::arg("weight_format"), nb::arg("num_passes"), Unlocked());
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  DefineTypes(m);
+  DefineMatrix(m);
+  DefineLinear(m);
+  DefinePeaks(m);
+  m.def("compiled_targets", [] { return Names(false); });
+  m.def("supported_targets", [] { return Names(true); });
+  m.def("best_target", [] { return std::string(Name(BestTarget())); });
+  m.def("set_num_threads", &SetNumThreads, nb::arg("num_threads"), nb::call_guard<nb::gil_scoped_release>());
+  m.def("num_threads", &NumThreads);
+}
+
+}  // namespace headrace

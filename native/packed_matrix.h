@@ -1,0 +1,120 @@
+// Weight matrices in the one layout that all linear kernels read.
+//
+// W is [N, K]. Outputs (rows of W) lie in panels of 16, one per lane of a vector of float32; a panel is stored from
+// k = 0 to K without a gap, so that a kernel that keeps 16 accumulators reads memory in order:
+//
+//   float32   one k is one vector:          w[0..15][k]                                          64 bytes
+//   bfloat16  two k are one vector:         w[0][k] w[0][k+1] w[1][k] w[1][k+1] ...              64 bytes
+//   int8      four k are one vector:        w[0][k..k+3] w[1][k..k+3] ...       stored as q + 128, 64 bytes
+//   int4      eight k are one vector:       byte 4 n + i holds w[n][k+i] in its low, w[n][k+4+i] in its high nibble,
+//                                           stored as q + 8, 64 bytes
+//
+// N is filled up to a multiple of 16 and K to one of 1, 2, 32 and 32, with zeros.
+//
+// Scales of the integer formats: w[n][k] = row_scale[n] * scale[n][k / 32] * q, scale in float16, row_scale a power of
+// two. Lying [panel][group][16], scales cost half a bit for each weight, where float32 would cost one. The power of two
+// brings the largest |scale| of a row into [1, 2), so that float16's narrow range does not matter: a scale is off by at
+// most 2^-11 of itself or 2^-25 of the row's largest one. A group's weights are then off by less than 0.05 % of the
+// largest weight in it, where rounding q to an integer alone is off by up to 0.4 % (int8) and 6 % (int4).
+#ifndef HEADRACE_NATIVE_PACKED_MATRIX_H_
+#define HEADRACE_NATIVE_PACKED_MATRIX_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace headrace {
+
+enum class Format { kFloat32, kBfloat16, kInt8, kInt4 };
+
+constexpr int kLanes = 16;  // outputs in a panel
+constexpr int kGroup = 32;  // entries along K that share a scale
+constexpr int kInt8Bias = 128;
+constexpr int kInt4Bias = 8;
+
+static constexpr bool IsQuantized(Format format) { return format == Format::kInt8 || format == Format::kInt4; }
+
+// Entries along K in one vector of 64 bytes.
+static constexpr int VectorColumns(Format format) {
+  switch (format) {
+    case Format::kFloat32:
+      return 1;
+    case Format::kBfloat16:
+      return 2;
+    case Format::kInt8:
+      return 4;
+    case Format::kInt4:
+      return 8;
+  }
+  return 0;
+}
+
+static constexpr int64_t RoundUp(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Sizes that follow from a format and a shape.
+struct PackedLayout {
+  PackedLayout(Format format, int64_t rows, int64_t columns);
+
+  Format format;
+  int64_t rows;
+  int64_t columns;
+  int64_t num_panels;
+  int64_t padded_columns;
+  int64_t num_groups;   // along K; 0 for floating point
+  int64_t panel_bytes;  // of weights
+  int64_t num_bytes;    // of weights, scales and row scales
+};
+
+// Where the parts of a packed matrix lie. Plain data: kernels for several instruction sets read it.
+//   weights [panel][k][lane], scales [panel][group][lane] float16, row_scales [panel][lane]
+struct PackedView {
+  Format format;
+  int64_t rows;
+  int64_t columns;
+  int64_t padded_columns;
+  int64_t num_groups;
+  int64_t panel_bytes;
+  const uint8_t* weights;
+  const uint16_t* scales;
+  const float* row_scales;
+};
+
+// Owns a packed matrix; all zero until rows are written, by one thread at a time.
+class PackedMatrix {
+ public:
+  PackedMatrix(Format format, int64_t rows, int64_t columns);
+
+  const PackedLayout& layout() const { return layout_; }
+
+  // Store rows [row, row + num_rows) of a contiguous [num_rows, columns] block of the format's own type.
+  void WriteRows(int64_t row, int64_t num_rows, const void* block);
+  // The same for rows already quantized. values: int8 [num_rows, columns], or int4 pairs as q + 8,
+  // [num_rows, ceil(columns / 2)], the lower column in the low nibble. scales: [num_rows, ceil(columns / 32)].
+  void WriteQuantizedRows(int64_t row, int64_t num_rows, const void* values, const float* scales);
+  // Row `row` as its own type, or as float32 if it is quantized.
+  void ReadRow(int64_t row, void* out) const;
+
+  PackedView view() const {
+    return {layout_.format,     layout_.rows,        layout_.columns, layout_.padded_columns,
+            layout_.num_groups, layout_.panel_bytes, memory_.get(),   scales_,
+            row_scales_};
+  }
+
+ private:
+  struct Unmap {
+    size_t num_bytes;
+    void operator()(uint8_t* memory) const;
+  };
+
+  uint8_t* Lane(int64_t row) const { return memory_.get() + row / kLanes * layout_.panel_bytes + row % kLanes * 4; }
+  void WriteScales(int64_t row, const float* scales);
+
+  PackedLayout layout_;
+  std::unique_ptr<uint8_t, Unmap> memory_;
+  uint16_t* scales_;
+  float* row_scales_;
+};
+
+}  // namespace headrace
+
+#endif  // HEADRACE_NATIVE_PACKED_MATRIX_H_

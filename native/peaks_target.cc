@@ -1,0 +1,108 @@
+// Limits of one target. Compiled once for each, with that target's flags.
+#include "peaks.h"
+
+#include "simd/simd-inl.h"
+
+namespace headrace {
+namespace HEADRACE_TARGET {
+namespace {
+
+constexpr int kStreams = 4;  // places read at once: more than one hardware prefetcher's worth
+// Independent accumulators: more than latency times throughput, and as many as there are registers for.
+constexpr int kChains = kFloatTiles.rows * kFloatTiles.panels;
+
+uint64_t Read(const uint8_t* buffer, int64_t num_bytes) {
+  const int64_t stream_bytes = num_bytes / kStreams;
+  F32x16 sum[kStreams];
+  for (int s = 0; s < kStreams; ++s) sum[s] = Broadcast(0.0f);
+  for (int64_t offset = 0; offset < stream_bytes; offset += 64) {
+    for (int s = 0; s < kStreams; ++s) {
+      sum[s] = Add(sum[s], Load(reinterpret_cast<const float*>(buffer + s * stream_bytes + offset)));
+    }
+  }
+  float lanes[16], total = 0;
+  for (int s = 0; s < kStreams; ++s) {
+    Store(lanes, sum[s]);
+    total += lanes[0];
+  }
+  return static_cast<uint64_t>(total);
+}
+
+struct Operands {
+  alignas(64) uint8_t w[kChains][64];
+  alignas(64) float x[8];
+};
+
+// kChains accumulators, named one by one by recursion: GCC 12 leaves an array in memory when a loop holds an asm
+// statement.
+template <int kChain, class Vector>
+struct Chains {
+  Vector acc;
+  Chains<kChain - 1, Vector> rest;
+  explicit Chains(const Vector& start) : acc(start), rest(start) {}
+  template <class Step>
+  void Run(const Step& step) {
+    acc = step(acc, kChain - 1);
+    rest.Run(step);
+  }
+  void Keep() const {
+    const Vector result = acc;
+    asm volatile("" : : "m"(result));
+    rest.Keep();
+  }
+};
+template <class Vector>
+struct Chains<0, Vector> {
+  explicit Chains(const Vector&) {}
+  template <class Step>
+  void Run(const Step&) {}
+  void Keep() const {}
+};
+
+// step(acc, chain) for each chain, num_repeats times. The compiler is told that the operands change each time, so that
+// it leaves nothing out.
+template <class Vector, class Step>
+void Repeat(int64_t num_repeats, Operands& operands, const Vector& start, const Step& step) {
+  Chains<kChains, Vector> chains(start);
+  for (int64_t i = 0; i < num_repeats; ++i) {
+    asm volatile("" : "+m"(operands));
+    chains.Run(step);
+  }
+  chains.Keep();
+}
+
+int64_t Multiply(Format format, int64_t num_repeats) {
+  Operands operands = {};
+  const auto& w = operands.w;
+  const float* x = operands.x;
+  const auto* bytes = reinterpret_cast<const int8_t*>(x);
+  const auto* pair = reinterpret_cast<const Bf16X*>(x);
+  switch (format) {
+    case Format::kFloat32:
+      Repeat(num_repeats, operands, Broadcast(0.0f), [&w, x](const F32x16& acc, int chain) {
+        return MulAdd(Load(reinterpret_cast<const float*>(w[chain])), Broadcast(*x), acc);
+      });
+      break;
+    case Format::kBfloat16:
+      Repeat(num_repeats, operands, Broadcast(0.0f),
+             [&w, pair](const F32x16& acc, int chain) { return MulAddBf16(acc, LoadBf16(w[chain]), pair); });
+      break;
+    case Format::kInt8:
+      Repeat(num_repeats, operands, BroadcastInt(0),
+             [&w, bytes](const I32x16& acc, int chain) { return DotInt8(acc, LoadInt8(w[chain]), bytes); });
+      break;
+    case Format::kInt4:
+      Repeat(num_repeats, operands, BroadcastInt(0),
+             [&w, bytes](const I32x16& acc, int chain) { return DotInt4(acc, LoadInt4(w[chain]), bytes); });
+      break;
+  }
+  return 2 * num_repeats * kChains * kLanes * VectorColumns(format);
+}
+
+}  // namespace
+
+extern const PeakKernels kPeaks;
+const PeakKernels kPeaks = {&Read, &Multiply};
+
+}  // namespace HEADRACE_TARGET
+}  // namespace headrace

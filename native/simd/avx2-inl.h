@@ -1,0 +1,130 @@
+// Vectors of 16 lanes as two of 8, with AVX2, FMA and F16C; see avx512-inl.h for what the operations mean.
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "float_bits.h"
+#include "linear.h"
+
+namespace headrace {
+namespace avx2 {
+
+// 16 registers: two accumulators for each row, four with integers.
+constexpr TileShapes kFloatTiles = {2, 3, 2};
+constexpr TileShapes kIntTiles = {2, 2, 1};
+// int8 weights become signed below, so that nothing needs to be taken off again.
+constexpr int kInt8Offset = 0;
+constexpr int kInt4Offset = 8;
+
+struct F32x16 {
+  __m256 half[2];
+};
+struct I32x16 {
+  __m256i half[2];
+};
+
+inline __m256i LoadHalfVector(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+
+inline F32x16 Broadcast(float value) { return {{_mm256_set1_ps(value), _mm256_set1_ps(value)}}; }
+inline F32x16 Load(const float* from) { return {{_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}}; }
+inline F32x16 LoadHalf(const uint16_t* from) {
+  const auto* halves = reinterpret_cast<const __m128i*>(from);
+  return {{_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))}};
+}
+inline void Store(float* to, const F32x16& a) {
+  _mm256_storeu_ps(to, a.half[0]);
+  _mm256_storeu_ps(to + 8, a.half[1]);
+}
+inline F32x16 Add(const F32x16& a, const F32x16& b) {
+  return {{_mm256_add_ps(a.half[0], b.half[0]), _mm256_add_ps(a.half[1], b.half[1])}};
+}
+inline F32x16 Mul(const F32x16& a, const F32x16& b) {
+  return {{_mm256_mul_ps(a.half[0], b.half[0]), _mm256_mul_ps(a.half[1], b.half[1])}};
+}
+inline F32x16 MulAdd(const F32x16& a, const F32x16& b, const F32x16& c) {
+  return {{_mm256_fmadd_ps(a.half[0], b.half[0], c.half[0]), _mm256_fmadd_ps(a.half[1], b.half[1], c.half[1])}};
+}
+
+using Bf16X = float;
+struct Bf16Step {
+  F32x16 first;
+  F32x16 second;
+};
+inline Bf16Step LoadBf16(const void* from) {
+  const __m256i high_half = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+  Bf16Step step;
+  for (int h = 0; h < 2; ++h) {
+    const __m256i pairs = LoadHalfVector(static_cast<const uint8_t*>(from) + 32 * h);
+    step.first.half[h] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    step.second.half[h] = _mm256_castsi256_ps(_mm256_and_si256(pairs, high_half));
+  }
+  return step;
+}
+inline F32x16 MulAddBf16(const F32x16& acc, const Bf16Step& w, const Bf16X* x) {
+  return MulAdd(w.second, Broadcast(x[1]), MulAdd(w.first, Broadcast(x[0]), acc));
+}
+
+inline I32x16 BroadcastInt(int32_t value) { return {{_mm256_set1_epi32(value), _mm256_set1_epi32(value)}}; }
+inline F32x16 ToFloat(const I32x16& a) { return {{_mm256_cvtepi32_ps(a.half[0]), _mm256_cvtepi32_ps(a.half[1])}}; }
+
+inline __m256i BroadcastBytes(const int8_t* x) {
+  int32_t four;
+  memcpy(&four, x, sizeof four);
+  return _mm256_set1_epi32(four);
+}
+
+// acc + w x, where w * x summed over two neighbours must fit 16 bits: the instruction saturates.
+inline __m256i DotBytes(__m256i acc, __m256i w, __m256i x) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
+
+// Bytes as |w| and w: |w| times x with the sign of w. Two products are at most 2 * 128 * 127 < 2^15.
+struct Int8Step {
+  __m256i magnitude[2];
+  __m256i value[2];
+};
+inline Int8Step LoadInt8(const uint8_t* from) {
+  Int8Step step;
+  for (int h = 0; h < 2; ++h) {
+    step.value[h] = _mm256_xor_si256(LoadHalfVector(from + 32 * h), _mm256_set1_epi8(-128));
+    step.magnitude[h] = _mm256_abs_epi8(step.value[h]);
+  }
+  return step;
+}
+inline I32x16 DotInt8(const I32x16& acc, const Int8Step& w, const int8_t* x) {
+  const __m256i four = BroadcastBytes(x);
+  return {{DotBytes(acc.half[0], w.magnitude[0], _mm256_sign_epi8(four, w.value[0])),
+           DotBytes(acc.half[1], w.magnitude[1], _mm256_sign_epi8(four, w.value[1]))}};
+}
+
+// Two products are at most 2 * 15 * 127.
+struct Int4Step {
+  __m256i low[2];
+  __m256i high[2];
+};
+inline Int4Step LoadInt4(const uint8_t* from) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  Int4Step step;
+  for (int h = 0; h < 2; ++h) {
+    const __m256i bytes = LoadHalfVector(from + 32 * h);
+    step.low[h] = _mm256_and_si256(bytes, nibble);
+    step.high[h] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+  }
+  return step;
+}
+// Both products fit 16 bits together: 4 * 15 * 127 < 2^15.
+inline I32x16 DotInt4(const I32x16& acc, const Int4Step& w, const int8_t* x) {
+  const __m256i first = BroadcastBytes(x), second = BroadcastBytes(x + 4), ones = _mm256_set1_epi16(1);
+  I32x16 out;
+  for (int h = 0; h < 2; ++h) {
+    const __m256i sums =
+        _mm256_add_epi16(_mm256_maddubs_epi16(w.low[h], first), _mm256_maddubs_epi16(w.high[h], second));
+    out.half[h] = _mm256_add_epi32(acc.half[h], _mm256_madd_epi16(sums, ones));
+  }
+  return out;
+}
+
+}  // namespace avx2
+}  // namespace headrace

@@ -1,0 +1,98 @@
+// Vectors of 16 lanes with AVX-512 F, BW, DQ, VL and VNNI, and with BF16 where the target has it.
+//
+// A SIMD header gives the kernels one vocabulary, in the namespace of its target:
+//   F32x16, I32x16             16 lanes, one for each output of a panel
+//   Bf16Step, Int8Step, ...    64 bytes of packed weights (packed_matrix.h), unpacked as far as all rows of x share it
+//   Bf16X                      how prepared activations hold bfloat16: as pairs, or expanded to float32
+//   kInt8Offset, kInt4Offset   added to stored weights by Dot...: sums start at -offset * sum(x), and come out exact
+//   kFloatTiles, kIntTiles     tiles whose accumulators stay in registers
+// Nothing here may have external linkage shared with another target: the linker would keep one copy for all.
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "float_bits.h"
+#include "linear.h"
+
+namespace headrace {
+namespace HEADRACE_TARGET {
+
+constexpr TileShapes kFloatTiles = {2, 8, 2};
+constexpr TileShapes kIntTiles = {4, 6, 2};
+constexpr int kInt8Offset = 128;
+constexpr int kInt4Offset = 8;
+
+using F32x16 = __m512;
+using I32x16 = __m512i;
+
+inline F32x16 Broadcast(float value) { return _mm512_set1_ps(value); }
+inline F32x16 Load(const float* from) { return _mm512_loadu_ps(from); }
+inline F32x16 LoadHalf(const uint16_t* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline void Store(float* to, F32x16 a) { _mm512_storeu_ps(to, a); }
+inline F32x16 Add(F32x16 a, F32x16 b) { return _mm512_add_ps(a, b); }
+inline F32x16 Mul(F32x16 a, F32x16 b) { return _mm512_mul_ps(a, b); }
+// a * b + c, rounded once.
+inline F32x16 MulAdd(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fmadd_ps(a, b, c); }
+
+#ifdef __AVX512BF16__
+
+using Bf16X = uint16_t;
+using Bf16Step = __m512i;
+inline Bf16Step LoadBf16(const void* from) { return _mm512_loadu_si512(from); }
+inline F32x16 MulAddBf16(F32x16 acc, Bf16Step w, const Bf16X* x) {
+  int32_t pair;
+  memcpy(&pair, x, sizeof pair);
+  return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
+}
+
+#else
+
+using Bf16X = float;
+struct Bf16Step {
+  F32x16 first;
+  F32x16 second;
+};
+inline Bf16Step LoadBf16(const void* from) {
+  const __m512i pairs = _mm512_loadu_si512(from);
+  const __m512i high_half = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), _mm512_castsi512_ps(_mm512_and_si512(pairs, high_half))};
+}
+inline F32x16 MulAddBf16(F32x16 acc, const Bf16Step& w, const Bf16X* x) {
+  return MulAdd(w.second, Broadcast(x[1]), MulAdd(w.first, Broadcast(x[0]), acc));
+}
+
+#endif
+
+inline I32x16 BroadcastInt(int32_t value) { return _mm512_set1_epi32(value); }
+inline F32x16 ToFloat(I32x16 a) { return _mm512_cvtepi32_ps(a); }
+
+// acc[n] + sum over i of w[4 n + i] x[i]: unsigned weights times signed activations, exact in 32 bits.
+inline I32x16 DotBytes(I32x16 acc, __m512i w, const int8_t* x) {
+  int32_t four;
+  memcpy(&four, x, sizeof four);
+  return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four));
+}
+
+using Int8Step = __m512i;
+inline Int8Step LoadInt8(const uint8_t* from) { return _mm512_loadu_si512(from); }
+inline I32x16 DotInt8(I32x16 acc, Int8Step w, const int8_t* x) { return DotBytes(acc, w, x); }
+
+struct Int4Step {
+  __m512i low;
+  __m512i high;
+};
+inline Int4Step LoadInt4(const uint8_t* from) {
+  const __m512i bytes = _mm512_loadu_si512(from);
+  const __m512i nibble = _mm512_set1_epi8(15);
+  return {_mm512_and_si512(bytes, nibble), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble)};
+}
+inline I32x16 DotInt4(I32x16 acc, const Int4Step& w, const int8_t* x) {
+  return DotBytes(DotBytes(acc, w.low, x), w.high, x + 4);
+}
+
+}  // namespace HEADRACE_TARGET
+}  // namespace headrace

@@ -1,0 +1,115 @@
+// Vectors of 16 lanes in plain C++, for any machine; see avx512-inl.h for what the operations mean.
+
+#include <cstdint>
+#include <cstring>
+
+#include "float_bits.h"
+#include "linear.h"
+
+namespace headrace {
+namespace portable {
+
+constexpr TileShapes kFloatTiles = {1, 4, 1};
+constexpr TileShapes kIntTiles = {1, 2, 1};
+constexpr int kInt8Offset = 128;
+constexpr int kInt4Offset = 8;
+
+struct F32x16 {
+  float lane[16];
+};
+struct I32x16 {
+  int32_t lane[16];
+};
+
+template <class Op>
+inline F32x16 MakeF32(const Op& op) {
+  F32x16 out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = op(i);
+  return out;
+}
+
+inline F32x16 Broadcast(float value) {
+  return MakeF32([&](int) { return value; });
+}
+inline F32x16 Load(const float* from) {
+  return MakeF32([&](int i) { return from[i]; });
+}
+inline F32x16 LoadHalf(const uint16_t* from) {
+  return MakeF32([&](int i) { return FromHalf(from[i]); });
+}
+inline void Store(float* to, const F32x16& a) { memcpy(to, a.lane, sizeof a.lane); }
+inline F32x16 Add(const F32x16& a, const F32x16& b) {
+  return MakeF32([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline F32x16 Mul(const F32x16& a, const F32x16& b) {
+  return MakeF32([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+inline F32x16 MulAdd(const F32x16& a, const F32x16& b, const F32x16& c) {
+#ifdef FP_FAST_FMAF
+  return MakeF32([&](int i) { return __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]); });
+#else
+  return MakeF32([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+#endif
+}
+
+using Bf16X = float;
+struct Bf16Step {
+  F32x16 first;
+  F32x16 second;
+};
+inline Bf16Step LoadBf16(const void* from) {
+  uint32_t pairs[16];
+  memcpy(pairs, from, sizeof pairs);
+  return {MakeF32([&](int i) { return FromBits(pairs[i] << 16); }),
+          MakeF32([&](int i) { return FromBits(pairs[i] & 0xffff0000); })};
+}
+inline F32x16 MulAddBf16(const F32x16& acc, const Bf16Step& w, const Bf16X* x) {
+  return MulAdd(w.second, Broadcast(x[1]), MulAdd(w.first, Broadcast(x[0]), acc));
+}
+
+inline I32x16 BroadcastInt(int32_t value) {
+  I32x16 out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = value;
+  return out;
+}
+inline F32x16 ToFloat(const I32x16& a) {
+  return MakeF32([&](int i) { return static_cast<float>(a.lane[i]); });
+}
+
+struct U8x64 {
+  uint8_t lane[64];
+};
+inline I32x16 DotBytes(const I32x16& acc, const U8x64& w, const int8_t* x) {
+  I32x16 out = acc;
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < 4; ++k) out.lane[i] += w.lane[4 * i + k] * x[k];
+  }
+  return out;
+}
+
+using Int8Step = U8x64;
+inline Int8Step LoadInt8(const uint8_t* from) {
+  Int8Step step;
+  memcpy(step.lane, from, sizeof step.lane);
+  return step;
+}
+inline I32x16 DotInt8(const I32x16& acc, const Int8Step& w, const int8_t* x) { return DotBytes(acc, w, x); }
+
+struct Int4Step {
+  U8x64 low;
+  U8x64 high;
+};
+inline Int4Step LoadInt4(const uint8_t* from) {
+  Int4Step step;
+  for (int i = 0; i < 64; ++i) {
+    step.low.lane[i] = from[i] & 15;
+    step.high.lane[i] = from[i] >> 4;
+  }
+  return step;
+}
+inline I32x16 DotInt4(const I32x16& acc, const Int4Step& w, const int8_t* x) {
+  return DotBytes(DotBytes(acc, w.low, x), w.high, x + 4);
+}
+
+}  // namespace portable
+}  // namespace headrace

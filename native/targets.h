@@ -1,0 +1,50 @@
+// The kernels of each target; linear_target.cc and peaks_target.cc are compiled once for each.
+#ifndef HEADRACE_NATIVE_TARGETS_H_
+#define HEADRACE_NATIVE_TARGETS_H_
+
+#include "linear.h"
+#include "peaks.h"
+
+#define HEADRACE_DECLARE_TARGET(target) \
+  namespace target {                    \
+  extern const LinearKernels kLinear;   \
+  extern const PeakKernels kPeaks;      \
+  }
+
+namespace headrace {
+
+HEADRACE_DECLARE_TARGET(portable)
+#ifdef HEADRACE_X86
+HEADRACE_DECLARE_TARGET(avx2)
+HEADRACE_DECLARE_TARGET(avx512)
+HEADRACE_DECLARE_TARGET(avx512_bf16)
+#endif
+
+// One of four, by target.
+template <class Kernels>
+const Kernels& Choose(Target target, const Kernels& portable, [[maybe_unused]] const Kernels& avx2,
+                      [[maybe_unused]] const Kernels& avx512, [[maybe_unused]] const Kernels& avx512_bf16) {
+  switch (target) {
+    case Target::kAvx2:
+      return avx2;
+    case Target::kAvx512:
+      return avx512;
+    case Target::kAvx512Bf16:
+      return avx512_bf16;
+    case Target::kPortable:
+      break;
+  }
+  return portable;
+}
+
+#ifdef HEADRACE_X86
+#define HEADRACE_CHOOSE(target, kernels) \
+  Choose(target, portable::kernels, avx2::kernels, avx512::kernels, avx512_bf16::kernels)
+#else
+#define HEADRACE_CHOOSE(target, kernels) \
+  Choose(target, portable::kernels, portable::kernels, portable::kernels, portable::kernels)
+#endif
+
+}  // namespace headrace
+
+#endif  // HEADRACE_NATIVE_TARGETS_H_

@@ -1,0 +1,71 @@
+// One pool of threads for all kernels of the process.
+#ifndef HEADRACE_NATIVE_THREAD_POOL_H_
+#define HEADRACE_NATIVE_THREAD_POOL_H_
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace headrace {
+
+// Runs one task at a time on the caller and num_threads - 1 workers.
+//
+// A worker that has nothing to do spins for some tens of microseconds, since the next op of a forward pass usually
+// follows sooner than a sleeping thread wakes, and then sleeps until it is called. Nothing is pinned.
+//
+// Invariants: every worker finishes task e before task e + 1 is published; pending_ counts workers still in task e.
+class ThreadPool {
+ public:
+  explicit ThreadPool(int num_threads);
+  // Joins the workers.
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls task(thread) once for each thread in [0, num_threads) and returns when all have. Callers on other threads
+  // wait for their turn. Throws std::logic_error inside a task. Tasks must not throw.
+  template <class Task>
+  void Run(const Task& task) {
+    RunErased([](const void* context, int thread) { (*static_cast<const Task*>(context))(thread); }, &task);
+  }
+
+ private:
+  using Function = void (*)(const void* context, int thread);
+
+  void RunErased(Function function, const void* context);
+  void Work(int thread);
+  void Stop();
+  // The next epoch, awake or after a sleep.
+  uint32_t AwaitEpochAfter(uint32_t seen);
+
+  std::vector<std::thread> workers_;
+  std::mutex caller_mutex_;
+  Function function_ = nullptr;
+  const void* context_ = nullptr;
+  std::atomic<uint32_t> epoch_{0};
+  std::atomic<int> pending_{0};
+  std::atomic<bool> is_stopping_{false};
+  std::atomic<int> num_sleeping_{0};
+  std::mutex sleep_mutex_;
+  std::condition_variable wake_;
+};
+
+// The process's pool, made on first use with the size last set (1 until then).
+//
+// After fork() the child has no workers: it starts with a pool of its own, of the same size, on first use. A fork while
+// another thread is inside a kernel is as safe, because nothing of the parent's pool is touched in the child.
+std::shared_ptr<ThreadPool> Pool();
+
+// A kernel that runs meanwhile ends on the pool it began on. Throws std::invalid_argument if not positive.
+void SetNumThreads(int num_threads);
+int NumThreads();
+
+}  // namespace headrace
+
+#endif  // HEADRACE_NATIVE_THREAD_POOL_H_
