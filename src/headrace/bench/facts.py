@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from headrace.config import ModelConfig, WeightFormat
-from headrace.kernels import Kernels, quantized_columns
+from headrace.kernels import Kernels
 from headrace.layers.context import LayerContext
 from headrace.layers.parameter import Parameter
 from headrace.models.decoder import Decoder
@@ -13,7 +13,6 @@ from headrace.models.loading import WeightFormats
 from headrace.parallel import OneRankGroup
 
 _DENSE_BYTES = {WeightFormat.FLOAT32: 4, WeightFormat.BFLOAT16: 2}
-_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +43,10 @@ def weight_facts(config: ModelConfig, formats: WeightFormats, kernels: Kernels) 
     }
     return WeightFacts(
         num_parameters=sum(map(_size, everything)),
-        weight_bytes=sum(_num_bytes(p, formats) for p in everything),
+        weight_bytes=sum(_num_bytes(p, formats, kernels) for p in everything),
         num_layer_parameters=int(sum(_size(p) * shares[id(p)] for p in layers)),
         num_head_parameters=sum(map(_size, head)),
-        bytes_per_step=int(sum(_num_bytes(p, formats) * shares[id(p)] for p in (*layers, *head))),
+        bytes_per_step=int(sum(_num_bytes(p, formats, kernels) * shares[id(p)] for p in (*layers, *head))),
     )
 
 
@@ -77,9 +76,8 @@ def _size(parameter: Parameter) -> int:
     return parameter.local_rows * parameter.local_columns
 
 
-def _num_bytes(parameter: Parameter, formats: WeightFormats) -> int:
-    weight_format = formats.of(parameter) if parameter.is_matrix else formats.dense
-    if weight_format in _DENSE_BYTES:
-        return _size(parameter) * _DENSE_BYTES[weight_format]
-    num_values, num_scales = quantized_columns(weight_format, parameter.local_columns)
-    return parameter.local_rows * (num_values + num_scales * _SCALE_BYTES)
+def _num_bytes(parameter: Parameter, formats: WeightFormats, kernels: Kernels) -> int:
+    rows, columns = parameter.local_rows, parameter.local_columns
+    if not parameter.is_matrix:
+        return rows * _DENSE_BYTES[formats.dense]
+    return kernels.weight_num_bytes(formats.of(parameter), rows, columns)

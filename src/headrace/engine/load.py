@@ -51,7 +51,7 @@ class LoadedModel:
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
-    """Resolve the folder, load the weights, size the cache. Sets torch's thread count for this process.
+    """Resolve the folder, load the weights, size the cache. Sets the thread count of the kernels for this process.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -66,7 +66,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     tokenizer, tokenizer_error = _load_tokenizer(folder, is_required=config.load.require_tokenizer)
     generation_config = _optional_json(folder / "generation_config.json")
     num_threads = config.num_threads or cpu_limits().num_threads
-    torch.set_num_threads(num_threads)
+    kernels.set_num_threads(num_threads)
 
     context = LayerContext(kernels=kernels, tp_group=OneRankGroup())
     decoder = _load_with_progress(source, context, formats, max_model_len, config.load.show_progress)

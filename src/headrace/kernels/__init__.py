@@ -8,6 +8,7 @@ from headrace.kernels.ops import AttentionSpec
 from headrace.kernels.weights import (
     QUANTIZATION_GROUP_SIZE,
     DenseWeight,
+    PackedWeight,
     QuantizedWeight,
     Weight,
     WeightBuilder,
@@ -21,6 +22,7 @@ __all__ = [
     "KernelChoice",
     "Kernels",
     "OpChoice",
+    "PackedWeight",
     "QuantizedWeight",
     "Weight",
     "WeightBuilder",

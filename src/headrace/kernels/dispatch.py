@@ -4,6 +4,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from importlib import import_module
+from types import ModuleType
+
+import torch
 
 from headrace.errors import BackendUnavailable, ConfigError, nearest_name
 from headrace.kernels import ops, reference
@@ -43,27 +47,55 @@ class Kernels:
     route_experts: ops.RouteOp
     quantize_rows: ops.QuantizeRowsOp
     make_weight_builder: ops.WeightBuilderOp
+    weight_num_bytes: ops.WeightNumBytesOp
+    set_num_threads: ops.SetNumThreadsOp
     choices: tuple[OpChoice, ...]
 
     def explain(self) -> tuple[OpChoice, ...]:
         return self.choices
 
 
-def resolve_kernels(choice: KernelChoice) -> Kernels:
+_OPS = (
+    "linear",
+    "embedding",
+    "rms_norm",
+    "layer_norm",
+    "rotary_",
+    "store_kv_",
+    "attention",
+    "activation",
+    "gated_activation",
+    "route_experts",
+    "quantize_rows",
+    "make_weight_builder",
+    "weight_num_bytes",
+)
+
+
+def resolve_kernels(choice: KernelChoice, *, instruction_set: str | None = None) -> Kernels:
     """The ops for a choice.
 
+    instruction_set: that of the native kernels; the best one the machine has if None.
+
     Raises:
-        BackendUnavailable: an implementation asked for by name that this build does not have.
+        BackendUnavailable: an implementation or an instruction set asked for by name that cannot run here.
     """
+    asked_for = f"asked for by {KERNELS_VARIABLE}={choice.value}"
     match choice:
-        case KernelChoice.AUTO:
-            return _reference_kernels("auto: the only implementation in this build")
         case KernelChoice.REFERENCE:
-            return _reference_kernels(f"asked for by {KERNELS_VARIABLE}=reference")
-        case KernelChoice.CPU | KernelChoice.TRITON:
+            return _reference_kernels(asked_for)
+        case KernelChoice.TRITON:
             raise BackendUnavailable(
-                f"{KERNELS_VARIABLE}={choice.value}: this build has no {choice.value} kernels; allowed: auto, reference"
+                f"{KERNELS_VARIABLE}=triton: this build has no triton kernels; allowed: auto, reference, cpu"
             )
+        case KernelChoice.CPU:
+            if isinstance(cpu := _import_cpu(), ImportError):
+                raise BackendUnavailable(f"{asked_for}, but the native module does not load: {cpu}")
+            return _cpu_kernels(cpu, instruction_set, asked_for)
+        case KernelChoice.AUTO:
+            if isinstance(cpu := _import_cpu(), ImportError):
+                return _reference_kernels(f"auto: the native module does not load: {cpu}")
+            return _cpu_kernels(cpu, instruction_set, "auto: native kernels run on this machine")
 
 
 def kernel_choice_from(environ: Mapping[str, str] = os.environ) -> KernelChoice:
@@ -79,20 +111,34 @@ def kernel_choice_from(environ: Mapping[str, str] = os.environ) -> KernelChoice:
     return KernelChoice(value)
 
 
+def _import_cpu() -> ModuleType | ImportError:
+    """The package over the native module, or why it cannot be had."""
+    try:
+        return import_module("headrace.kernels.cpu")
+    except ImportError as error:
+        return error
+
+
 def _reference_kernels(reason: str) -> Kernels:
-    implementations = {
-        "linear": reference.linear,
-        "embedding": reference.embedding,
-        "rms_norm": reference.rms_norm,
-        "layer_norm": reference.layer_norm,
-        "rotary_": reference.rotary_,
-        "store_kv_": reference.store_kv_,
-        "attention": reference.attention,
-        "activation": reference.activation,
-        "gated_activation": reference.gated_activation,
-        "route_experts": reference.route_experts,
-        "quantize_rows": reference.quantize_rows,
-        "make_weight_builder": reference.make_weight_builder,
+    ops = {op: getattr(reference, op) for op in _OPS}
+    choices = tuple(OpChoice(op=op, implementation="reference", reason=reason) for op in _OPS)
+    return Kernels(**ops, set_num_threads=torch.set_num_threads, choices=choices)
+
+
+def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> Kernels:
+    """Ops on weights come as one set, because only they read packed weights; the others are the reference's."""
+    target = instruction_set or cpu.best_target()
+    reason_by_op = dict.fromkeys(_OPS, f"{reason}, but not for this op yet")
+    ops = {op: getattr(reference, op) for op in _OPS}
+    native = {
+        "linear": cpu.Linear(target),
+        "embedding": cpu.embedding,
+        "make_weight_builder": cpu.make_weight_builder,
+        "weight_num_bytes": cpu.weight_num_bytes,
     }
-    choices = tuple(OpChoice(op=op, implementation="reference", reason=reason) for op in implementations)
-    return Kernels(**implementations, choices=choices)  # type: ignore[arg-type]
+    reason_by_op |= dict.fromkeys(native, f"{reason}; weights packed for native code, any instruction set")
+    reason_by_op["linear"] = f"{reason}; instruction set {target}"
+    choices = tuple(
+        OpChoice(op=op, implementation="cpu" if op in native else "reference", reason=reason_by_op[op]) for op in _OPS
+    )
+    return Kernels(**(ops | native), set_num_threads=cpu.set_num_threads, choices=choices)

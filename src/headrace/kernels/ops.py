@@ -74,3 +74,11 @@ class QuantizeRowsOp(Protocol):
 
 class WeightBuilderOp(Protocol):
     def __call__(self, weight_format: WeightFormat, rows: int, columns: int) -> WeightBuilder: ...
+
+
+class WeightNumBytesOp(Protocol):
+    def __call__(self, weight_format: WeightFormat, rows: int, columns: int) -> int: ...
+
+
+class SetNumThreadsOp(Protocol):
+    def __call__(self, num_threads: int, /) -> None: ...

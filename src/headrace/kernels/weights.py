@@ -1,11 +1,14 @@
 """Weight matrices as kernels hold them, and the builder that fills one row block by row block while loading."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from headrace.config import WeightFormat
+
+if TYPE_CHECKING:
+    from headrace._native import PackedMatrix
 
 QUANTIZATION_GROUP_SIZE = 32
 """Consecutive entries along K that share one scale."""
@@ -50,7 +53,20 @@ class QuantizedWeight:
         return self.qweight.nbytes + self.scales.nbytes
 
 
-Weight = DenseWeight | QuantizedWeight
+@dataclass(frozen=True, kw_only=True)
+class PackedWeight:
+    """A weight in the layout of the native kernels, which own its memory and alone can read it.
+
+    num_bytes: padding and scales included.
+    """
+
+    weight_format: WeightFormat
+    shape: tuple[int, int]
+    num_bytes: int
+    matrix: "PackedMatrix"
+
+
+Weight = DenseWeight | QuantizedWeight | PackedWeight
 
 
 def quantized_columns(weight_format: WeightFormat, in_features: int) -> tuple[int, int]:

@@ -1,11 +1,13 @@
 """Matrix products with weights as stored."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.errors import ShapeError
-from headrace.kernels.reference.quantize import dequantize
-from headrace.kernels.weights import DenseWeight, QuantizedWeight, Weight
+from headrace.config import WeightFormat
+from headrace.errors import KernelError, ShapeError
+from headrace.kernels.reference.quantize import dequantize, in_groups, quantize_rows, unpacked_values
+from headrace.kernels.weights import DenseWeight, PackedWeight, QuantizedWeight, Weight
 
 _EXPANDED_ELEMENTS = 2**19
 """Of a quantized weight expanded at once: a whole one would need many times the memory that quantizing saved."""
@@ -26,12 +28,35 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         raise ShapeError(f"input has {x.shape[-1]} columns, the weight takes {weight.shape[1]}")
     if isinstance(weight, DenseWeight):
         return F.linear(x, weight.data, bias)
+    weight = _quantized(weight)
     out = x.new_empty(x.shape[0], weight.shape[0])
     step = max(1, _EXPANDED_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = _rows(weight, slice(start, start + step))
         out[:, start : start + step] = F.linear(x, dequantize(rows).to(x.dtype))
     return out if bias is None else out + bias
+
+
+def linear_int8_activations(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias with x quantized to int8 by row and group along K, as `quantize_rows` does it.
+
+    out = sum over groups g of scale_x[g] * scale_w[g] * (q_x[g] . q_w[g]): the dot products are exact integers, the sum
+    is float32 in ascending order of g, rounded once to the dtype of x. A group with NaN or infinity makes its row NaN.
+
+    Shapes: as `linear`.
+    """
+    is_finite = torch.isfinite(x).all(dim=-1, keepdim=True)
+    q_x, scale_x = quantize_rows(torch.where(is_finite, x, 0), WeightFormat.INT8)
+    # float64 holds the integers and their products exactly.
+    x_groups = in_groups(q_x.double()).transpose(0, 1)
+    w_groups = in_groups(unpacked_values(weight).double()).transpose(0, 1)
+    out = torch.zeros(x.shape[0], weight.shape[0])
+    for g, (x_group, w_group) in enumerate(zip(x_groups, w_groups, strict=True)):
+        scales = scale_x[:, g, None] * weight.scales[None, :, g]
+        out += (x_group @ w_group.T).float() * scales
+    if bias is not None:
+        out += bias.float()
+    return torch.where(is_finite, out, torch.nan).to(x.dtype)
 
 
 def embedding(ids: Tensor, weight: Weight) -> Tensor:
@@ -44,7 +69,7 @@ def embedding(ids: Tensor, weight: Weight) -> Tensor:
     """
     if isinstance(weight, DenseWeight):
         return F.embedding(ids, weight.data)
-    return dequantize(_rows(weight, ids))
+    return dequantize(_rows(_quantized(weight), ids))
 
 
 def _rows(weight: QuantizedWeight, rows: Tensor | slice) -> QuantizedWeight:
@@ -54,3 +79,9 @@ def _rows(weight: QuantizedWeight, rows: Tensor | slice) -> QuantizedWeight:
         scales=weight.scales[rows],
         in_features=weight.in_features,
     )
+
+
+def _quantized(weight: QuantizedWeight | PackedWeight) -> QuantizedWeight:
+    if isinstance(weight, PackedWeight):
+        raise KernelError("the reference kernels cannot read a packed weight")
+    return weight

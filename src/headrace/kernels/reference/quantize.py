@@ -20,7 +20,7 @@ def quantize_rows(rows: Tensor, weight_format: WeightFormat) -> tuple[Tensor, Te
     Raises:
         KernelError: a value that is not finite.
     """
-    groups = _in_groups(rows.float())
+    groups = in_groups(rows.float())
     magnitudes = groups.abs()
     largest = magnitudes.amax(dim=-1, keepdim=True)
     if not torch.isfinite(largest).all():
@@ -39,13 +39,17 @@ def quantize_rows(rows: Tensor, weight_format: WeightFormat) -> tuple[Tensor, Te
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """The float32 matrix a quantized weight stands for: [N, K]."""
+    scaled = in_groups(unpacked_values(weight).float()) * weight.scales.unsqueeze(-1)
+    return scaled.flatten(1)[:, : weight.in_features]
+
+
+def unpacked_values(weight: QuantizedWeight) -> Tensor:
+    """The integers of a quantized weight: [N, K] int8."""
     q = _unpack_int4(weight.qweight) if weight.weight_format is WeightFormat.INT4 else weight.qweight
-    columns = weight.in_features
-    scaled = _in_groups(q[:, :columns].float()) * weight.scales.unsqueeze(-1)
-    return scaled.flatten(1)[:, :columns]
+    return q[:, : weight.in_features]
 
 
-def _in_groups(rows: Tensor) -> Tensor:
+def in_groups(rows: Tensor) -> Tensor:
     """[n, K] as [n, ceil(K / group), group], the last group filled with zeros."""
     padding = -rows.shape[1] % QUANTIZATION_GROUP_SIZE
     if padding:

@@ -17,6 +17,14 @@ def make_weight_builder(weight_format: WeightFormat, rows: int, columns: int) ->
     return _QuantizedBuilder(weight_format, rows, columns)
 
 
+def weight_num_bytes(weight_format: WeightFormat, rows: int, columns: int) -> int:
+    """Memory of a [rows, columns] weight."""
+    if weight_format in _DENSE_DTYPES:
+        return rows * columns * _DENSE_DTYPES[weight_format].itemsize
+    num_values, num_scales = quantized_columns(weight_format, columns)
+    return rows * (num_values + num_scales * torch.float32.itemsize)
+
+
 class _DenseBuilder:
     def __init__(self, dtype: torch.dtype, rows: int, columns: int) -> None:
         self.data = torch.empty(rows, columns, dtype=dtype)

@@ -1,0 +1,105 @@
+"""Matrix products and row lookups on packed weights."""
+
+import torch
+from torch import Tensor
+
+from headrace import _native
+from headrace.config import WeightFormat
+from headrace.errors import KernelError, ShapeError
+from headrace.kernels.cpu.targets import check_target
+from headrace.kernels.weights import PackedWeight, Weight
+
+Arm = _native.Arm
+
+_DTYPES = {torch.float32: _native.DType.FLOAT32, torch.bfloat16: _native.DType.BFLOAT16}
+_DENSE_DTYPES = {WeightFormat.FLOAT32: torch.float32, WeightFormat.BFLOAT16: torch.bfloat16}
+_MIN_GEMM_ROWS = 96
+"""From here on x outgrows the L2 cache for the widths of common models, and reading W again costs less."""
+
+
+def choose_arm(num_rows: int) -> Arm:
+    """Which nesting of loops suits a number of rows (native/linear.h). All give the same bits."""
+    if num_rows == 1:
+        return Arm.GEMV
+    return Arm.FLAT_GEMM if num_rows < _MIN_GEMM_ROWS else Arm.GEMM
+
+
+class Linear:
+    """x W^T + bias for packed weights, on one instruction set.
+
+    With an integer W, x is quantized on the fly to int8 in groups along K (`reference.linear_int8_activations`).
+    A row's result depends on that row alone, to the bit.
+
+    Raises:
+        BackendUnavailable: an instruction set this machine cannot run.
+    """
+
+    def __init__(self, target: str) -> None:
+        check_target(target)
+        self.target = target
+        self._native = _native.Linear(target)
+
+    def __call__(self, x: Tensor, weight: Weight, bias: Tensor | None = None, *, arm: Arm | None = None) -> Tensor:
+        """
+        Shapes:
+            x:       [..., K] float32 or bfloat16; the dtype of W if that is floating point
+            weight:  [N, K] packed
+            bias:    [N], dtype of x
+            returns: [..., N], dtype of x
+        Raises:
+            ShapeError: x, weight and bias do not fit together.
+            KernelError: dtypes that do not, or a weight that is not packed.
+        """
+        weight = _packed(weight)
+        _check(x, weight, bias)
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        if rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]):
+            rows = rows.contiguous()
+        out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
+        if bias is not None:
+            bias = bias.contiguous()
+        self._native.run(
+            arm or choose_arm(rows.shape[0]),
+            weight.matrix,
+            _DTYPES[x.dtype],
+            rows.shape[0],
+            rows.data_ptr(),
+            rows.stride(0),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
+
+
+def embedding(ids: Tensor, weight: Weight) -> Tensor:
+    """Row ids[i] of the weight for each i; rows of a quantized weight come back in float32.
+
+    Shapes:
+        ids:     [num_tokens] int64
+        weight:  [vocab_size, size] packed
+        returns: [num_tokens, size]
+    Raises:
+        IndexError: an id outside the vocabulary.
+    """
+    weight = _packed(weight)
+    ids = ids.long().contiguous()
+    dtype = _DENSE_DTYPES.get(weight.weight_format, torch.float32)
+    out = torch.empty(*ids.shape, weight.shape[1], dtype=dtype)
+    weight.matrix.read_rows(ids.data_ptr(), ids.numel(), out.data_ptr())
+    return out
+
+
+def _packed(weight: Weight) -> PackedWeight:
+    if not isinstance(weight, PackedWeight):
+        raise KernelError(f"the cpu kernels take packed weights, not {type(weight).__name__}")
+    return weight
+
+
+def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    num_outputs, num_inputs = weight.shape
+    if x.shape[-1] != num_inputs:
+        raise ShapeError(f"input has {x.shape[-1]} columns, the weight takes {num_inputs}")
+    if x.dtype not in _DTYPES or x.dtype != _DENSE_DTYPES.get(weight.weight_format, x.dtype):
+        raise KernelError(f"input is {x.dtype}, the weight {weight.weight_format.value}; allowed: float32 and bfloat16")
+    if bias is not None and (bias.shape != (num_outputs,) or bias.dtype != x.dtype):
+        raise ShapeError(f"bias is {list(bias.shape)} {bias.dtype} instead of [{num_outputs}] {x.dtype}")

@@ -1,0 +1,31 @@
+"""Instruction sets and threads of the native kernels."""
+
+import torch
+
+from headrace import _native
+from headrace.errors import BackendUnavailable
+
+
+def supported_targets() -> tuple[str, ...]:
+    """Instruction sets that this build has kernels for and this machine can run, the best one last."""
+    return tuple(_native.supported_targets())
+
+
+def best_target() -> str:
+    return _native.best_target()
+
+
+def check_target(target: str) -> None:
+    """
+    Raises:
+        BackendUnavailable: an instruction set this build or this machine does not have.
+    """
+    if target not in supported_targets():
+        why = "this machine cannot run it" if target in _native.compiled_targets() else "this build does not have it"
+        raise BackendUnavailable(f"instruction set '{target}': {why}; allowed: {', '.join(supported_targets())}")
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Threads of the native pool and of torch, which runs the other ops, for the whole process."""
+    _native.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads)

@@ -1,0 +1,538 @@
+"""Native linear and embedding against the reference: every instruction set, weight format and arm, odd shapes first."""
+
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from headrace.config import WeightFormat
+from headrace.errors import BackendUnavailable, KernelError, ShapeError
+from headrace.kernels import DenseWeight, KernelChoice, PackedWeight, QuantizedWeight, reference, resolve_kernels
+
+cpu = pytest.importorskip("headrace.kernels.cpu", reason="the native module is not built")
+native_linear = pytest.importorskip("headrace.kernels.cpu.linear")
+_native = pytest.importorskip("headrace._native")
+
+TARGETS = cpu.supported_targets()
+ARMS = [native_linear.Arm.GEMV, native_linear.Arm.FLAT_GEMM, native_linear.Arm.GEMM]
+ROWS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 130)
+OUTPUTS = (1, 15, 16, 17, 33, 100)
+INPUTS = (1, 2, 3, 31, 32, 33, 64, 100, 256, 1000)
+FORMATS = (WeightFormat.FLOAT32, WeightFormat.BFLOAT16, WeightFormat.INT8, WeightFormat.INT4)
+
+EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
+HALF_EPS = 2.0**-11
+"""Relative error of a scale kept in float16."""
+
+each_target = pytest.mark.parametrize("target", TARGETS)
+each_format = pytest.mark.parametrize("weight_format", FORMATS, ids=lambda f: f.value)
+each_arm = pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name.lower())
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Two threads for the kernels, one for torch, whose threads would only be in the way."""
+    before = torch.get_num_threads(), _native.num_threads()
+    torch.set_num_threads(1)
+    _native.set_num_threads(2)
+    yield
+    _native.set_num_threads(before[1])
+    torch.set_num_threads(before[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A packed weight, the reference's of the same values, and the float64 matrix both stand for."""
+
+    packed: PackedWeight
+    plain: DenseWeight | QuantizedWeight
+    exact: Tensor
+    weight_format: WeightFormat
+
+    @property
+    def is_quantized(self) -> bool:
+        return isinstance(self.plain, QuantizedWeight)
+
+    @property
+    def x_dtypes(self) -> list[torch.dtype]:
+        if self.weight_format is WeightFormat.FLOAT32:
+            return [torch.float32]
+        return [torch.bfloat16] if self.weight_format is WeightFormat.BFLOAT16 else [torch.float32, torch.bfloat16]
+
+
+@cache
+def make_case(weight_format: WeightFormat, rows: int, columns: int) -> Case:
+    generator = torch.Generator().manual_seed(rows * 10007 + columns)
+    # Magnitudes that differ by row and by column, so that a scale of the wrong group or row shows.
+    values = torch.randn(rows, columns, generator=generator)
+    values *= torch.logspace(-2, 1, rows)[:, None] * torch.logspace(-1, 1, columns)[None, :]
+    packed = cpu.make_weight_builder(weight_format, rows, columns)
+    plain = reference.make_weight_builder(weight_format, rows, columns)
+    for start in range(0, rows, 7):
+        packed.write(start, values[start : start + 7])
+        plain.write(start, values[start : start + 7])
+    weight = plain.build()
+    assert not isinstance(weight, PackedWeight)
+    exact = reference.dequantize(weight) if isinstance(weight, QuantizedWeight) else weight.data
+    built = packed.build()
+    assert isinstance(built, PackedWeight)
+    return Case(packed=built, plain=weight, exact=exact.double(), weight_format=weight_format)
+
+
+def make_x(num_rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * num_rows + columns + seed)
+    return torch.randn(num_rows, columns, generator=generator).to(dtype)
+
+
+def assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor) -> None:
+    """No NaN, and |actual - expected| <= tolerance everywhere; says where not."""
+    error = (actual.double() - expected.double()).abs()
+    wrong = ~(error <= tolerance)
+    if wrong.any():
+        where = [tuple(index) for index in wrong.nonzero()[:5].tolist()]
+        shown = [f"{i}: {actual[i].item()} instead of {expected[i].item()}" for i in where]
+        raise AssertionError(f"{int(wrong.sum())} of {wrong.numel()} wrong: {'; '.join(shown)}")
+
+
+def tolerance_of(case: Case, x: Tensor, expected: Tensor) -> Tensor:
+    """Rounding of a sum of n terms is at most n eps sum|terms|, twice for two of them; then the scales' float16 and the
+    output's rounding."""
+    terms = x.double().abs() @ case.exact.abs().T
+    num_terms = x.shape[1] + 3
+    error = 2 * num_terms * EPS[torch.float32] * terms
+    if case.is_quantized:
+        error += 1.01 * HALF_EPS * terms * 2
+    return error + EPS[x.dtype] * expected.double().abs() + 1e-30
+
+
+def expected_of(case: Case, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """In float64 for floating-point weights; the reference's own definition for integer ones."""
+    if isinstance(case.plain, QuantizedWeight):
+        return reference.linear_int8_activations(x.float(), case.plain, None if bias is None else bias.float())
+    out = x.double() @ case.exact.T
+    return out if bias is None else out + bias.double()
+
+
+@cache
+def make_problem(
+    weight_format: WeightFormat, num_outputs: int, num_inputs: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x with the most rows any test takes, the output expected for it, and the tolerance."""
+    case = make_case(weight_format, num_outputs, num_inputs)
+    x = make_x(max(ROWS), num_inputs, dtype)
+    expected = expected_of(case, x)
+    return x, expected, tolerance_of(case, x, expected)
+
+
+def run(target: str, arm: object, x: Tensor, case: Case, bias: Tensor | None = None) -> Tensor:
+    return cpu.Linear(target)(x, case.packed, bias, arm=arm)
+
+
+class TestAgainstTheReference:
+    @each_target
+    @each_format
+    @each_arm
+    @pytest.mark.parametrize("num_outputs", OUTPUTS)
+    def test_all_shapes(self, target: str, weight_format: WeightFormat, arm: object, num_outputs: int) -> None:
+        for num_inputs in INPUTS:
+            case = make_case(weight_format, num_outputs, num_inputs)
+            for dtype in case.x_dtypes:
+                x, expected, tolerance = make_problem(weight_format, num_outputs, num_inputs, dtype)
+                for num_rows in ROWS:
+                    actual = run(target, arm, x[:num_rows], case)
+                    assert (actual.shape, actual.dtype) == ((num_rows, num_outputs), dtype)
+                    assert_within(actual, expected[:num_rows], tolerance[:num_rows])
+
+    @each_target
+    @each_format
+    def test_bias(self, target: str, weight_format: WeightFormat) -> None:
+        case = make_case(weight_format, 33, 100)
+        for dtype in case.x_dtypes:
+            x, bias = make_x(5, 100, dtype), 100 * make_x(1, 33, dtype)[0]
+            expected = expected_of(case, x, bias)
+            tolerance = tolerance_of(case, x, expected) + 2 * EPS[torch.float32] * bias.double().abs()
+            assert_within(run(target, None, x, case, bias), expected, tolerance)
+
+    @each_target
+    @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
+    def test_quantizing_activations_costs_little(self, target: str, weight_format: WeightFormat) -> None:
+        """Against float64 with x as it is: the error of 8 bits, half a step of 1 / 127 in each group, averages out."""
+        case = make_case(weight_format, 100, 1000)
+        x = make_x(17, 1000, torch.float32)
+        exact = x.double() @ case.exact.T
+        error = (run(target, None, x, case).double() - exact).norm() / exact.norm()
+        assert error < 0.01
+
+    @each_target
+    @each_format
+    def test_more_work_than_one_thread_takes(self, target: str, weight_format: WeightFormat) -> None:
+        case = make_case(weight_format, 300, 512)
+        for dtype in case.x_dtypes:
+            x = make_x(200, 512, dtype)
+            expected = expected_of(case, x)
+            for arm in ARMS:
+                assert_within(run(target, arm, x, case), expected, tolerance_of(case, x, expected))
+
+
+class TestARowDependsOnItselfAlone:
+    @each_target
+    @each_format
+    def test_bits_are_equal_for_every_batch_arm_and_thread_count(
+        self, target: str, weight_format: WeightFormat
+    ) -> None:
+        case = make_case(weight_format, 300, 1000)
+        for dtype in case.x_dtypes:
+            x, bias = make_x(130, 1000, dtype), make_x(1, 300, dtype)[0]
+            alone = torch.cat([run(target, None, row, case, bias) for row in x.split(1)])
+            for num_threads in (1, 2, 3, 5):
+                _native.set_num_threads(num_threads)
+                for arm in ARMS:
+                    for num_rows in (1, 2, 3, 8, 9, 17, 33, 64, 65, 130):
+                        batch = run(target, arm, x[:num_rows], case, bias)
+                        assert torch.equal(batch, alone[:num_rows]), (num_threads, arm, num_rows)
+
+    @each_target
+    @each_format
+    def test_place_in_the_batch_does_not_matter(self, target: str, weight_format: WeightFormat) -> None:
+        case = make_case(weight_format, 100, 256)
+        x = make_x(19, 256, case.x_dtypes[0])
+        order = torch.randperm(19, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(run(target, None, x, case)[order], run(target, None, x[order], case))
+
+    @pytest.mark.skipif(not {"avx2", "avx512"} <= set(TARGETS), reason="needs AVX2 and AVX-512")
+    @pytest.mark.parametrize(
+        "weight_format", [f for f in FORMATS if f is not WeightFormat.BFLOAT16], ids=lambda f: f.value
+    )
+    def test_avx2_and_avx512_round_alike(self, weight_format: WeightFormat) -> None:
+        """Not promised, but true by construction: same operations, same order."""
+        case = make_case(weight_format, 100, 1000)
+        x = make_x(33, 1000, torch.float32)
+        assert torch.equal(run("avx2", None, x, case), run("avx512", None, x, case))
+
+
+class TestInputs:
+    @each_target
+    @each_format
+    def test_any_alignment(self, target: str, weight_format: WeightFormat) -> None:
+        case = make_case(weight_format, 33, 100)
+        for dtype in case.x_dtypes:
+            x, bias = make_x(9, 100, dtype), make_x(1, 33, dtype)[0]
+            expected = run(target, None, x, case, bias)
+            for offset in (1, 2, 3, 5):
+                shifted = torch.empty(x.numel() + offset, dtype=dtype)[offset:].view_as(x).copy_(x)
+                shifted_bias = torch.empty(33 + offset, dtype=dtype)[offset:].copy_(bias)
+                assert torch.equal(run(target, None, shifted, case, shifted_bias), expected)
+
+    @each_target
+    @each_format
+    def test_strided_rows_and_columns(self, target: str, weight_format: WeightFormat) -> None:
+        case = make_case(weight_format, 33, 100)
+        for dtype in case.x_dtypes:
+            wide = make_x(9, 300, dtype)
+            for view in (wide[:, 50:150], wide[:, ::3], wide[::2, :100], wide[:1, :100].expand(9, 100)):
+                assert torch.equal(run(target, None, view, case), run(target, None, view.contiguous(), case))
+            transposed = make_x(100, 9, dtype).T
+            assert torch.equal(run(target, None, transposed, case), run(target, None, transposed.contiguous(), case))
+
+    @each_target
+    @each_format
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_what_is_not_a_number_stays_in_its_row(self, target: str, weight_format: WeightFormat, bad: float) -> None:
+        case = make_case(weight_format, 33, 100)
+        x = make_x(9, 100, case.x_dtypes[0])
+        clean = run(target, None, x, case)
+        x[4, 37] = bad
+        expected = (x.float() @ case.exact.float().T) if not case.is_quantized else expected_of(case, x)
+        for arm in ARMS:
+            out = run(target, arm, x, case)
+            assert torch.equal(out[4].float(), expected[4].float()) or torch.equal(out[4].isnan(), expected[4].isnan())
+            assert not out[4].isfinite().any()
+            others = torch.arange(9) != 4
+            assert torch.equal(out[others], clean[others])
+
+    @each_target
+    @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
+    def test_extreme_activations(self, target: str, weight_format: WeightFormat) -> None:
+        """Zeros, subnormals, huge and one lonely value in a group are quantized as the reference does it."""
+        case = make_case(weight_format, 33, 100)
+        rows = [torch.zeros(100), torch.full((100,), 1e-40), torch.full((100,), 1e30), torch.zeros(100)]
+        rows[3][50] = -7.0
+        x = torch.stack(rows)
+        expected = expected_of(case, x)
+        assert_within(run(target, None, x, case), expected, tolerance_of(case, x, expected))
+
+    @each_target
+    @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
+    def test_extreme_integers_do_not_saturate(self, target: str, weight_format: WeightFormat) -> None:
+        """All weights and activations at the end of their range, both signs; int8 even at -128."""
+        low = -128 if weight_format is WeightFormat.INT8 else -8
+        scales = torch.ones(16, 2)
+        q = torch.full((16, 64), low, dtype=torch.int8)
+        q[8:] = 127 if weight_format is WeightFormat.INT8 else 7
+        stored = q if weight_format is WeightFormat.INT8 else reference_int4(q)
+        builder = cpu.make_weight_builder(weight_format, 16, 64)
+        builder.write_quantized(0, stored, scales)
+        x = torch.full((2, 64), 127.0)
+        x[1] = -127.0
+        assert torch.equal(cpu.Linear(target)(x, builder.build()), x @ q.float().T)
+
+    @each_format
+    def test_no_rows_and_more_dimensions(self, weight_format: WeightFormat) -> None:
+        case = make_case(weight_format, 33, 100)
+        linear = cpu.Linear(cpu.best_target())
+        x = make_x(6, 100, case.x_dtypes[0])
+        assert linear(x[:0], case.packed).shape == (0, 33)
+        assert torch.equal(linear(x.view(2, 3, 100), case.packed), linear(x, case.packed).view(2, 3, 33))
+
+    def test_output_rows_are_all_written_and_nothing_else(self) -> None:
+        """The kernel writes into the middle of a poisoned buffer."""
+        for weight_format in FORMATS:
+            case = make_case(weight_format, 33, 100)
+            for target in TARGETS:
+                for num_rows in (1, 2, 9):
+                    x = make_x(num_rows, 100, case.x_dtypes[0])
+                    poisoned = torch.full((num_rows + 2, 33), torch.nan, dtype=x.dtype)
+                    native = _native.Linear(target)
+                    dtype = _native.DType.FLOAT32 if x.dtype == torch.float32 else _native.DType.BFLOAT16
+                    arm = native_linear.Arm.FLAT_GEMM
+                    address = poisoned[1].data_ptr()
+                    native.run(arm, case.packed.matrix, dtype, num_rows, x.data_ptr(), x.stride(0), 0, address)
+                    assert poisoned[0].isnan().all()
+                    assert poisoned[-1].isnan().all()
+                    assert torch.equal(poisoned[1:-1], run(target, None, x, case))
+
+
+def reference_int4(q: Tensor) -> Tensor:
+    nibbles = (q + 8).to(torch.uint8)
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+
+
+class TestPackedWeights:
+    @each_format
+    @pytest.mark.parametrize("shape", [(1, 1), (15, 31), (16, 32), (17, 33), (100, 100), (33, 257)])
+    def test_rows_come_back(self, weight_format: WeightFormat, shape: tuple[int, int]) -> None:
+        case = make_case(weight_format, *shape)
+        ids = torch.randint(0, shape[0], (7,), generator=torch.Generator().manual_seed(0))
+        rows = cpu.embedding(ids, case.packed)
+        expected = reference.embedding(ids, case.plain)
+        assert (rows.dtype, rows.shape) == (expected.dtype, expected.shape)
+        if case.is_quantized:
+            assert_within(rows, expected, HALF_EPS * expected.double().abs())
+        else:
+            assert torch.equal(rows, expected)
+
+    def test_ids_outside_the_vocabulary(self) -> None:
+        packed = make_case(WeightFormat.INT4, 17, 33).packed
+        for bad in (-1, 17, 32, 2**40):
+            with pytest.raises(IndexError):
+                cpu.embedding(torch.tensor([0, bad]), packed)
+
+    @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
+    def test_stored_rows_and_quantized_rows_are_one_weight(self, weight_format: WeightFormat) -> None:
+        case = make_case(weight_format, 33, 100)
+        assert isinstance(case.plain, QuantizedWeight)
+        builder = cpu.make_weight_builder(weight_format, 33, 100)
+        for start in (20, 0):
+            stop = 33 if start else 20
+            builder.write_quantized(start, case.plain.qweight[start:stop], case.plain.scales[start:stop])
+        ids = torch.arange(33)
+        assert torch.equal(cpu.embedding(ids, builder.build()), cpu.embedding(ids, case.packed))
+
+    @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
+    @pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1.0, 1e6, 1e30])
+    def test_scales_keep_their_range_in_float16(self, weight_format: WeightFormat, magnitude: float) -> None:
+        values = make_x(16, 128, torch.float32) * magnitude
+        builder = cpu.make_weight_builder(weight_format, 16, 128)
+        builder.write(0, values)
+        plain = reference.make_weight_builder(weight_format, 16, 128)
+        plain.write(0, values)
+        expected = reference.embedding(torch.arange(16), plain.build())
+        assert_within(cpu.embedding(torch.arange(16), builder.build()), expected, HALF_EPS * expected.double().abs())
+
+    def test_scales_far_below_the_largest_lose_little_of_the_row(self) -> None:
+        values = make_x(16, 128, torch.float32)
+        values[:, 32:64] *= 1e-8
+        values[:, 64:96] = 0
+        builder = cpu.make_weight_builder(WeightFormat.INT8, 16, 128)
+        builder.write(0, values)
+        rows = cpu.embedding(torch.arange(16), builder.build())
+        largest = values.abs().amax(dim=1, keepdim=True).double()
+        assert_within(rows[:, 32:96], values[:, 32:96], (largest * 2**-24).expand(16, 64))
+
+    @each_format
+    def test_size(self, weight_format: WeightFormat) -> None:
+        bits = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5}[weight_format.value]
+        packed = make_case(weight_format, 160, 512).packed
+        row_scales = 160 * 4 if weight_format in (WeightFormat.INT8, WeightFormat.INT4) else 0
+        assert packed.num_bytes == 160 * 512 * bits / 8 + row_scales
+        assert packed.num_bytes == cpu.weight_num_bytes(weight_format, 160, 512)
+
+    def test_memory_is_returned(self) -> None:
+        """64 MiB, a hundred times: more than the machine would lend."""
+        for _ in range(100):
+            builder = cpu.make_weight_builder(WeightFormat.FLOAT32, 4096, 4096)
+            builder.write(0, torch.ones(1, 4096))
+            del builder
+        gc.collect()
+
+    def test_blocks_that_do_not_fit(self) -> None:
+        dense = cpu.make_weight_builder(WeightFormat.FLOAT32, 8, 16)
+        with pytest.raises(ShapeError, match="16 columns"):
+            dense.write(0, torch.zeros(2, 15))
+        with pytest.raises(IndexError):
+            dense.write(7, torch.zeros(2, 16))
+        with pytest.raises(NotImplementedError):
+            dense.write_quantized(0, torch.zeros(2, 16), torch.zeros(2, 1))
+        quantized = cpu.make_weight_builder(WeightFormat.INT4, 8, 64)
+        with pytest.raises(ShapeError, match="2 columns"):
+            quantized.write_quantized(0, torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, 1))
+        with pytest.raises(ShapeError, match="2 rows of values, 1 of scales"):
+            quantized.write_quantized(0, torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(1, 2))
+        with pytest.raises(KernelError, match="NaN or infinite"):
+            quantized.write_quantized(0, torch.zeros(1, 32, dtype=torch.uint8), torch.full((1, 2), torch.inf))
+        with pytest.raises(KernelError, match="NaN or infinity"):
+            quantized.write(0, torch.full((1, 64), torch.nan))
+
+
+class TestContract:
+    def test_shapes_and_dtypes_are_checked(self) -> None:
+        linear = cpu.Linear(cpu.best_target())
+        case = make_case(WeightFormat.FLOAT32, 17, 33)
+        with pytest.raises(ShapeError, match="32 columns, the weight takes 33"):
+            linear(torch.zeros(2, 32), case.packed)
+        with pytest.raises(ShapeError, match="bias"):
+            linear(torch.zeros(2, 33), case.packed, torch.zeros(16))
+        for dtype in (torch.float16, torch.float64, torch.bfloat16):
+            with pytest.raises(KernelError, match="input is"):
+                linear(torch.zeros(2, 33, dtype=dtype), case.packed)
+
+    def test_weights_of_another_implementation_are_refused(self) -> None:
+        case = make_case(WeightFormat.INT8, 17, 33)
+        with pytest.raises(KernelError, match="packed"):
+            cpu.Linear(cpu.best_target())(torch.zeros(2, 33), case.plain)
+        with pytest.raises(KernelError, match="packed"):
+            reference.linear(torch.zeros(2, 33), case.packed)
+
+    def test_instruction_sets_are_forced_by_name_or_refused(self) -> None:
+        assert TARGETS[0] == "portable"
+        assert cpu.best_target() == TARGETS[-1]
+        for target in TARGETS:
+            kernels = resolve_kernels(KernelChoice.CPU, instruction_set=target)
+            [choice] = [c for c in kernels.explain() if c.op == "linear"]
+            assert choice.implementation == "cpu"
+            assert f"instruction set {target}" in choice.reason
+        with pytest.raises(BackendUnavailable, match=r"'sse9'.*allowed: portable"):
+            resolve_kernels(KernelChoice.CPU, instruction_set="sse9")
+
+    def test_an_instruction_set_the_machine_lacks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_native, "supported_targets", lambda: ["portable"])
+        monkeypatch.setattr(_native, "compiled_targets", lambda: ["portable", "avx512"])
+        with pytest.raises(BackendUnavailable, match="this machine cannot run it; allowed: portable"):
+            cpu.Linear("avx512")
+        with pytest.raises(ValueError, match="'sse9' cannot run here"):
+            _native.Linear("sse9")
+
+    def test_one_set_of_ops(self) -> None:
+        kernels = resolve_kernels(KernelChoice.AUTO)
+        chosen = {choice.op for choice in kernels.explain() if choice.implementation == "cpu"}
+        assert chosen == {"linear", "embedding", "make_weight_builder", "weight_num_bytes"}
+        assert {c.implementation for c in resolve_kernels(KernelChoice.REFERENCE).explain()} == {"reference"}
+
+    def test_without_the_native_module(self) -> None:
+        """auto goes without and says why; asked for by name it is an error; the reference never looks."""
+        code = (
+            "import sys; sys.modules['headrace._native'] = None\n"
+            "from headrace.kernels import KernelChoice, resolve_kernels\n"
+            "print(resolve_kernels(KernelChoice.AUTO).explain()[0])\n"
+            "resolve_kernels(KernelChoice.REFERENCE)\n"
+            "resolve_kernels(KernelChoice.CPU)\n"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "implementation='reference', reason='auto: the native module does not load" in result.stdout
+        assert "BackendUnavailable: asked for by HEADRACE_KERNELS=cpu" in result.stderr
+
+    def test_reference_does_not_load_it(self) -> None:
+        code = (
+            "import sys; from headrace.kernels import KernelChoice, resolve_kernels\n"
+            "resolve_kernels(KernelChoice.REFERENCE); assert 'headrace._native' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_stub_names_what_the_module_has(self) -> None:
+        import ast
+        from pathlib import Path
+
+        import headrace
+
+        stub = ast.parse((Path(headrace.__file__).parent / "_native.pyi").read_text())
+        names = {n.name for n in stub.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+        assert names == {name for name in vars(_native) if not name.startswith("_")}
+
+
+def _product_in_child(expected: Tensor) -> None:
+    case = make_case(WeightFormat.INT4, 300, 512)
+    os._exit(0 if torch.equal(run(TARGETS[-1], None, make_x(64, 512, torch.float32), case), expected) else 1)
+
+
+class TestThreads:
+    def test_callers_take_turns(self) -> None:
+        case = make_case(WeightFormat.INT4, 300, 512)
+        x = make_x(64, 512, torch.float32)
+        expected = run(TARGETS[-1], None, x, case)
+        wrong: list[int] = []
+
+        def call() -> None:
+            for i in range(200):
+                if not torch.equal(run(TARGETS[-1], None, x, case), expected):
+                    wrong.append(i)
+
+        callers = [threading.Thread(target=call) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        assert not wrong
+
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    def test_a_forked_child_gets_workers_of_its_own(self) -> None:
+        case = make_case(WeightFormat.INT4, 300, 512)
+        expected = run(TARGETS[-1], None, make_x(64, 512, torch.float32), case)
+        child = multiprocessing.get_context("fork").Process(target=_product_in_child, args=(expected,))
+        child.start()
+        child.join(20)
+        assert child.exitcode == 0
+
+    def test_sizes_are_checked_and_kept(self) -> None:
+        for num_threads in (1, 4, 2):
+            cpu.set_num_threads(num_threads)
+            assert (_native.num_threads(), torch.get_num_threads()) == (num_threads, num_threads)
+        with pytest.raises(ValueError, match="num_threads is 0"):
+            _native.set_num_threads(0)
+
+    def test_idle_workers_sleep(self) -> None:
+        """After the spin of some tens of microseconds the process uses no CPU."""
+        import time
+
+        _native.set_num_threads(4)
+        run(TARGETS[-1], None, make_x(64, 512, torch.float32), make_case(WeightFormat.INT4, 300, 512))
+        time.sleep(0.05)
+        before = time.process_time()
+        time.sleep(0.3)
+        assert time.process_time() - before < 0.03
+
+    def test_process_ends_with_a_pool_alive(self) -> None:
+        code = (
+            "import torch; from headrace.kernels import cpu; from headrace.config import WeightFormat\n"
+            "cpu.set_num_threads(4); b = cpu.make_weight_builder(WeightFormat.FLOAT32, 512, 512)\n"
+            "b.write(0, torch.ones(512, 512)); cpu.Linear('portable')(torch.ones(4, 512), b.build())\n"
+        )
+        subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=30)
