@@ -24,8 +24,21 @@ struct TilePlace {
   int64_t row;
 };
 
+// How far ahead of a panel's reader its weights are asked for, where a tile has kMinPrefetchRows rows or more. Hardware
+// prefetches too, but not far enough to hide memory behind the multiplications of several rows: measured on Zen 4,
+// asking early makes int4 faster by a tenth to a fifth from two rows on and floating point from eight; int8 gets
+// slower.
+constexpr int kPrefetchBytes = 4096;
+constexpr int kNever = 1 << 30;
+
+// Past the end of a matrix this asks for nothing; prefetching does not fault.
+inline void Prefetch(const uint8_t* w) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(w) + kPrefetchBytes));
+}
+
 struct Float32Kernel {
   static constexpr bool kIsQuantized = false;
+  static constexpr int kMinPrefetchRows = 8;
   using X = float;
   static constexpr int kColumns = VectorColumns(Format::kFloat32);
   using Step = F32x16;
@@ -35,6 +48,7 @@ struct Float32Kernel {
 
 struct Bfloat16Kernel {
   static constexpr bool kIsQuantized = false;
+  static constexpr int kMinPrefetchRows = 8;
   using X = Bf16X;
   static constexpr int kColumns = VectorColumns(Format::kBfloat16);
   using Step = Bf16Step;
@@ -44,6 +58,7 @@ struct Bfloat16Kernel {
 
 struct Int8Kernel {
   static constexpr bool kIsQuantized = true;
+  static constexpr int kMinPrefetchRows = kNever;
   static constexpr int kColumns = VectorColumns(Format::kInt8);
   using Step = Int8Step;
   static Step LoadStep(const uint8_t* from) { return LoadInt8(from); }
@@ -52,6 +67,7 @@ struct Int8Kernel {
 
 struct Int4Kernel {
   static constexpr bool kIsQuantized = true;
+  static constexpr int kMinPrefetchRows = 2;
   static constexpr int kColumns = VectorColumns(Format::kInt4);
   using Step = Int4Step;
   static Step LoadStep(const uint8_t* from) { return LoadInt4(from); }
@@ -108,7 +124,10 @@ void FloatTile(const LinearCall& call, const Activations& activations, TilePlace
   }
   for (int64_t k = 0; k < weight.padded_columns; k += Kernel::kColumns) {
     typename Kernel::Step step[kPanels];
-    for (int p = 0; p < kPanels; ++p) step[p] = Kernel::LoadStep(w + p * weight.panel_bytes);
+    for (int p = 0; p < kPanels; ++p) {
+      Prefetch(w + p * weight.panel_bytes);
+      step[p] = Kernel::LoadStep(w + p * weight.panel_bytes);
+    }
     for (int r = 0; r < kRows; ++r) {
       const X* x_row = reinterpret_cast<const X*>(x + r * activations.row_bytes) + k;
       for (int p = 0; p < kPanels; ++p) acc[r][p] = Kernel::MulAddStep(acc[r][p], step[p], x_row);
@@ -138,7 +157,10 @@ void IntTile(const LinearCall& call, const Activations& activations, TilePlace a
     }
     for (int k = 0; k < kGroup; k += Kernel::kColumns) {
       typename Kernel::Step step[kPanels];
-      for (int p = 0; p < kPanels; ++p) step[p] = Kernel::LoadStep(w + p * weight.panel_bytes);
+      for (int p = 0; p < kPanels; ++p) {
+        if constexpr (kRows >= Kernel::kMinPrefetchRows) Prefetch(w + p * weight.panel_bytes);
+        step[p] = Kernel::LoadStep(w + p * weight.panel_bytes);
+      }
       for (int r = 0; r < kRows; ++r) {
         const int8_t* x_row = x + r * activations.row_bytes + g * kGroup + k;
         for (int p = 0; p < kPanels; ++p) dot[r][p] = Kernel::DotStep(dot[r][p], step[p], x_row);

@@ -7,7 +7,7 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-constexpr int kStreams = 4;  // places read at once: more than one hardware prefetcher's worth
+constexpr int kStreams = 8;  // places read at once: more than one hardware prefetcher's worth
 // Independent accumulators: more than latency times throughput, and as many as there are registers for.
 constexpr int kChains = kFloatTiles.rows * kFloatTiles.panels;
 
