@@ -73,7 +73,8 @@ int64_t RowsPerBlock(Arm arm, const LinearCall& call, const Activations& activat
     case Arm::kGemm:
       break;
   }
-  return std::max(kMinBlockRows, kBlockBytes / activations.row_bytes);
+  // A single row may have any stride, even none.
+  return std::max(kMinBlockRows, kBlockBytes / std::max<int64_t>(activations.row_bytes, 1));
 }
 
 void CheckTypes(const LinearCall& call) {

@@ -240,6 +240,9 @@ class TestInputs:
             wide = make_x(9, 300, dtype)
             for view in (wide[:, 50:150], wide[:, ::3], wide[::2, :100], wide[:1, :100].expand(9, 100)):
                 assert torch.equal(run(target, None, view, case), run(target, None, view.contiguous(), case))
+            still = wide[:1, :100].as_strided((1, 100), (0, 1))
+            for arm in ARMS:
+                assert torch.equal(run(target, arm, still, case), run(target, arm, wide[:1, :100], case))
             transposed = make_x(100, 9, dtype).T
             assert torch.equal(run(target, None, transposed, case), run(target, None, transposed.contiguous(), case))
 
