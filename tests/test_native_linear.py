@@ -435,6 +435,8 @@ class TestContract:
             assert f"instruction set {target}" in choice.reason
         with pytest.raises(BackendUnavailable, match=r"'sse9'.*allowed: portable"):
             resolve_kernels(KernelChoice.CPU, instruction_set="sse9")
+        with pytest.raises(BackendUnavailable, match="needs the native kernels"):
+            resolve_kernels(KernelChoice.REFERENCE, instruction_set="portable")
 
     def test_an_instruction_set_the_machine_lacks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_native, "supported_targets", lambda: ["portable"])

@@ -83,7 +83,7 @@ def resolve_kernels(choice: KernelChoice, *, instruction_set: str | None = None)
     asked_for = f"asked for by {KERNELS_VARIABLE}={choice.value}"
     match choice:
         case KernelChoice.REFERENCE:
-            return _reference_kernels(asked_for)
+            return _reference_kernels(asked_for, instruction_set)
         case KernelChoice.TRITON:
             raise BackendUnavailable(
                 f"{KERNELS_VARIABLE}=triton: this build has no triton kernels; allowed: auto, reference, cpu"
@@ -94,7 +94,7 @@ def resolve_kernels(choice: KernelChoice, *, instruction_set: str | None = None)
             return _cpu_kernels(cpu, instruction_set, asked_for)
         case KernelChoice.AUTO:
             if isinstance(cpu := _import_cpu(), ImportError):
-                return _reference_kernels(f"auto: the native module does not load: {cpu}")
+                return _reference_kernels(f"auto: the native module does not load: {cpu}", instruction_set)
             return _cpu_kernels(cpu, instruction_set, "auto: native kernels run on this machine")
 
 
@@ -119,17 +119,19 @@ def _import_cpu() -> ModuleType | ImportError:
         return error
 
 
-def _reference_kernels(reason: str) -> Kernels:
-    ops = {op: getattr(reference, op) for op in _OPS}
+def _reference_kernels(reason: str, instruction_set: str | None) -> Kernels:
+    if instruction_set is not None:
+        raise BackendUnavailable(f"instruction set '{instruction_set}' needs the native kernels; {reason}")
+    implementations = {op: getattr(reference, op) for op in _OPS}
     choices = tuple(OpChoice(op=op, implementation="reference", reason=reason) for op in _OPS)
-    return Kernels(**ops, set_num_threads=torch.set_num_threads, choices=choices)
+    return Kernels(**implementations, set_num_threads=torch.set_num_threads, choices=choices)
 
 
 def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> Kernels:
     """Ops on weights come as one set, because only they read packed weights; the others are the reference's."""
     target = instruction_set or cpu.best_target()
     reason_by_op = dict.fromkeys(_OPS, f"{reason}, but not for this op yet")
-    ops = {op: getattr(reference, op) for op in _OPS}
+    implementations = {op: getattr(reference, op) for op in _OPS}
     native = {
         "linear": cpu.Linear(target),
         "embedding": cpu.embedding,
@@ -141,4 +143,4 @@ def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> K
     choices = tuple(
         OpChoice(op=op, implementation="cpu" if op in native else "reference", reason=reason_by_op[op]) for op in _OPS
     )
-    return Kernels(**(ops | native), set_num_threads=cpu.set_num_threads, choices=choices)
+    return Kernels(**(implementations | native), set_num_threads=cpu.set_num_threads, choices=choices)
