@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ from headrace.batch import ForwardBatch
 from headrace.cache.kv_pool import KvPool
 from headrace.config import Dtype, LoadConfig, Quantize
 from headrace.engine.runner import Row, build_forward_batch
-from headrace.kernels import KernelChoice, resolve_kernels
+from headrace.kernels import KernelChoice, Kernels, kernel_choice_from, resolve_kernels
 from headrace.layers.context import LayerContext
 from headrace.models.decoder import Decoder
 from headrace.models.loading import Progress
@@ -447,17 +448,36 @@ def _old_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return old | {"rope_scaling": {name: rope["rope_type"], **scaling}}
 
 
+HAS_NATIVE = any(row.implementation == "cpu" for row in resolve_kernels(KernelChoice.AUTO).explain())
+EACH_KERNELS = pytest.mark.parametrize(
+    "kernels",
+    [
+        KernelChoice.REFERENCE,
+        pytest.param(
+            KernelChoice.CPU, marks=pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")
+        ),
+    ],
+    ids=lambda choice: choice.value,
+)
+
+
 def load(
     source: ModelSource,
     *,
     dtype: Dtype = Dtype.FLOAT32,
     quantize: Quantize = Quantize.NONE,
+    kernels: Kernels | KernelChoice | None = None,
     group: Group | None = None,
     max_model_len: int = MAX_LEN,
     progress: Progress = lambda num_bytes: None,
 ) -> Decoder:
-    """The decoder of a folder that `open_model` has read, as one rank of `group` holds it."""
-    context = LayerContext(kernels=resolve_kernels(KernelChoice.REFERENCE), tp_group=group or OneRankGroup())
+    """The decoder of a folder that `open_model` has read, as one rank of `group` holds it.
+
+    kernels: those an engine would take if None.
+    """
+    if not isinstance(kernels, Kernels):
+        kernels = resolve_kernels(kernels or kernel_choice_from())
+    context = LayerContext(kernels=kernels, tp_group=group or OneRankGroup())
     formats = resolve_formats(source, LoadConfig(model=str(source.folder), dtype=dtype, quantize=quantize))
     return load_decoder(source, context, formats, max_model_len=max_model_len, progress=progress)
 

@@ -18,7 +18,7 @@ from headrace.config import WeightFormat
 from headrace.errors import BackendUnavailable, KernelError, ShapeError
 from headrace.kernels import DenseWeight, KernelChoice, PackedWeight, QuantizedWeight, reference, resolve_kernels
 
-cpu = pytest.importorskip("headrace.kernels.cpu", reason="the native module is not built")
+cpu = pytest.importorskip("headrace.kernels.cpu", reason="the native module is not built", exc_type=ImportError)
 native_linear = pytest.importorskip("headrace.kernels.cpu.linear")
 _native = pytest.importorskip("headrace._native")
 

@@ -1,5 +1,6 @@
 """int8 and int4 weights: what rounding may cost, models that run on them, and which kernels run."""
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import BY_NAME, Recipe, load, load_folder, prompt_logits, random_tokens, read_config, write_config
+from checkpoints import (
+    BY_NAME,
+    EACH_KERNELS,
+    HAS_NATIVE,
+    Recipe,
+    load,
+    load_folder,
+    prompt_logits,
+    random_tokens,
+    read_config,
+    write_config,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_quantizer import pack, plain_dequantize, plain_quantize
@@ -21,6 +33,8 @@ from headrace.kernels import (
     QUANTIZATION_GROUP_SIZE,
     KernelChoice,
     QuantizedWeight,
+    Weight,
+    dispatch,
     kernel_choice_from,
     reference,
     resolve_kernels,
@@ -29,6 +43,7 @@ from headrace.models.quantization import quantization_config
 from headrace.models.source import open_model, resolve_formats
 
 PROMPT = random_tokens(30, seed=7)
+REFERENCE = KernelChoice.REFERENCE
 QUANTIZED = (WeightFormat.INT8, WeightFormat.INT4)
 FORMATS = pytest.mark.parametrize("weight_format", QUANTIZED, ids=lambda f: f.value)
 TINY = float(np.finfo(np.float32).tiny)
@@ -191,16 +206,49 @@ def round_weights(folder: Path, weight_format: WeightFormat) -> None:
 def test_model_quantized_on_load_equals_one_whose_weights_were_rounded(written, tmp_path, name, weight_format):
     rounded = shutil.copytree(written[name], tmp_path / "rounded")
     round_weights(rounded, weight_format)
-    actual = prompt_logits(load_folder(written[name], quantize=Quantize(weight_format.value)), PROMPT)
-    assert (actual - prompt_logits(load_folder(rounded), PROMPT)).abs().max() < 1e-4
+    actual = prompt_logits(
+        load_folder(written[name], quantize=Quantize(weight_format.value), kernels=REFERENCE), PROMPT
+    )
+    assert (actual - prompt_logits(load_folder(rounded, kernels=REFERENCE), PROMPT)).abs().max() < 1e-4
 
 
+def by_definition(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """A linear layer as the native kernels define it."""
+    if isinstance(weight, QuantizedWeight):
+        return reference.linear_int8_activations(x, weight, bias)
+    return reference.linear(x, weight, bias)
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")
+@FORMATS
+@ALL_MODELS
+def test_native_model_computes_what_its_definition_says(written, name, weight_format):
+    """Native scales are float16, which may turn the rounding of an activation: near the definition, not equal.
+
+    The yardstick is what rounding activations costs: native logits lie nearer to the definition's than those lie to the
+    logits of unrounded activations.
+    """
+    how = {"quantize": Quantize(weight_format.value)}
+    defined = replace(resolve_kernels(REFERENCE), linear=by_definition)
+    expected = prompt_logits(load_folder(written[name], kernels=defined, **how), PROMPT)
+    unrounded = prompt_logits(load_folder(written[name], kernels=REFERENCE, **how), PROMPT)
+    actual = prompt_logits(load_folder(written[name], kernels=KernelChoice.CPU, **how), PROMPT)
+    assert (actual - expected).abs().mean() < (unrounded - expected).abs().mean()
+
+
+@EACH_KERNELS
 @pytest.mark.parametrize(("quantize", "largest"), [("int8", 0.05), ("int4", 0.6)])
 @pytest.mark.parametrize("name", ["k-64", "k-60", "k-20", "tied"])
-def test_logits_of_a_quantized_model_stay_near_those_of_float32(written, name, quantize, largest):
-    """Mean distance over the logits' spread; these random models are as sensitive as a model can be."""
-    expected = prompt_logits(load_folder(written[name]), PROMPT)
-    actual = prompt_logits(load_folder(written[name], quantize=Quantize(quantize)), PROMPT)
+def test_logits_of_a_quantized_model_stay_near_those_of_float32(written, name, quantize, largest, kernels):
+    """Mean distance over the logits' spread; these random models are as sensitive as a model can be.
+
+    Native kernels round activations to int8 as well. That error is independent of an int8 weight's and as large, so
+    together they are sqrt(2) times one; beside an int4 weight's, 16 times as large, it does not count.
+    """
+    if kernels is KernelChoice.CPU and quantize == "int8":
+        largest *= math.sqrt(2)
+    expected = prompt_logits(load_folder(written[name], kernels=kernels), PROMPT)
+    actual = prompt_logits(load_folder(written[name], quantize=Quantize(quantize), kernels=kernels), PROMPT)
     assert (actual - expected).abs().mean() < largest * expected.std()
 
 
@@ -216,12 +264,15 @@ def test_engine_runs_on_quantized_weights(written, name, quantize):
     assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == tokens
 
 
+@EACH_KERNELS
 @FORMATS
-def test_quantized_weights_take_the_bytes_of_their_format(written, weight_format):
-    decoder = load_folder(written["k-64"], quantize=Quantize(weight_format.value))
+def test_quantized_weights_take_the_bytes_of_their_format(written, weight_format, kernels):
+    """Scales are float32, or float16 and a float32 for each row."""
+    decoder = load_folder(written["k-64"], quantize=Quantize(weight_format.value), kernels=kernels)
     weight = decoder.layers[0].mlp.down.weight
-    per_entry = (1 if weight_format is WeightFormat.INT8 else 0.5) + 4 / QUANTIZATION_GROUP_SIZE
-    assert weight.num_bytes == 64 * 96 * per_entry
+    scale_bytes, row_bytes = (4, 0) if kernels is REFERENCE else (2, 4)
+    per_entry = (1 if weight_format is WeightFormat.INT8 else 0.5) + scale_bytes / QUANTIZATION_GROUP_SIZE
+    assert weight.num_bytes == 64 * (96 * per_entry + row_bytes)
 
 
 @FORMATS
@@ -249,13 +300,14 @@ def store_quantized(folder: Path, weight_format: WeightFormat) -> None:
     write_config(folder, read_config(folder) | {"quantization_config": quantization_config(weight_format)})
 
 
+@EACH_KERNELS
 @FORMATS
 @ALL_MODELS
-def test_stored_quantized_equals_quantized_on_load(written, tmp_path, name, weight_format):
+def test_stored_quantized_equals_quantized_on_load(written, tmp_path, name, weight_format, kernels):
     stored = shutil.copytree(written[name], tmp_path / "stored")
     store_quantized(stored, weight_format)
-    on_load = prompt_logits(load_folder(written[name], quantize=Quantize(weight_format.value)), PROMPT)
-    assert torch.equal(prompt_logits(load_folder(stored), PROMPT), on_load)
+    on_load = prompt_logits(load_folder(written[name], quantize=Quantize(weight_format.value), kernels=kernels), PROMPT)
+    assert torch.equal(prompt_logits(load_folder(stored, kernels=kernels), PROMPT), on_load)
 
 
 def test_stored_quantized_cannot_be_loaded_as_another_format(written, tmp_path):
@@ -296,15 +348,35 @@ def test_kernels_this_build_has_are_chosen_and_explained(value):
     kernels = resolve_kernels(choice)
     assert choice is KernelChoice(value or "auto")
     reason = "asked for by HEADRACE_KERNELS=reference" if value == "reference" else "auto: "
-    assert all(row.implementation == "reference" and row.reason.startswith(reason) for row in kernels.explain())
-    assert {row.op for row in kernels.explain()} == set(type(kernels).__dataclass_fields__) - {"choices"}
+    implementations = {"reference", "cpu"} if HAS_NATIVE and value != "reference" else {"reference"}
+    assert {row.implementation for row in kernels.explain()} == implementations
+    assert all(row.reason.startswith(reason) for row in kernels.explain())
+    fields = set(type(kernels).__dataclass_fields__)
+    assert {row.op for row in kernels.explain()} == fields - {"choices", "set_num_threads"}
 
 
-@pytest.mark.parametrize("value", ["cpu", "triton"])
-def test_kernels_asked_for_by_name_run_or_raise(value):
-    choice = kernel_choice_from({"HEADRACE_KERNELS": value})
-    with pytest.raises(BackendUnavailable, match=f"HEADRACE_KERNELS={value}: this build has no {value} kernels"):
+def test_kernels_asked_for_by_name_raise_where_they_cannot_run():
+    choice = kernel_choice_from({"HEADRACE_KERNELS": "triton"})
+    with pytest.raises(BackendUnavailable, match="HEADRACE_KERNELS=triton: this build has no triton kernels"):
         resolve_kernels(choice)
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        ("the native module was not built: no headers", "the native module was not built: no headers"),
+        ("libm.so.6: not found", "the native module does not load: libm.so.6: not found"),
+    ],
+)
+def test_without_the_native_module_auto_says_why_and_its_name_raises(monkeypatch, problem, reason):
+    def fail(name: str) -> None:
+        raise ImportError(problem)
+
+    monkeypatch.setattr(dispatch, "import_module", fail)
+    rows = resolve_kernels(KernelChoice.AUTO).explain()
+    assert all((row.implementation, row.reason) == ("reference", f"auto: {reason}") for row in rows)
+    with pytest.raises(BackendUnavailable, match=f"asked for by HEADRACE_KERNELS=cpu, but {reason}"):
+        resolve_kernels(KernelChoice.CPU)
 
 
 @pytest.mark.parametrize(
@@ -317,6 +389,6 @@ def test_nonsense_in_the_variable_is_refused_with_the_nearest_name(value, hint):
 
 
 def test_engine_reads_the_variable(written, monkeypatch):
-    monkeypatch.setenv("HEADRACE_KERNELS", "cpu")
+    monkeypatch.setenv("HEADRACE_KERNELS", "triton")
     with pytest.raises(BackendUnavailable):
         LLM(model=str(written["k-64"]))

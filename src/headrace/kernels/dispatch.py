@@ -13,6 +13,7 @@ from headrace.errors import BackendUnavailable, ConfigError, nearest_name
 from headrace.kernels import ops, reference
 
 KERNELS_VARIABLE = "HEADRACE_KERNELS"
+_NOT_BUILT = "the native module was not built: "
 
 
 class KernelChoice(Enum):
@@ -89,12 +90,12 @@ def resolve_kernels(choice: KernelChoice, *, instruction_set: str | None = None)
                 f"{KERNELS_VARIABLE}=triton: this build has no triton kernels; allowed: auto, reference, cpu"
             )
         case KernelChoice.CPU:
-            if isinstance(cpu := _import_cpu(), ImportError):
-                raise BackendUnavailable(f"{asked_for}, but the native module does not load: {cpu}")
+            if isinstance(cpu := _import_cpu(), str):
+                raise BackendUnavailable(f"{asked_for}, but {cpu}")
             return _cpu_kernels(cpu, instruction_set, asked_for)
         case KernelChoice.AUTO:
-            if isinstance(cpu := _import_cpu(), ImportError):
-                return _reference_kernels(f"auto: the native module does not load: {cpu}", instruction_set)
+            if isinstance(cpu := _import_cpu(), str):
+                return _reference_kernels(f"auto: {cpu}", instruction_set)
             return _cpu_kernels(cpu, instruction_set, "auto: native kernels run on this machine")
 
 
@@ -111,12 +112,13 @@ def kernel_choice_from(environ: Mapping[str, str] = os.environ) -> KernelChoice:
     return KernelChoice(value)
 
 
-def _import_cpu() -> ModuleType | ImportError:
+def _import_cpu() -> ModuleType | str:
     """The package over the native module, or why it cannot be had."""
     try:
         return import_module("headrace.kernels.cpu")
     except ImportError as error:
-        return error
+        # A build without the native module leaves one that raises its reason (native/not_built.py.in).
+        return str(error) if str(error).startswith(_NOT_BUILT) else f"the native module does not load: {error}"
 
 
 def _reference_kernels(reason: str, instruction_set: str | None) -> Kernels:
