@@ -454,6 +454,11 @@ class _FakeTerminal(StringIO):
         return True
 
 
+def heed_interrupts():
+    """A shell starts background jobs with Ctrl-C ignored, and what they start inherits that: undone for the child."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class _Terminal:
     """A program on a pseudo-terminal."""
 
@@ -461,7 +466,13 @@ class _Terminal:
         self.seen = ""
         self._master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env={**os.environ, "TERM": "dumb"}
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=heed_interrupts,  # noqa: PLW1509
+            env={**os.environ, "TERM": "dumb"},
         )
         os.close(slave)
         self._position = 0
