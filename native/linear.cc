@@ -6,8 +6,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "parallel.h"
 #include "targets.h"
-#include "thread_pool.h"
 
 namespace headrace {
 namespace {
@@ -36,14 +36,6 @@ char* Scratch(size_t num_bytes) {
     capacity = num_bytes;
   }
   return memory.get();
-}
-
-template <class Task>
-void RunParts(bool is_parallel, const Task& task) {
-  if (!is_parallel) return task(0, 1);
-  const std::shared_ptr<ThreadPool> pool = Pool();
-  const int num_threads = pool->num_threads();
-  pool->Run([&](int thread) { task(thread, num_threads); });
 }
 
 Activations PrepareActivations(const LinearKernels& kernels, const LinearCall& call) {

@@ -14,13 +14,12 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "packed_matrix.h"
 #include "range.h"
 #include "target.h"
 
 namespace headrace {
-
-enum class DType { kFloat32, kBfloat16 };
 
 // How the loops over rows of x and panels of W nest. W is streamed from memory, x stays in a cache.
 //   kGemv      each row of x alone, several panels at once: the chains of one row and one panel are too few to hide the

@@ -74,8 +74,6 @@ struct Int4Kernel {
   static I32x16 DotStep(const I32x16& acc, const Step& w, const int8_t* x) { return DotInt4(acc, w, x); }
 };
 
-constexpr int kVectorBytes = 64;
-
 // The end of every chain: scale the row, add the bias, round, store the lanes that exist.
 template <class Out>
 void StoreOutputs(const LinearCall& call, int64_t row, int64_t panel, F32x16 acc) {

@@ -4,18 +4,17 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bind.h"
+#include "embedding.h"
 #include "linear.h"
 #include "packed_matrix.h"
 #include "peaks.h"
+#include "stream.h"
 #include "target.h"
 #include "thread_pool.h"
 
-namespace nb = nanobind;
-
 namespace headrace {
 namespace {
-
-const void* ConstPointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 
 std::vector<std::string> Names(bool is_only_supported) {
   std::vector<std::string> names;
@@ -26,18 +25,18 @@ std::vector<std::string> Names(bool is_only_supported) {
 }
 
 void WriteRows(PackedMatrix& matrix, int64_t row, int64_t num_rows, uintptr_t block) {
-  matrix.WriteRows(row, num_rows, ConstPointer(block));
+  matrix.WriteRows(row, num_rows, Pointer<const void>(block));
 }
 
 void WriteQuantizedRows(PackedMatrix& matrix, int64_t row, int64_t num_rows, uintptr_t values, uintptr_t scales) {
-  matrix.WriteQuantizedRows(row, num_rows, ConstPointer(values), static_cast<const float*>(ConstPointer(scales)));
+  matrix.WriteQuantizedRows(row, num_rows, Pointer<const void>(values), Pointer<const float>(scales));
 }
 
-void ReadRows(const PackedMatrix& matrix, uintptr_t rows, int64_t num_rows, uintptr_t out) {
-  const auto* ids = static_cast<const int64_t*>(ConstPointer(rows));
-  const int64_t value_bytes = matrix.layout().format == Format::kBfloat16 ? 2 : 4;
-  const int64_t row_bytes = matrix.layout().columns * value_bytes;
-  for (int64_t i = 0; i < num_rows; ++i) matrix.ReadRow(ids[i], reinterpret_cast<char*>(out) + i * row_bytes);
+void RunEmbedding(Stream& stream, const PackedMatrix& matrix, DType dtype, int64_t num_rows, uintptr_t ids, int64_t offset,
+                  float scale, uintptr_t out) {
+  const EmbeddingCall call = {matrix.view(), dtype,  num_rows, Pointer<const int64_t>(ids),
+                              offset,        scale, Pointer<void>(out)};
+  stream.Run("embedding", [call] { Embed(call); });
 }
 
 // An op bound to its target, found by name once.
@@ -45,11 +44,11 @@ class NativeLinear {
  public:
   explicit NativeLinear(const std::string& target) : target_(TargetFromName(target)) {}
 
-  void Run(Arm arm, const PackedMatrix& weight, DType dtype, int64_t num_rows, uintptr_t x, int64_t x_stride,
+  void Run(Stream& stream, Arm arm, const PackedMatrix& weight, DType dtype, int64_t num_rows, uintptr_t x, int64_t x_stride,
            uintptr_t bias, uintptr_t out) const {
-    Linear(
-        target_, arm,
-        {weight.view(), dtype, num_rows, ConstPointer(x), x_stride, ConstPointer(bias), reinterpret_cast<void*>(out)});
+    const LinearCall call = {weight.view(), dtype, num_rows, Pointer<const void>(x), x_stride, Pointer<const void>(bias),
+                             Pointer<void>(out)};
+    stream.Run("linear", [target = target_, arm, call] { Linear(target, arm, call); });
   }
 
  private:
@@ -63,17 +62,20 @@ void DefineTypes(nb::module_& m) {
       .value("INT8", Format::kInt8)
       .value("INT4", Format::kInt4);
   nb::enum_<DType>(m, "DType").value("FLOAT32", DType::kFloat32).value("BFLOAT16", DType::kBfloat16);
+  nb::enum_<Target>(m, "Target")
+      .value("PORTABLE", Target::kPortable)
+      .value("AVX2", Target::kAvx2)
+      .value("AVX512", Target::kAvx512)
+      .value("AVX512_BF16", Target::kAvx512Bf16);
   nb::enum_<Arm>(m, "Arm").value("GEMV", Arm::kGemv).value("FLAT_GEMM", Arm::kFlatGemm).value("GEMM", Arm::kGemm);
 }
 
 void DefineMatrix(nb::module_& m) {
-  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<PackedMatrix>(m, "PackedMatrix")
       .def(nb::init<Format, int64_t, int64_t>(), nb::arg("weight_format"), nb::arg("rows"), nb::arg("columns"))
       .def("write_rows", &WriteRows, nb::arg("row"), nb::arg("num_rows"), nb::arg("block_ptr"), Unlocked())
       .def("write_quantized_rows", &WriteQuantizedRows, nb::arg("row"), nb::arg("num_rows"), nb::arg("values_ptr"),
-           nb::arg("scales_ptr"), Unlocked())
-      .def("read_rows", &ReadRows, nb::arg("rows_ptr"), nb::arg("num_rows"), nb::arg("out_ptr"), Unlocked());
+           nb::arg("scales_ptr"), Unlocked());
   m.def(
       "packed_bytes",
       [](Format format, int64_t rows, int64_t columns) { return PackedLayout(format, rows, columns).num_bytes; },
@@ -81,15 +83,15 @@ void DefineMatrix(nb::module_& m) {
 }
 
 void DefineLinear(nb::module_& m) {
-  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  m.def("embedding", &RunEmbedding, nb::arg("stream"), nb::arg("weight"), nb::arg("dtype"), nb::arg("num_rows"),
+        nb::arg("ids_ptr"), nb::arg("offset"), nb::arg("scale"), nb::arg("out_ptr"), Unlocked());
   nb::class_<NativeLinear>(m, "Linear")
       .def(nb::init<const std::string&>(), nb::arg("target"))
-      .def("run", &NativeLinear::Run, nb::arg("arm"), nb::arg("weight"), nb::arg("dtype"), nb::arg("num_rows"),
+      .def("run", &NativeLinear::Run, nb::arg("stream"), nb::arg("arm"), nb::arg("weight"), nb::arg("dtype"), nb::arg("num_rows"),
            nb::arg("x_ptr"), nb::arg("x_stride"), nb::arg("bias_ptr"), nb::arg("out_ptr"), Unlocked());
 }
 
 void DefinePeaks(nb::module_& m) {
-  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
   m.def(
       "measure_read_bytes_per_s",
       [](const std::string& target, int64_t buffer_bytes, int num_passes) {
@@ -111,6 +113,10 @@ NB_MODULE(_native, m) {
   DefineMatrix(m);
   DefineLinear(m);
   DefinePeaks(m);
+  DefineStream(m);
+  DefineNorm(m);
+  DefineActivation(m);
+  m.def("target_from_name", &TargetFromName, nb::arg("name"));
   m.def("compiled_targets", [] { return Names(false); });
   m.def("supported_targets", [] { return Names(true); });
   m.def("best_target", [] { return std::string(Name(BestTarget())); });

@@ -13,7 +13,6 @@ namespace headrace {
 namespace {
 
 constexpr size_t kHugePageBytes = size_t{2} << 20;
-constexpr int kVectorBytes = 64;
 
 // Zeroed memory, in huge pages where the system has them: streaming 4 KiB pages costs a TLB miss for each 64 vectors.
 // Aligned to 64 bytes because pages are.
@@ -43,10 +42,6 @@ void ForEachElement(int64_t columns, int vector_columns, uint8_t* lane, const Mo
 }
 
 int Nibble(const uint8_t* pairs, int64_t k) { return (pairs[k / 2] >> (k % 2 * 4)) & 15; }
-
-// Where q[k] of an int4 lane lies: byte and shift.
-int Int4Byte(int64_t k) { return static_cast<int>(k / 8 * kVectorBytes + k % 4); }
-int Int4Shift(int64_t k) { return k % 8 < 4 ? 0 : 4; }
 
 void PackInt4Row(const uint8_t* pairs, int64_t columns, int64_t padded_columns, uint8_t* lane) {
   for (int64_t k = 0; k < padded_columns; ++k) {
@@ -127,30 +122,6 @@ void PackedMatrix::WriteScales(int64_t row, const float* scales) {
   row_scales_[row] = std::ldexp(1.0f, exponent);
   uint16_t* packed = scales_ + row / kLanes * layout_.num_groups * kLanes + row % kLanes;
   for (int64_t g = 0; g < layout_.num_groups; ++g) packed[g * kLanes] = ToHalf(std::ldexp(scales[g], -exponent));
-}
-
-void PackedMatrix::ReadRow(int64_t row, void* out) const {
-  CheckRows(layout_, row, 1);
-  uint8_t* lane = Lane(row);
-  const int vector_columns = VectorColumns(layout_.format);
-  auto* values = static_cast<float*>(out);
-  if (layout_.format == Format::kFloat32) {
-    ForEachElement<float>(layout_.columns, vector_columns, lane, [&](int64_t k, float* from) { values[k] = *from; });
-    return;
-  }
-  if (layout_.format == Format::kBfloat16) {
-    auto* halves = static_cast<uint16_t*>(out);
-    ForEachElement<uint16_t>(layout_.columns, vector_columns, lane,
-                             [&](int64_t k, uint16_t* from) { halves[k] = *from; });
-    return;
-  }
-  const uint16_t* scales = scales_ + row / kLanes * layout_.num_groups * kLanes + row % kLanes;
-  const bool is_int4 = layout_.format == Format::kInt4;
-  for (int64_t k = 0; k < layout_.columns; ++k) {
-    const int q = is_int4 ? ((lane[Int4Byte(k)] >> Int4Shift(k)) & 15) - kInt4Bias
-                          : lane[k / 4 * kVectorBytes + k % 4] - kInt8Bias;
-    values[k] = row_scales_[row] * (FromHalf(scales[k / kGroup * kLanes]) * static_cast<float>(q));
-  }
 }
 
 }  // namespace headrace

@@ -21,7 +21,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
+
+#include "float_bits.h"
 
 namespace headrace {
 
@@ -29,6 +32,7 @@ enum class Format { kFloat32, kBfloat16, kInt8, kInt4 };
 
 constexpr int kLanes = 16;  // outputs in a panel
 constexpr int kGroup = 32;  // entries along K that share a scale
+constexpr int kVectorBytes = 64;
 constexpr int kInt8Bias = 128;
 constexpr int kInt4Bias = 8;
 
@@ -79,6 +83,26 @@ struct PackedView {
   const float* row_scales;
 };
 
+// Where entry k of an int4 lane lies: byte and shift.
+static inline int64_t Int4Byte(int64_t k) { return k / 8 * kVectorBytes + k % 4; }
+static inline int Int4Shift(int64_t k) { return k % 8 < 4 ? 0 : 4; }
+
+// Entry k of the row whose lane begins at `lane`, without its scale.
+static inline float Float32At(const uint8_t* lane, int64_t k) {
+  float value;
+  memcpy(&value, lane + k * kVectorBytes, sizeof value);
+  return value;
+}
+static inline float Bfloat16At(const uint8_t* lane, int64_t k) {
+  uint16_t bits;
+  memcpy(&bits, lane + k / 2 * kVectorBytes + k % 2 * 2, sizeof bits);
+  return FromBfloat16(bits);
+}
+static inline int Int8At(const uint8_t* lane, int64_t k) { return lane[k / 4 * kVectorBytes + k % 4] - kInt8Bias; }
+static inline int Int4At(const uint8_t* lane, int64_t k) {
+  return ((lane[Int4Byte(k)] >> Int4Shift(k)) & 15) - kInt4Bias;
+}
+
 // Owns a packed matrix; all zero until rows are written, by one thread at a time.
 class PackedMatrix {
  public:
@@ -91,8 +115,6 @@ class PackedMatrix {
   // The same for rows already quantized. values: int8 [num_rows, columns], or int4 pairs as q + 8,
   // [num_rows, ceil(columns / 2)], the lower column in the low nibble. scales: [num_rows, ceil(columns / 32)].
   void WriteQuantizedRows(int64_t row, int64_t num_rows, const void* values, const float* scales);
-  // Row `row` as its own type, or as float32 if it is quantized.
-  void ReadRow(int64_t row, void* out) const;
 
   PackedView view() const {
     return {layout_.format,     layout_.rows,        layout_.columns, layout_.padded_columns,

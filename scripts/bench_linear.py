@@ -91,7 +91,7 @@ def table(target: str, formats: Iterable[WeightFormat], rows: Iterable[int], lim
         f"{'format':9} {'shape':8} {'[N, K]':14} {'M':>4} {'us':>9} {'GB/s':>6} {'of read':>7} "
         f"{'Gop/s':>6} {'of peak':>7} {'torch us':>9} {'torch / ours':>12}"
     )
-    linear = cpu.Linear(target)
+    linear = cpu.Linear(target, cpu.Stream())
     for weight_format in formats:
         dtype = torch.float32 if weight_format is WeightFormat.FLOAT32 else torch.bfloat16
         for name, (n, k) in SHAPES.items():

@@ -514,7 +514,7 @@ def prompt_logits(
 ) -> Tensor:
     """[len(token_ids), vocab_size]: one forward pass over a whole prompt, in blocks that lie in no order."""
     num_blocks = -(-len(token_ids) // block_size)
-    order = torch.randperm(num_blocks + 3, generator=torch.Generator().manual_seed(0))[:num_blocks].tolist()
+    order = torch.randperm(num_blocks + 3, generator=torch.Generator().manual_seed(0))[:num_blocks].int().numpy()
     pool = make_pool(decoder, num_blocks=num_blocks + 3, block_size=block_size, num_kv_heads=num_kv_heads, dtype=dtype)
     batch = build_forward_batch([Row(token_ids=tuple(token_ids), start=0, block_table=order)], block_size)
     return run(decoder, batch, pool)

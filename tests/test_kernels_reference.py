@@ -373,7 +373,7 @@ def test_linear(num_tokens, columns, has_bias, weight_format):
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_embedding(columns, weight_format):
     rows, ids = torch.randn(9, columns), [8, 0, 3, 3]
-    out = reference.embedding(torch.tensor(ids), build(rows, weight_format))
+    out = reference.embedding(torch.tensor(ids), build(rows, weight_format), dtype=torch.float32)
     np.testing.assert_allclose(out.double().numpy(), plain_weight(rows, weight_format)[ids], rtol=1e-6, atol=1e-7)
 
 

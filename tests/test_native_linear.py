@@ -69,6 +69,15 @@ class Case:
         return [torch.bfloat16] if self.weight_format is WeightFormat.BFLOAT16 else [torch.float32, torch.bfloat16]
 
 
+def dtype_of(weight: PackedWeight) -> torch.dtype:
+    """That of a floating-point weight, or float32, which holds the rows of a quantized one exactly enough."""
+    return torch.bfloat16 if weight.weight_format is WeightFormat.BFLOAT16 else torch.float32
+
+
+def embed(ids: Tensor, weight: PackedWeight) -> Tensor:
+    return cpu.Embedding(cpu.Stream())(ids, weight, dtype=dtype_of(weight))
+
+
 @cache
 def make_case(weight_format: WeightFormat, rows: int, columns: int) -> Case:
     generator = torch.Generator().manual_seed(rows * 10007 + columns)
@@ -134,7 +143,7 @@ def make_problem(
 
 
 def run(target: str, arm: object, x: Tensor, case: Case, bias: Tensor | None = None) -> Tensor:
-    return cpu.Linear(target)(x, case.packed, bias, arm=arm)
+    return cpu.Linear(target, cpu.Stream())(x, case.packed, bias, arm=arm)
 
 
 class TestAgainstTheReference:
@@ -286,12 +295,12 @@ class TestInputs:
         builder.write_quantized(0, stored, scales)
         x = torch.full((2, 64), 127.0)
         x[1] = -127.0
-        assert torch.equal(cpu.Linear(target)(x, builder.build()), x @ q.float().T)
+        assert torch.equal(cpu.Linear(target, cpu.Stream())(x, builder.build()), x @ q.float().T)
 
     @each_format
     def test_no_rows_and_more_dimensions(self, weight_format: WeightFormat) -> None:
         case = make_case(weight_format, 33, 100)
-        linear = cpu.Linear(cpu.best_target())
+        linear = cpu.Linear(cpu.best_target(), cpu.Stream())
         x = make_x(6, 100, case.x_dtypes[0])
         assert linear(x[:0], case.packed).shape == (0, 33)
         assert torch.equal(linear(x.view(2, 3, 100), case.packed), linear(x, case.packed).view(2, 3, 33))
@@ -308,7 +317,17 @@ class TestInputs:
                     dtype = _native.DType.FLOAT32 if x.dtype == torch.float32 else _native.DType.BFLOAT16
                     arm = native_linear.Arm.FLAT_GEMM
                     address = poisoned[1].data_ptr()
-                    native.run(arm, case.packed.matrix, dtype, num_rows, x.data_ptr(), x.stride(0), 0, address)
+                    native.run(
+                        _native.Stream(),
+                        arm,
+                        case.packed.matrix,
+                        dtype,
+                        num_rows,
+                        x.data_ptr(),
+                        x.stride(0),
+                        0,
+                        address,
+                    )
                     assert poisoned[0].isnan().all()
                     assert poisoned[-1].isnan().all()
                     assert torch.equal(poisoned[1:-1], run(target, None, x, case))
@@ -325,8 +344,8 @@ class TestPackedWeights:
     def test_rows_come_back(self, weight_format: WeightFormat, shape: tuple[int, int]) -> None:
         case = make_case(weight_format, *shape)
         ids = torch.randint(0, shape[0], (7,), generator=torch.Generator().manual_seed(0))
-        rows = cpu.embedding(ids, case.packed)
-        expected = reference.embedding(ids, case.plain)
+        rows = embed(ids, case.packed)
+        expected = reference.embedding(ids, case.plain, dtype=dtype_of(case.packed))
         assert (rows.dtype, rows.shape) == (expected.dtype, expected.shape)
         if case.is_quantized:
             assert_within(rows, expected, HALF_EPS * expected.double().abs())
@@ -337,7 +356,7 @@ class TestPackedWeights:
         packed = make_case(WeightFormat.INT4, 17, 33).packed
         for bad in (-1, 17, 32, 2**40):
             with pytest.raises(IndexError):
-                cpu.embedding(torch.tensor([0, bad]), packed)
+                embed(torch.tensor([0, bad]), packed)
 
     @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
     def test_stored_rows_and_quantized_rows_are_one_weight(self, weight_format: WeightFormat) -> None:
@@ -348,7 +367,7 @@ class TestPackedWeights:
             stop = 33 if start else 20
             builder.write_quantized(start, case.plain.qweight[start:stop], case.plain.scales[start:stop])
         ids = torch.arange(33)
-        assert torch.equal(cpu.embedding(ids, builder.build()), cpu.embedding(ids, case.packed))
+        assert torch.equal(embed(ids, builder.build()), embed(ids, case.packed))
 
     @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
     @pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1.0, 1e6, 1e30])
@@ -358,8 +377,8 @@ class TestPackedWeights:
         builder.write(0, values)
         plain = reference.make_weight_builder(weight_format, 16, 128)
         plain.write(0, values)
-        expected = reference.embedding(torch.arange(16), plain.build())
-        assert_within(cpu.embedding(torch.arange(16), builder.build()), expected, HALF_EPS * expected.double().abs())
+        expected = reference.embedding(torch.arange(16), plain.build(), dtype=torch.float32)
+        assert_within(embed(torch.arange(16), builder.build()), expected, HALF_EPS * expected.double().abs())
 
     def test_scales_far_below_the_largest_lose_little_of_the_row(self) -> None:
         values = make_x(16, 128, torch.float32)
@@ -367,7 +386,7 @@ class TestPackedWeights:
         values[:, 64:96] = 0
         builder = cpu.make_weight_builder(WeightFormat.INT8, 16, 128)
         builder.write(0, values)
-        rows = cpu.embedding(torch.arange(16), builder.build())
+        rows = embed(torch.arange(16), builder.build())
         largest = values.abs().amax(dim=1, keepdim=True).double()
         assert_within(rows[:, 32:96], values[:, 32:96], (largest * 2**-24).expand(16, 64))
 
@@ -408,7 +427,7 @@ class TestPackedWeights:
 
 class TestContract:
     def test_shapes_and_dtypes_are_checked(self) -> None:
-        linear = cpu.Linear(cpu.best_target())
+        linear = cpu.Linear(cpu.best_target(), cpu.Stream())
         case = make_case(WeightFormat.FLOAT32, 17, 33)
         with pytest.raises(ShapeError, match="32 columns, the weight takes 33"):
             linear(torch.zeros(2, 32), case.packed)
@@ -421,7 +440,7 @@ class TestContract:
     def test_weights_of_another_implementation_are_refused(self) -> None:
         case = make_case(WeightFormat.INT8, 17, 33)
         with pytest.raises(KernelError, match="packed"):
-            cpu.Linear(cpu.best_target())(torch.zeros(2, 33), case.plain)
+            cpu.Linear(cpu.best_target(), cpu.Stream())(torch.zeros(2, 33), case.plain)
         with pytest.raises(KernelError, match="packed"):
             reference.linear(torch.zeros(2, 33), case.packed)
 
@@ -442,7 +461,7 @@ class TestContract:
         monkeypatch.setattr(_native, "supported_targets", lambda: ["portable"])
         monkeypatch.setattr(_native, "compiled_targets", lambda: ["portable", "avx512"])
         with pytest.raises(BackendUnavailable, match="this machine cannot run it; allowed: portable"):
-            cpu.Linear("avx512")
+            cpu.Linear("avx512", cpu.Stream())
         with pytest.raises(ValueError, match="'sse9' cannot run here"):
             _native.Linear("sse9")
 
@@ -538,6 +557,6 @@ class TestThreads:
         code = (
             "import torch; from headrace.kernels import cpu; from headrace.config import WeightFormat\n"
             "cpu.set_num_threads(4); b = cpu.make_weight_builder(WeightFormat.FLOAT32, 512, 512)\n"
-            "b.write(0, torch.ones(512, 512)); cpu.Linear('portable')(torch.ones(4, 512), b.build())\n"
+            "b.write(0, torch.ones(512, 512)); cpu.Linear('portable', cpu.Stream())(torch.ones(4, 512), b.build())\n"
         )
         subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=30)

@@ -1,6 +1,9 @@
 """The private extension module: addresses and shapes in, nothing known of tensors. For headrace.kernels.cpu alone."""
 
+from collections.abc import Sequence
 from enum import Enum
+
+from torch import Tensor
 
 class Format(Enum):
     FLOAT32 = 0
@@ -17,16 +20,48 @@ class Arm(Enum):
     FLAT_GEMM = 1
     GEMM = 2
 
+class Target(Enum):
+    PORTABLE = 0
+    AVX2 = 1
+    AVX512 = 2
+    AVX512_BF16 = 3
+
+class NormKind(Enum):
+    RMS = 0
+    LAYER = 1
+
+class ActivationKind(Enum):
+    SILU = 0
+    GELU = 1
+    GELU_TANH = 2
+    RELU = 3
+
+class Graph:
+    @property
+    def num_ops(self) -> int: ...
+    def launch(self) -> None: ...
+    def launch_timed(self) -> dict[str, float]: ...
+
+class Stream:
+    def __init__(self) -> None: ...
+    @property
+    def is_capturing(self) -> bool: ...
+    @property
+    def arena_bytes(self) -> int: ...
+    def begin_capture(self) -> None: ...
+    def end_capture(self) -> Graph: ...
+    def empty(self, shape: Sequence[int], dtype: DType) -> Tensor: ...
+
 class PackedMatrix:
     def __init__(self, weight_format: Format, rows: int, columns: int) -> None: ...
     def write_rows(self, row: int, num_rows: int, block_ptr: int) -> None: ...
     def write_quantized_rows(self, row: int, num_rows: int, values_ptr: int, scales_ptr: int) -> None: ...
-    def read_rows(self, rows_ptr: int, num_rows: int, out_ptr: int) -> None: ...
 
 class Linear:
     def __init__(self, target: str) -> None: ...
     def run(
         self,
+        stream: Stream,
         arm: Arm,
         weight: PackedMatrix,
         dtype: DType,
@@ -37,10 +72,51 @@ class Linear:
         out_ptr: int,
     ) -> None: ...
 
+def embedding(
+    stream: Stream,
+    weight: PackedMatrix,
+    dtype: DType,
+    num_rows: int,
+    ids_ptr: int,
+    offset: int,
+    scale: float,
+    out_ptr: int,
+) -> None: ...
+def norm(
+    stream: Stream,
+    target: Target,
+    kind: NormKind,
+    dtype: DType,
+    num_outer: int,
+    num_inner: int,
+    outer_stride: int,
+    inner_stride: int,
+    size: int,
+    x_ptr: int,
+    residual_ptr: int,
+    weight_ptr: int,
+    bias_ptr: int,
+    eps: float,
+    unit_offset: bool,
+    out_ptr: int,
+) -> None: ...
+def add(stream: Stream, target: Target, dtype: DType, num_elements: int, x_ptr: int, residual_ptr: int) -> None: ...
+def activation(
+    stream: Stream,
+    target: Target,
+    kind: ActivationKind,
+    is_gated: bool,
+    dtype: DType,
+    num_rows: int,
+    size: int,
+    x_ptr: int,
+    out_ptr: int,
+) -> None: ...
 def packed_bytes(weight_format: Format, rows: int, columns: int) -> int: ...
 def compiled_targets() -> list[str]: ...
 def supported_targets() -> list[str]: ...
 def best_target() -> str: ...
+def target_from_name(name: str) -> Target: ...
 def set_num_threads(num_threads: int) -> None: ...
 def num_threads() -> int: ...
 def measure_read_bytes_per_s(target: str, buffer_bytes: int, num_passes: int) -> float: ...

@@ -82,7 +82,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
     return LoadedModel(
         config=source.config,
         plan=plan,
-        executor=Worker(ModelRunner(decoder, _make_kv_pool(source.config, plan, formats.dtype)), eos_token_ids),
+        executor=Worker(
+            ModelRunner(decoder, _make_kv_pool(source.config, plan, formats.dtype), plan.max_model_len), eos_token_ids
+        ),
         kernels=kernels,
         formats=formats,
         tokenizer=tokenizer,

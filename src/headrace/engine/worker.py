@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.config import SamplingParams
+from headrace.engine.block_table import BlockTable
 from headrace.engine.logprobs import prompt_logprobs
 from headrace.engine.plan import NewSequence, PromptLogprobs, ScheduledChunk, StepPlan, StepResult
 from headrace.engine.runner import ModelRunner, Row
@@ -25,7 +26,7 @@ class _WorkerSequence:
     params: SamplingParams
     seed: int
     output_token_ids: list[int] = field(default_factory=list)
-    block_table: list[int] = field(default_factory=list)
+    block_table: BlockTable = field(default_factory=BlockTable)
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         num_prompt = len(self.prompt_token_ids)
@@ -68,9 +69,10 @@ class Worker:
         sequence = self._sequences[chunk.seq_id]
         if chunk.resets_blocks:
             sequence.block_table.clear()
-        sequence.block_table.extend(chunk.new_block_ids)
+        if chunk.new_block_ids:
+            sequence.block_table.extend(chunk.new_block_ids)
         token_ids = sequence.tokens(chunk.start, chunk.start + chunk.num_tokens)
-        return Row(token_ids=token_ids, start=chunk.start, block_table=sequence.block_table)
+        return Row(token_ids=token_ids, start=chunk.start, block_table=sequence.block_table.ids)
 
     def _sample(self, plan: StepPlan, hidden_states: Tensor) -> StepResult:
         last_rows, sampling, prompts, failed = [], [], [], {}
@@ -88,7 +90,10 @@ class Worker:
                 sampling.append(self._sampling_row(chunk.seq_id, sequence))
         if not sampling:
             return StepResult(sampled=(), prompt_logprobs=tuple(prompts), failed=failed)
-        outcome = self._sampler.sample(self._runner.logits(hidden_states[last_rows]), sampling)
+        # In a decode step every row is a last row.
+        if len(last_rows) < len(hidden_states):
+            hidden_states = hidden_states[last_rows]
+        outcome = self._sampler.sample(self._runner.logits(hidden_states), sampling)
         return StepResult(sampled=outcome.sampled, prompt_logprobs=tuple(prompts), failed={**outcome.failed, **failed})
 
     def _sampling_row(self, seq_id: int, sequence: _WorkerSequence) -> SamplingRow:

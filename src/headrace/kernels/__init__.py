@@ -4,7 +4,7 @@ Layers get a `Kernels` from `dispatch.resolve_kernels` and call ops through it; 
 """
 
 from headrace.kernels.dispatch import KernelChoice, Kernels, OpChoice, kernel_choice_from, resolve_kernels
-from headrace.kernels.ops import AttentionSpec
+from headrace.kernels.ops import AttentionSpec, Recording
 from headrace.kernels.weights import (
     QUANTIZATION_GROUP_SIZE,
     DenseWeight,
@@ -24,6 +24,7 @@ __all__ = [
     "OpChoice",
     "PackedWeight",
     "QuantizedWeight",
+    "Recording",
     "Weight",
     "WeightBuilder",
     "kernel_choice_from",

@@ -40,6 +40,7 @@ class Kernels:
     embedding: ops.EmbeddingOp
     rms_norm: ops.RmsNormOp
     layer_norm: ops.LayerNormOp
+    add_: ops.AddOp
     rotary_: ops.RotaryOp
     store_kv_: ops.StoreKvOp
     attention: ops.AttentionOp
@@ -49,6 +50,7 @@ class Kernels:
     quantize_rows: ops.QuantizeRowsOp
     make_weight_builder: ops.WeightBuilderOp
     weight_num_bytes: ops.WeightNumBytesOp
+    record: ops.RecordOp
     set_num_threads: ops.SetNumThreadsOp
     choices: tuple[OpChoice, ...]
 
@@ -61,6 +63,7 @@ _OPS = (
     "embedding",
     "rms_norm",
     "layer_norm",
+    "add_",
     "rotary_",
     "store_kv_",
     "attention",
@@ -70,6 +73,7 @@ _OPS = (
     "quantize_rows",
     "make_weight_builder",
     "weight_num_bytes",
+    "record",
 )
 
 
@@ -134,14 +138,8 @@ def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> K
     target = instruction_set or cpu.best_target()
     reason_by_op = dict.fromkeys(_OPS, f"{reason}, but not for this op yet")
     implementations = {op: getattr(reference, op) for op in _OPS}
-    native = {
-        "linear": cpu.Linear(target),
-        "embedding": cpu.embedding,
-        "make_weight_builder": cpu.make_weight_builder,
-        "weight_num_bytes": cpu.weight_num_bytes,
-    }
-    reason_by_op |= dict.fromkeys(native, f"{reason}; weights packed for native code, any instruction set")
-    reason_by_op["linear"] = f"{reason}; instruction set {target}"
+    native = cpu.make_ops(target)
+    reason_by_op |= dict.fromkeys(native, f"{reason}; instruction set {target}")
     choices = tuple(
         OpChoice(op=op, implementation="cpu" if op in native else "reference", reason=reason_by_op[op]) for op in _OPS
     )

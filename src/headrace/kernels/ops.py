@@ -1,8 +1,10 @@
 """The signature of each op: what layers may call and what an implementation must provide."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from headrace.config import Activation, WeightFormat
@@ -22,20 +24,42 @@ class AttentionSpec:
     logit_soft_cap: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """A forward pass recorded as one call, or why it could not be.
+
+    replay: runs it again, on what the tensors it read from hold by then, into those it wrote to.
+    """
+
+    replay: Callable[[], None] | None = None
+    num_ops: int = 0
+    obstacle: str | None = None
+
+
 class LinearOp(Protocol):
     def __call__(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor: ...
 
 
 class EmbeddingOp(Protocol):
-    def __call__(self, ids: Tensor, weight: Weight) -> Tensor: ...
+    def __call__(
+        self, ids: Tensor, weight: Weight, *, dtype: torch.dtype, scale: float = 1.0, offset: int = 0
+    ) -> Tensor: ...
 
 
 class RmsNormOp(Protocol):
-    def __call__(self, x: Tensor, weight: Tensor, *, eps: float, unit_offset: bool = False) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, weight: Tensor, *, eps: float, unit_offset: bool = False, residual: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class LayerNormOp(Protocol):
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, residual: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class AddOp(Protocol):
+    def __call__(self, residual: Tensor, x: Tensor) -> None: ...
 
 
 class RotaryOp(Protocol):
@@ -78,6 +102,10 @@ class WeightBuilderOp(Protocol):
 
 class WeightNumBytesOp(Protocol):
     def __call__(self, weight_format: WeightFormat, rows: int, columns: int) -> int: ...
+
+
+class RecordOp(Protocol):
+    def __call__(self, forward: Callable[[], Tensor]) -> tuple[Tensor, Recording]: ...
 
 
 class SetNumThreadsOp(Protocol):

@@ -43,14 +43,13 @@ class TokenEmbedding:
 
     def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Shapes: input_ids and positions [num_tokens] int64; returns [num_tokens, hidden_size]."""
-        hidden_states = self._kernels.embedding(input_ids, self.table.weight).to(self._dtype)
-        if self._scale != 1.0:
-            hidden_states = hidden_states * self._scale
+        hidden_states = self._kernels.embedding(input_ids, self.table.weight, dtype=self._dtype, scale=self._scale)
         if self.project_in is not None:
             hidden_states = self._kernels.linear(hidden_states, self.project_in.weight)
         if self.positions is not None:
-            rows = self._kernels.embedding(positions + self._position_offset, self.positions.weight)
-            hidden_states = hidden_states + rows.to(self._dtype)
+            weight, offset = self.positions.weight, self._position_offset
+            rows = self._kernels.embedding(positions, weight, dtype=self._dtype, offset=offset)
+            self._kernels.add_(hidden_states, rows)
         return hidden_states
 
     def parameters(self) -> Iterator[Parameter]:

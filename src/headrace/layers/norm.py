@@ -1,6 +1,7 @@
 """Normalization layers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 from torch import Tensor
 
@@ -8,7 +9,13 @@ from headrace.config import NormConfig, NormKind
 from headrace.layers.context import LayerContext
 from headrace.layers.parameter import Parameter, vector_slice
 
-Norm = Callable[[Tensor], Tensor]
+
+class Norm(Protocol):
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalize each row of x; with a residual, add x to it in place and normalize the sum."""
+        ...
+
+    def parameters(self) -> Iterator[Parameter]: ...
 
 
 class RmsNorm:
@@ -17,8 +24,10 @@ class RmsNorm:
         self._config = config
         self.weight = Parameter([vector_slice(f"{name}.weight", size)])
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._rms_norm(x, self.weight.vector, eps=self._config.eps, unit_offset=self._config.unit_offset)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._rms_norm(
+            x, self.weight.vector, eps=self._config.eps, unit_offset=self._config.unit_offset, residual=residual
+        )
 
     def parameters(self) -> Iterator[Parameter]:
         yield self.weight
@@ -31,15 +40,15 @@ class LayerNorm:
         self.weight = Parameter([vector_slice(f"{name}.weight", size)])
         self.bias = Parameter([vector_slice(f"{name}.bias", size)])
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._layer_norm(x, self.weight.vector, self.bias.vector, eps=self._eps)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._layer_norm(x, self.weight.vector, self.bias.vector, eps=self._eps, residual=residual)
 
     def parameters(self) -> Iterator[Parameter]:
         yield self.weight
         yield self.bias
 
 
-def make_norm(name: str, size: int, config: NormConfig, context: LayerContext) -> RmsNorm | LayerNorm:
+def make_norm(name: str, size: int, config: NormConfig, context: LayerContext) -> Norm:
     match config.kind:
         case NormKind.RMS:
             return RmsNorm(name, size, config, context)

@@ -1,21 +1,46 @@
 """The decoder that every family is an instance of."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from headrace.batch import ForwardBatch
 from headrace.config import LayerConfig, ModelConfig, NormPlacement, RopeConfig
+from headrace.kernels import Kernels
 from headrace.layers.attention import Attention
 from headrace.layers.context import LayerContext
 from headrace.layers.embedding import LmHead, TokenEmbedding
 from headrace.layers.mlp import make_mlp
-from headrace.layers.norm import make_norm
+from headrace.layers.norm import Norm, make_norm
 from headrace.layers.parameter import Parameter
 from headrace.layers.rotary import RotaryTable
 
 Sublayer = Callable[[Tensor], Tensor]
+
+
+@dataclass(kw_only=True)
+class ResidualStream:
+    """What sublayers add to. The last one's output waits in `update`, to be added by the op that reads the sum next.
+
+    Shapes: both [num_tokens, hidden_size]; hidden_states is changed in place.
+    """
+
+    hidden_states: Tensor
+    update: Tensor | None = None
+
+    def normed(self, norm: Norm) -> Tensor:
+        """norm(hidden_states + update), which leaves nothing waiting."""
+        update, self.update = self.update, None
+        return norm(self.hidden_states) if update is None else norm(update, residual=self.hidden_states)
+
+    def total(self, kernels: Kernels) -> Tensor:
+        """hidden_states + update, which leaves nothing waiting."""
+        if self.update is not None:
+            kernels.add_(self.hidden_states, self.update)
+            self.update = None
+        return self.hidden_states
 
 
 class Residual:
@@ -30,11 +55,14 @@ class Residual:
             else None
         )
 
-    def __call__(self, hidden_states: Tensor, sublayer: Sublayer) -> Tensor:
+    def __call__(self, stream: ResidualStream, sublayer: Sublayer) -> None:
         if self.placement is NormPlacement.POST:
-            return self.norm(hidden_states + sublayer(hidden_states))
-        update = sublayer(self.norm(hidden_states))
-        return hidden_states + (update if self.post_norm is None else self.post_norm(update))
+            assert stream.update is None, "each sublayer leaves a normalized sum"
+            stream.update = sublayer(stream.hidden_states)
+            stream.hidden_states = stream.normed(self.norm)
+            return
+        update = sublayer(stream.normed(self.norm))
+        stream.update = update if self.post_norm is None else self.post_norm(update)
 
     def parameters(self) -> Iterator[Parameter]:
         yield from self.norm.parameters()
@@ -43,7 +71,7 @@ class Residual:
 
 
 class DecoderLayer:
-    """h = residual(h, attention); h = residual(h, mlp)."""
+    """Attention and feed-forward, each added to the residual stream."""
 
     def __init__(self, index: int, config: ModelConfig, context: LayerContext) -> None:
         prefix = f"model.layers.{index}"
@@ -59,10 +87,10 @@ class DecoderLayer:
         )
 
     def __call__(
-        self, hidden_states: Tensor, batch: ForwardBatch, kv_cache: Tensor, cos_sin: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        hidden_states = self.attention_residual(hidden_states, lambda x: self.attention(x, batch, kv_cache, cos_sin))
-        return self.mlp_residual(hidden_states, self.mlp)
+        self, stream: ResidualStream, batch: ForwardBatch, kv_cache: Tensor, cos_sin: tuple[Tensor, Tensor] | None
+    ) -> None:
+        self.attention_residual(stream, lambda x: self.attention(x, batch, kv_cache, cos_sin))
+        self.mlp_residual(stream, self.mlp)
 
     def parameters(self) -> Iterator[Parameter]:
         yield from self.attention_residual.parameters()
@@ -89,6 +117,7 @@ class Decoder:
         layer_range: range | None = None,
     ) -> None:
         self.config = config
+        self.kernels = context.kernels
         self.layer_range = range(config.num_hidden_layers) if layer_range is None else layer_range
         is_first, is_last = self.layer_range.start == 0, self.layer_range.stop == config.num_hidden_layers
         self.embedding = TokenEmbedding(config, context, dtype) if is_first else None
@@ -105,13 +134,15 @@ class Decoder:
         return self.embedding(batch.input_ids, batch.positions)
 
     def run_layers(self, hidden_states: Tensor, batch: ForwardBatch, kv_caches: Sequence[Tensor]) -> Tensor:
-        """This stage's layers: [num_tokens, hidden_size] in and out; kv_caches: one per local layer, written to."""
+        """This stage's layers: [num_tokens, hidden_size] in, changed, and out; kv_caches: one per local layer, written
+        to."""
         cos_sin: dict[RopeConfig | None, tuple[Tensor, Tensor] | None] = {None: None}
         for rope, table in self._rotary.items():
             cos_sin[rope] = table(batch.positions)
+        stream = ResidualStream(hidden_states=hidden_states)
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            hidden_states = layer(hidden_states, batch, kv_cache, cos_sin[layer.rope])
-        return hidden_states
+            layer(stream, batch, kv_cache, cos_sin[layer.rope])
+        return stream.total(self.kernels)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Last stage: [num_rows, hidden_size] to [num_rows, vocab_size] float32."""

@@ -3,16 +3,48 @@
 Importing this package imports the native module; where that fails, `kernels.dispatch` says so and goes without.
 """
 
-from headrace.kernels.cpu.linear import Linear, embedding
+from collections.abc import Callable
+from typing import Any
+
+from headrace.kernels.cpu.activation import Activate
+from headrace.kernels.cpu.linear import Embedding, Linear
+from headrace.kernels.cpu.norm import Norm
 from headrace.kernels.cpu.packing import make_weight_builder, weight_num_bytes
+from headrace.kernels.cpu.stream import Stream
 from headrace.kernels.cpu.targets import best_target, set_num_threads, supported_targets
 
 __all__ = [
+    "Activate",
+    "Embedding",
     "Linear",
+    "Norm",
+    "Stream",
     "best_target",
-    "embedding",
+    "make_ops",
     "make_weight_builder",
     "set_num_threads",
     "supported_targets",
     "weight_num_bytes",
 ]
+
+
+def make_ops(target: str) -> dict[str, Callable[..., Any]]:
+    """The ops that are native, by name, on one instruction set and one stream.
+
+    Raises:
+        BackendUnavailable: an instruction set this build or this machine does not have.
+    """
+    stream = Stream()
+    norm, activate = Norm(target, stream), Activate(target, stream)
+    return {
+        "linear": Linear(target, stream),
+        "embedding": Embedding(stream),
+        "rms_norm": norm.rms_norm,
+        "layer_norm": norm.layer_norm,
+        "add_": norm.add_,
+        "activation": activate.activation,
+        "gated_activation": activate.gated_activation,
+        "make_weight_builder": make_weight_builder,
+        "weight_num_bytes": weight_num_bytes,
+        "record": stream.record,
+    }

@@ -6,12 +6,13 @@ from torch import Tensor
 from headrace import _native
 from headrace.config import WeightFormat
 from headrace.errors import KernelError, ShapeError
+from headrace.kernels.cpu.dtypes import DTYPES, native_dtype
+from headrace.kernels.cpu.stream import Stream
 from headrace.kernels.cpu.targets import check_target
 from headrace.kernels.weights import PackedWeight, Weight
 
 Arm = _native.Arm
 
-_DTYPES = {torch.float32: _native.DType.FLOAT32, torch.bfloat16: _native.DType.BFLOAT16}
 _DENSE_DTYPES = {WeightFormat.FLOAT32: torch.float32, WeightFormat.BFLOAT16: torch.bfloat16}
 _MIN_GEMM_ROWS = 96
 """From here on x outgrows the L2 cache for the widths of common models, and reading W again costs less."""
@@ -34,9 +35,10 @@ class Linear:
         BackendUnavailable: an instruction set this machine cannot run.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, stream: Stream) -> None:
         check_target(target)
         self.target = target
+        self._stream = stream
         self._native = _native.Linear(target)
 
     def __call__(self, x: Tensor, weight: Weight, bias: Tensor | None = None, *, arm: Arm | None = None) -> Tensor:
@@ -55,13 +57,14 @@ class Linear:
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]):
             rows = rows.contiguous()
-        out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
+        out = self._stream.empty((*x.shape[:-1], weight.shape[0]), x.dtype)
         if bias is not None:
             bias = bias.contiguous()
         self._native.run(
+            self._stream.native,
             arm or choose_arm(rows.shape[0]),
             weight.matrix,
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             rows.shape[0],
             rows.data_ptr(),
             rows.stride(0),
@@ -71,22 +74,37 @@ class Linear:
         return out
 
 
-def embedding(ids: Tensor, weight: Weight) -> Tensor:
-    """Row ids[i] of the weight for each i; rows of a quantized weight come back in float32.
+class Embedding:
+    """scale * W[ids + offset] for packed weights, in the dtype of activations."""
 
-    Shapes:
-        ids:     [num_tokens] int64
-        weight:  [vocab_size, size] packed
-        returns: [num_tokens, size]
-    Raises:
-        IndexError: an id outside the vocabulary.
-    """
-    weight = _packed(weight)
-    ids = ids.long().contiguous()
-    dtype = _DENSE_DTYPES.get(weight.weight_format, torch.float32)
-    out = torch.empty(*ids.shape, weight.shape[1], dtype=dtype)
-    weight.matrix.read_rows(ids.data_ptr(), ids.numel(), out.data_ptr())
-    return out
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def __call__(
+        self, ids: Tensor, weight: Weight, *, dtype: torch.dtype, scale: float = 1.0, offset: int = 0
+    ) -> Tensor:
+        """
+        Shapes:
+            ids:     [num_tokens] int64
+            weight:  [vocab_size, size] packed
+            returns: [num_tokens, size] of `dtype`
+        Raises:
+            IndexError: an id outside the vocabulary.
+        """
+        weight = _packed(weight)
+        ids = ids.long().contiguous()
+        out = self._stream.empty((*ids.shape, weight.shape[1]), dtype)
+        _native.embedding(
+            self._stream.native,
+            weight.matrix,
+            native_dtype(dtype),
+            ids.numel(),
+            ids.data_ptr(),
+            offset,
+            scale,
+            out.data_ptr(),
+        )
+        return out
 
 
 def _packed(weight: Weight) -> PackedWeight:
@@ -99,7 +117,7 @@ def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
     num_outputs, num_inputs = weight.shape
     if x.shape[-1] != num_inputs:
         raise ShapeError(f"input has {x.shape[-1]} columns, the weight takes {num_inputs}")
-    if x.dtype not in _DTYPES or x.dtype != _DENSE_DTYPES.get(weight.weight_format, x.dtype):
+    if x.dtype not in DTYPES or x.dtype != _DENSE_DTYPES.get(weight.weight_format, x.dtype):
         raise KernelError(f"input is {x.dtype}, the weight {weight.weight_format.value}; allowed: float32 and bfloat16")
     if bias is not None and (bias.shape != (num_outputs,) or bias.dtype != x.dtype):
         raise ShapeError(f"bias is {list(bias.shape)} {bias.dtype} instead of [{num_outputs}] {x.dtype}")

@@ -25,6 +25,15 @@ def check_target(target: str) -> None:
         raise BackendUnavailable(f"instruction set '{target}': {why}; allowed: {', '.join(supported_targets())}")
 
 
+def native_target(name: str) -> _native.Target:
+    """
+    Raises:
+        BackendUnavailable: an instruction set this build or this machine does not have.
+    """
+    check_target(name)
+    return _native.target_from_name(name)
+
+
 def set_num_threads(num_threads: int) -> None:
     """Threads of the native pool and of torch, which runs the other ops, for the whole process."""
     _native.set_num_threads(num_threads)

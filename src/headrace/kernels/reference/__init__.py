@@ -4,13 +4,15 @@ from headrace.kernels.reference.activation import activation, gated_activation
 from headrace.kernels.reference.attention import attention, store_kv_
 from headrace.kernels.reference.linear import embedding, linear, linear_int8_activations
 from headrace.kernels.reference.moe import route_experts
-from headrace.kernels.reference.norm import layer_norm, rms_norm
+from headrace.kernels.reference.norm import add_, layer_norm, rms_norm
 from headrace.kernels.reference.quantize import dequantize, quantize_rows
+from headrace.kernels.reference.record import record
 from headrace.kernels.reference.rotary import rotary_
 from headrace.kernels.reference.weight_builder import make_weight_builder, weight_num_bytes
 
 __all__ = [
     "activation",
+    "add_",
     "attention",
     "dequantize",
     "embedding",
@@ -20,6 +22,7 @@ __all__ = [
     "linear_int8_activations",
     "make_weight_builder",
     "quantize_rows",
+    "record",
     "rms_norm",
     "rotary_",
     "route_experts",

@@ -59,17 +59,20 @@ def linear_int8_activations(x: Tensor, weight: QuantizedWeight, bias: Tensor | N
     return torch.where(is_finite, out, torch.nan).to(x.dtype)
 
 
-def embedding(ids: Tensor, weight: Weight) -> Tensor:
-    """Row ids[i] of the weight for each i; rows of a quantized weight come back in float32.
+def embedding(ids: Tensor, weight: Weight, *, dtype: torch.dtype, scale: float = 1.0, offset: int = 0) -> Tensor:
+    """scale * row (ids[i] + offset) of the weight for each i, rounded to dtype before the product and after it.
 
     Shapes:
         ids:     [num_tokens] int64
         weight:  [vocab_size, size]
-        returns: [num_tokens, size]
+        returns: [num_tokens, size] of dtype
     """
+    ids = ids + offset
     if isinstance(weight, DenseWeight):
-        return F.embedding(ids, weight.data)
-    return dequantize(_rows(_quantized(weight), ids))
+        rows = F.embedding(ids, weight.data)
+    else:
+        rows = dequantize(_rows(_quantized(weight), ids))
+    return rows.to(dtype) * scale
 
 
 def _rows(weight: QuantizedWeight, rows: Tensor | slice) -> QuantizedWeight:
