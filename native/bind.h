@@ -19,6 +19,7 @@ T* Pointer(uintptr_t address) {
 
 void DefineNorm(nb::module_& m);
 void DefineActivation(nb::module_& m);
+void DefineSampling(nb::module_& m);
 void DefineStream(nb::module_& m);
 
 }  // namespace headrace

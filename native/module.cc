@@ -116,6 +116,7 @@ NB_MODULE(_native, m) {
   DefineStream(m);
   DefineNorm(m);
   DefineActivation(m);
+  DefineSampling(m);
   m.def("target_from_name", &TargetFromName, nb::arg("name"));
   m.def("compiled_targets", [] { return Names(false); });
   m.def("supported_targets", [] { return Names(true); });

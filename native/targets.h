@@ -6,6 +6,7 @@
 #include "linear.h"
 #include "norm.h"
 #include "peaks.h"
+#include "sampling.h"
 
 #define HEADRACE_DECLARE_TARGET(target)       \
   namespace target {                          \
@@ -13,6 +14,7 @@
   extern const LinearKernels kLinear;         \
   extern const NormKernels kNorm;             \
   extern const PeakKernels kPeaks;            \
+  extern const SamplingKernels kSampling;     \
   }
 
 namespace headrace {

@@ -47,6 +47,9 @@ class Kernels:
     activation: ops.ActivationOp
     gated_activation: ops.ActivationOp
     route_experts: ops.RouteOp
+    argmax: ops.ArgmaxOp
+    log_sum_exp: ops.LogSumExpOp
+    top_k: ops.TopKOp
     quantize_rows: ops.QuantizeRowsOp
     make_weight_builder: ops.WeightBuilderOp
     weight_num_bytes: ops.WeightNumBytesOp
@@ -70,6 +73,9 @@ _OPS = (
     "activation",
     "gated_activation",
     "route_experts",
+    "argmax",
+    "log_sum_exp",
+    "top_k",
     "quantize_rows",
     "make_weight_builder",
     "weight_num_bytes",

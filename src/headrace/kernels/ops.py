@@ -92,6 +92,18 @@ class RouteOp(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+class ArgmaxOp(Protocol):
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class LogSumExpOp(Protocol):
+    def __call__(self, logits: Tensor) -> Tensor: ...
+
+
+class TopKOp(Protocol):
+    def __call__(self, logits: Tensor, k: int) -> Tensor: ...
+
+
 class QuantizeRowsOp(Protocol):
     def __call__(self, rows: Tensor, weight_format: WeightFormat) -> tuple[Tensor, Tensor]: ...
 

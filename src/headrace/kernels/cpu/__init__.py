@@ -10,6 +10,7 @@ from headrace.kernels.cpu.activation import Activate
 from headrace.kernels.cpu.linear import Embedding, Linear
 from headrace.kernels.cpu.norm import Norm
 from headrace.kernels.cpu.packing import make_weight_builder, weight_num_bytes
+from headrace.kernels.cpu.sampling import Sampling
 from headrace.kernels.cpu.stream import Stream
 from headrace.kernels.cpu.targets import best_target, set_num_threads, supported_targets
 
@@ -18,6 +19,7 @@ __all__ = [
     "Embedding",
     "Linear",
     "Norm",
+    "Sampling",
     "Stream",
     "best_target",
     "make_ops",
@@ -35,7 +37,7 @@ def make_ops(target: str) -> dict[str, Callable[..., Any]]:
         BackendUnavailable: an instruction set this build or this machine does not have.
     """
     stream = Stream()
-    norm, activate = Norm(target, stream), Activate(target, stream)
+    norm, activate, sampling = Norm(target, stream), Activate(target, stream), Sampling(target)
     return {
         "linear": Linear(target, stream),
         "embedding": Embedding(stream),
@@ -44,6 +46,9 @@ def make_ops(target: str) -> dict[str, Callable[..., Any]]:
         "add_": norm.add_,
         "activation": activate.activation,
         "gated_activation": activate.gated_activation,
+        "argmax": sampling.argmax,
+        "log_sum_exp": sampling.log_sum_exp,
+        "top_k": sampling.top_k,
         "make_weight_builder": make_weight_builder,
         "weight_num_bytes": weight_num_bytes,
         "record": stream.record,

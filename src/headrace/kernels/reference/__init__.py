@@ -8,11 +8,13 @@ from headrace.kernels.reference.norm import add_, layer_norm, rms_norm
 from headrace.kernels.reference.quantize import dequantize, quantize_rows
 from headrace.kernels.reference.record import record
 from headrace.kernels.reference.rotary import rotary_
+from headrace.kernels.reference.sampling import argmax, log_sum_exp, top_k
 from headrace.kernels.reference.weight_builder import make_weight_builder, weight_num_bytes
 
 __all__ = [
     "activation",
     "add_",
+    "argmax",
     "attention",
     "dequantize",
     "embedding",
@@ -20,6 +22,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_int8_activations",
+    "log_sum_exp",
     "make_weight_builder",
     "quantize_rows",
     "record",
@@ -27,5 +30,6 @@ __all__ = [
     "rotary_",
     "route_experts",
     "store_kv_",
+    "top_k",
     "weight_num_bytes",
 ]
