@@ -3,10 +3,20 @@
 import argparse
 import re
 from collections.abc import Iterable
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import headrace
-from headrace.config import CacheConfig, Dtype, EngineConfig, LoadConfig, Quantize, SamplingParams, SchedulerConfig
+from headrace.config import (
+    CacheConfig,
+    DataflowChoice,
+    Dtype,
+    EngineConfig,
+    LoadConfig,
+    Quantize,
+    SamplingParams,
+    SchedulerConfig,
+)
 from headrace.demo_model import demo_model_path
 
 if TYPE_CHECKING:
@@ -75,6 +85,13 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="CPU threads (default: the CPUs this process may use)",
+    )
+    group.add_argument(
+        "--dataflow",
+        choices=_values(DataflowChoice),
+        default=EngineConfig.dataflow.value,
+        help="how linear layers are computed: as measured on this machine (on first use of a model, for some seconds), "
+        "by default, or always one way; the results are the same (default: %(default)s)",
     )
     group.add_argument(
         "--block-size", type=int, metavar="N", help=f"tokens per KV cache block (default: {CacheConfig.block_size})"
@@ -152,6 +169,7 @@ def make_llm(args: argparse.Namespace, *, show_progress: bool, require_tokenizer
         quantize=args.quantize,
         show_progress=show_progress,
         require_tokenizer=require_tokenizer,
+        dataflow=args.dataflow,
         **_given(args, _ENGINE_SETTINGS),
     )
 
@@ -169,6 +187,7 @@ def engine_config(args: argparse.Namespace, *, show_progress: bool) -> EngineCon
         cache=CacheConfig(**_given(args, tuple(CacheConfig.__dataclass_fields__))),
         scheduler=SchedulerConfig(**_given(args, tuple(SchedulerConfig.__dataclass_fields__))),
         num_threads=args.num_threads,
+        dataflow=DataflowChoice(args.dataflow),
     )
 
 
@@ -232,5 +251,5 @@ def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
-def _values(kind: type[Dtype] | type[Quantize]) -> list[str]:
+def _values(kind: type[Enum]) -> list[str]:
     return [member.value for member in kind]

@@ -1,6 +1,15 @@
 """Frozen, validated settings; no torch, so that planners and the command line can read them for free."""
 
-from headrace.config.engine import CacheConfig, Dtype, EngineConfig, LoadConfig, Quantize, SchedulerConfig, WeightFormat
+from headrace.config.engine import (
+    CacheConfig,
+    DataflowChoice,
+    Dtype,
+    EngineConfig,
+    LoadConfig,
+    Quantize,
+    SchedulerConfig,
+    WeightFormat,
+)
 from headrace.config.model import (
     Activation,
     AttentionConfig,
@@ -22,6 +31,7 @@ __all__ = [
     "Activation",
     "AttentionConfig",
     "CacheConfig",
+    "DataflowChoice",
     "Dtype",
     "EmbeddingConfig",
     "EngineConfig",

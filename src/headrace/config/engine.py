@@ -34,6 +34,17 @@ class WeightFormat(Enum):
     INT4 = "int4"
 
 
+class DataflowChoice(Enum):
+    """Which implementation of a linear layer multiplies how many rows: as measured on this machine (quickly, on first
+    use of a model, unless `headrace tune` has done it), by default, or one for all. Results are the same to the bit."""
+
+    MEASURED = "measured"
+    DEFAULT = "default"
+    GEMV = "gemv"
+    FLAT_GEMM = "flat_gemm"
+    GEMM = "gemm"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
     """model: a folder with config.json and safetensors, or a hub id such as `org/name`; revision: hub only.
@@ -95,12 +106,16 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """num_threads: None takes the CPUs of the affinity mask within the cgroup's quota."""
+    """num_threads: None takes the CPUs of the affinity mask within the cgroup's quota.
+
+    dataflow: how linear layers are computed, which changes their speed alone.
+    """
 
     load: LoadConfig
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     num_threads: int | None = None
+    dataflow: DataflowChoice = DataflowChoice.MEASURED
 
     def __post_init__(self) -> None:
         check_at_least_one("num_threads", self.num_threads)

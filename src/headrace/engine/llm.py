@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from headrace.config import (
     CacheConfig,
+    DataflowChoice,
     Dtype,
     EngineConfig,
     LoadConfig,
@@ -37,7 +38,7 @@ class LLM:
             print(output.outputs[0].text)
 
     model: a folder or a hub id. dtype: "auto", "float32" or "bfloat16". quantize: None, "int8" or "int4".
-    settings: any field of `CacheConfig` or `SchedulerConfig`, and `num_threads`.
+    settings: any field of `CacheConfig` or `SchedulerConfig`, `num_threads`, and `dataflow` ("measured", "default").
 
     One thread at a time: its requests share one engine, which is driven by whoever waits for one of them.
 
@@ -281,7 +282,7 @@ class CompletionStream:
 def _engine_config(load: LoadConfig, settings: dict[str, Any]) -> EngineConfig:
     """Hand each setting to the config that has a field of its name."""
     cache_fields, scheduler_fields = CacheConfig.__dataclass_fields__, SchedulerConfig.__dataclass_fields__
-    allowed = {*cache_fields, *scheduler_fields, "num_threads"}
+    allowed = {*cache_fields, *scheduler_fields, "num_threads", "dataflow"}
     for name in settings:
         if name not in allowed:
             raise ConfigError(f"LLM has no setting '{name}'; {nearest_name(name, allowed)}")
@@ -290,6 +291,7 @@ def _engine_config(load: LoadConfig, settings: dict[str, Any]) -> EngineConfig:
         cache=CacheConfig(**{k: v for k, v in settings.items() if k in cache_fields}),
         scheduler=SchedulerConfig(**{k: v for k, v in settings.items() if k in scheduler_fields}),
         num_threads=settings.get("num_threads"),
+        dataflow=_member(DataflowChoice, "dataflow", settings.get("dataflow", EngineConfig.dataflow.value)),
     )
 
 

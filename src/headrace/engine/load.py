@@ -13,6 +13,7 @@ from headrace.config import EngineConfig, ModelConfig
 from headrace.engine.engine_plan import EnginePlan, resolve_max_model_len, resolve_plan
 from headrace.engine.executor import Executor
 from headrace.engine.runner import ModelRunner
+from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.engine.worker import Worker
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels, kernel_choice_from, resolve_kernels
@@ -41,6 +42,7 @@ class LoadedModel:
     executor: Executor
     kernels: Kernels
     formats: WeightFormats
+    linear_weights: LinearWeights
     tokenizer: Tokenizer | None
     tokenizer_error: str | None
     chat_template: ChatTemplate | None
@@ -70,6 +72,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
 
     context = LayerContext(kernels=kernels, tp_group=OneRankGroup())
     decoder = _load_with_progress(source, context, formats, max_model_len, config.load.show_progress)
+    linear_weights = LinearWeights.of(decoder.linear_weights(), formats.dtype)
+    show_progress = config.load.show_progress
+    prepare_dataflow(kernels, linear_weights, config.dataflow, num_threads, show_progress=show_progress)
     plan = resolve_plan(
         config,
         source.config,
@@ -87,6 +92,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         ),
         kernels=kernels,
         formats=formats,
+        linear_weights=linear_weights,
         tokenizer=tokenizer,
         tokenizer_error=tokenizer_error,
         chat_template=ChatTemplate.from_folder(folder) if tokenizer else None,

@@ -1,7 +1,7 @@
 """Which implementation runs each op, and why. The only file that reaches an implementation."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
@@ -11,8 +11,14 @@ import torch
 
 from headrace.errors import BackendUnavailable, ConfigError, nearest_name
 from headrace.kernels import ops, reference
+from headrace.kernels.dataflow import Dataflow
+from headrace.kernels.tuning import TuningKey
+from headrace.machine import cpu_name
 
 KERNELS_VARIABLE = "HEADRACE_KERNELS"
+TuningKeyMaker = Callable[[int], TuningKey]
+"""From a number of threads to what measurements with them hold for."""
+
 _NOT_BUILT = "the native module was not built: "
 
 
@@ -34,7 +40,10 @@ class OpChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The ops a model runs on, chosen once. `explain()` says which implementation each one is, and why."""
+    """The ops a model runs on, chosen once. `explain()` says which implementation each one is, and why.
+
+    dataflow, tuning_key: None where linear layers have one implementation only.
+    """
 
     linear: ops.LinearOp
     embedding: ops.EmbeddingOp
@@ -56,6 +65,8 @@ class Kernels:
     record: ops.RecordOp
     set_num_threads: ops.SetNumThreadsOp
     choices: tuple[OpChoice, ...]
+    dataflow: Dataflow | None = None
+    tuning_key: TuningKeyMaker | None = None
 
     def explain(self) -> tuple[OpChoice, ...]:
         return self.choices
@@ -144,9 +155,18 @@ def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> K
     target = instruction_set or cpu.best_target()
     reason_by_op = dict.fromkeys(_OPS, f"{reason}, but not for this op yet")
     implementations = {op: getattr(reference, op) for op in _OPS}
-    native = cpu.make_ops(target)
+    dataflow = Dataflow()
+    native = cpu.make_ops(target, dataflow)
     reason_by_op |= dict.fromkeys(native, f"{reason}; instruction set {target}")
     choices = tuple(
         OpChoice(op=op, implementation="cpu" if op in native else "reference", reason=reason_by_op[op]) for op in _OPS
     )
-    return Kernels(**(implementations | native), set_num_threads=cpu.set_num_threads, choices=choices)
+    return Kernels(
+        **(implementations | native),
+        set_num_threads=cpu.set_num_threads,
+        choices=choices,
+        dataflow=dataflow,
+        tuning_key=lambda num_threads: TuningKey(
+            cpu=cpu_name(), num_threads=num_threads, instruction_set=target, kernels=cpu.kernels_digest()
+        ),
+    )

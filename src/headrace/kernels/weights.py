@@ -1,11 +1,13 @@
 """Weight matrices as kernels hold them, and the builder that fills one row block by row block while loading."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from headrace.config import WeightFormat
+from headrace.kernels.tuning import LinearShape
 
 if TYPE_CHECKING:
     from headrace._native import PackedMatrix
@@ -64,6 +66,10 @@ class PackedWeight:
     shape: tuple[int, int]
     num_bytes: int
     matrix: "PackedMatrix"
+
+    @cached_property
+    def linear_shape(self) -> LinearShape:
+        return LinearShape(weight_format=self.weight_format, out_features=self.shape[0], in_features=self.shape[1])
 
 
 Weight = DenseWeight | QuantizedWeight | PackedWeight

@@ -90,6 +90,12 @@ class LmHead:
             logits = self._soft_cap * torch.tanh(logits / self._soft_cap)
         return logits
 
+    def matrices(self) -> Iterator[Parameter]:
+        """What hidden states are multiplied with, the embedding's table if it is tied."""
+        if self._tied is not None:
+            yield self._tied
+        yield from (parameter for parameter in self.parameters() if parameter.is_matrix)
+
     def _logits(self, hidden_states: Tensor) -> Tensor:
         if self._own is not None:
             return self._group.all_gather(self._own(hidden_states))

@@ -12,7 +12,8 @@ from headrace.kernels.cpu.norm import Norm
 from headrace.kernels.cpu.packing import make_weight_builder, weight_num_bytes
 from headrace.kernels.cpu.sampling import Sampling
 from headrace.kernels.cpu.stream import Stream
-from headrace.kernels.cpu.targets import best_target, set_num_threads, supported_targets
+from headrace.kernels.cpu.targets import best_target, kernels_digest, set_num_threads, supported_targets
+from headrace.kernels.dataflow import Dataflow
 
 __all__ = [
     "Activate",
@@ -22,6 +23,7 @@ __all__ = [
     "Sampling",
     "Stream",
     "best_target",
+    "kernels_digest",
     "make_ops",
     "make_weight_builder",
     "set_num_threads",
@@ -30,8 +32,10 @@ __all__ = [
 ]
 
 
-def make_ops(target: str) -> dict[str, Callable[..., Any]]:
+def make_ops(target: str, dataflow: Dataflow) -> dict[str, Callable[..., Any]]:
     """The ops that are native, by name, on one instruction set and one stream.
+
+    dataflow: asked by the linear op for an arm.
 
     Raises:
         BackendUnavailable: an instruction set this build or this machine does not have.
@@ -39,7 +43,7 @@ def make_ops(target: str) -> dict[str, Callable[..., Any]]:
     stream = Stream()
     norm, activate, sampling = Norm(target, stream), Activate(target, stream), Sampling(target)
     return {
-        "linear": Linear(target, stream),
+        "linear": Linear(target, stream, dataflow),
         "embedding": Embedding(stream),
         "rms_norm": norm.rms_norm,
         "layer_norm": norm.layer_norm,

@@ -9,20 +9,18 @@ from headrace.errors import KernelError, ShapeError
 from headrace.kernels.cpu.dtypes import DTYPES, native_dtype
 from headrace.kernels.cpu.stream import Stream
 from headrace.kernels.cpu.targets import check_target
+from headrace.kernels.dataflow import Dataflow
+from headrace.kernels.tuning import LinearArm
 from headrace.kernels.weights import PackedWeight, Weight
 
 Arm = _native.Arm
 
 _DENSE_DTYPES = {WeightFormat.FLOAT32: torch.float32, WeightFormat.BFLOAT16: torch.bfloat16}
-_MIN_GEMM_ROWS = 96
-"""From here on x outgrows the L2 cache for the widths of common models, and reading W again costs less."""
-
-
-def choose_arm(num_rows: int) -> Arm:
-    """Which nesting of loops suits a number of rows (native/linear.h). All give the same bits."""
-    if num_rows == 1:
-        return Arm.GEMV
-    return Arm.FLAT_GEMM if num_rows < _MIN_GEMM_ROWS else Arm.GEMM
+_ARMS = {
+    LinearArm.GEMV: Arm.GEMV,
+    LinearArm.FLAT_GEMM: Arm.FLAT_GEMM,
+    LinearArm.GEMM: Arm.GEMM,
+}
 
 
 class Linear:
@@ -35,10 +33,11 @@ class Linear:
         BackendUnavailable: an instruction set this machine cannot run.
     """
 
-    def __init__(self, target: str, stream: Stream) -> None:
+    def __init__(self, target: str, stream: Stream, dataflow: Dataflow | None = None) -> None:
         check_target(target)
         self.target = target
         self._stream = stream
+        self._dataflow = dataflow or Dataflow()
         self._native = _native.Linear(target)
 
     def __call__(self, x: Tensor, weight: Weight, bias: Tensor | None = None, *, arm: Arm | None = None) -> Tensor:
@@ -62,7 +61,7 @@ class Linear:
             bias = bias.contiguous()
         self._native.run(
             self._stream.native,
-            arm or choose_arm(rows.shape[0]),
+            arm or self._choose_arm(weight, rows.shape[0]),
             weight.matrix,
             DTYPES[x.dtype],
             rows.shape[0],
@@ -72,6 +71,9 @@ class Linear:
             out.data_ptr(),
         )
         return out
+
+    def _choose_arm(self, weight: PackedWeight, num_rows: int) -> Arm:
+        return _ARMS[self._dataflow.arm(weight.linear_shape, num_rows)]
 
 
 class Embedding:

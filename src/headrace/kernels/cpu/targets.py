@@ -1,5 +1,9 @@
 """Instruction sets and threads of the native kernels."""
 
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
 import torch
 
 from headrace import _native
@@ -32,6 +36,13 @@ def native_target(name: str) -> _native.Target:
     """
     check_target(name)
     return _native.target_from_name(name)
+
+
+@cache
+def kernels_digest() -> str:
+    """Of the compiled kernels: other kernels, other measurements."""
+    assert _native.__file__ is not None
+    return sha256(Path(_native.__file__).read_bytes()).hexdigest()[:16]
 
 
 def set_num_threads(num_threads: int) -> None:

@@ -1,0 +1,105 @@
+"""`headrace tune`: measure which implementation of a linear layer suits how many rows, and remember it."""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headrace.cli.options import add_model_options, make_llm
+from headrace.cli.terminal import aligned, format_ms, is_watched, note
+from headrace.errors import ConfigError
+
+if TYPE_CHECKING:
+    from headrace.kernels.tuning import LinearShape, TunedShape
+
+_ROUNDS = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "GEMV takes one row at a time, flat GEMM all rows at each pass over the weights, GEMM blocks of rows. For\n"
+        "each shape of the model all three are timed over M, the number of rows, in turn and several times; the best\n"
+        "times give the two points where one is overtaken by the next. They are kept in the user's cache for this\n"
+        "CPU, number of threads and build of the kernels, and later starts use them. Close other programs first."
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=_ROUNDS,
+        metavar="N",
+        help="rounds, of which the best counts (default: %(default)s)",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time against M, as .png, .svg or .pdf")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.rounds < 1:
+        raise ConfigError(f"--rounds is {args.rounds}; it must be at least 1")
+    if args.plot is not None:
+        from headrace.cli.tune_plot import check_can_plot
+
+        check_can_plot(args.plot)
+    # From here on torch is needed.
+    from headrace.engine.tune import FULL_ROWS, keep, measure_shapes
+    from headrace.kernels.tuning import TuningCache
+
+    args.dataflow = "default"  # nothing is looked up or measured but here
+    show_progress = is_watched() and not args.json
+    model = make_llm(args, show_progress=show_progress, require_tokenizer=False).engine.model
+    if model.kernels.tuning_key is None:
+        raise ConfigError("there is nothing to tune: linear layers have one implementation only without native kernels")
+    cache = TuningCache(model.kernels.tuning_key(model.plan.num_threads))
+    shapes = model.linear_weights.by_shape
+    tuned = dict(
+        measure_shapes(
+            model.kernels,
+            model.linear_weights,
+            shapes,
+            rows=FULL_ROWS,
+            rounds=args.rounds,
+            show_progress=show_progress,
+        )
+    )
+    is_kept = keep(cache, tuned)
+    if args.plot is not None:
+        from headrace.cli.tune_plot import plot
+
+        plot(tuned, args.plot)
+    if args.json:
+        print(json.dumps({"file": str(cache.file) if is_kept else None, "linear": list(map(_json, tuned.items()))}))
+    else:
+        print("\n".join(_table(tuned)))
+        note(f"kept in {cache.file}" if is_kept else f"could not be kept: {cache.file} cannot be written")
+        if len(tuned) < len(shapes):
+            note(f"stopped after {len(tuned)} of {len(shapes)} shapes")
+    return 0
+
+
+def _table(tuned: "Mapping[LinearShape, TunedShape]") -> Iterator[str]:
+    from headrace.kernels.tuning import LinearArm
+
+    rows = [("[N, K], format", "M1", "M2", *(f"{arm.value} at 1 / 8 / 64" for arm in LinearArm))]
+    for shape, result in tuned.items():
+        points = result.inflections
+        times = (
+            " / ".join(format_ms(result.times[arm].get(m)) for m in (1, 8, 64)).replace(" ms", "") for arm in LinearArm
+        )
+        rows.append((str(shape), str(points.flat_gemm_from), str(points.gemm_from), *times))
+    yield from aligned(rows)
+    yield ""
+    yield "GEMV below M1 rows, flat GEMM from M1 and below M2, GEMM from M2. Times in ms; - was given up as hopeless."
+
+
+def _json(item: "tuple[LinearShape, TunedShape]") -> dict[str, Any]:
+    shape, result = item
+    return {
+        "weight_format": shape.weight_format.value,
+        "out_features": shape.out_features,
+        "in_features": shape.in_features,
+        "flat_gemm_from": result.inflections.flat_gemm_from,
+        "gemm_from": result.inflections.gemm_from,
+        "seconds": {arm.value: dict(seconds) for arm, seconds in result.times.items()},
+    }

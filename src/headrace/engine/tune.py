@@ -1,0 +1,119 @@
+"""Measures the linear layers of a loaded model and puts the result to use."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from headrace.config import DataflowChoice
+from headrace.kernels import Kernels, PackedWeight, Weight
+from headrace.kernels.tuning import LinearArm, LinearShape, TunedShape, TuningCache
+
+_MIN_WEIGHT_BYTES = 64 * 2**20
+"""A smaller model answers before it could be measured, and hardly depends on it."""
+
+_QUICK_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+_QUICK_ROUNDS = 3
+FULL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+FULL_ROUNDS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearWeights:
+    """The weights that a model multiplies with, by shape, and the dtype of what it multiplies."""
+
+    by_shape: Mapping[LinearShape, Sequence[Weight]]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, weights: Iterable[Weight], dtype: torch.dtype) -> "LinearWeights":
+        by_shape: dict[LinearShape, list[Weight]] = {}
+        for weight in weights:
+            if isinstance(weight, PackedWeight):
+                by_shape.setdefault(weight.linear_shape, []).append(weight)
+        return cls(by_shape=by_shape, dtype=dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(weight.num_bytes for weights in self.by_shape.values() for weight in weights)
+
+
+def prepare_dataflow(
+    kernels: Kernels, weights: LinearWeights, choice: DataflowChoice, num_threads: int, *, show_progress: bool
+) -> None:
+    """Put the user's choice to use; with `measured`, look up what is known and quickly measure what is not."""
+    dataflow = kernels.dataflow
+    if dataflow is None or choice is DataflowChoice.DEFAULT:
+        return
+    if choice is not DataflowChoice.MEASURED:
+        dataflow.force(LinearArm(choice.value))
+        return
+    assert kernels.tuning_key is not None, "kernels with a choice have a key for its measurements"
+    cache = TuningCache(kernels.tuning_key(num_threads))
+    dataflow.tuned.update(cache.load())
+    missing = [shape for shape in weights.by_shape if shape not in dataflow.tuned]
+    if missing and weights.num_bytes >= _MIN_WEIGHT_BYTES:
+        measured = dict(
+            measure_shapes(
+                kernels, weights, missing, rows=_QUICK_ROWS, rounds=_QUICK_ROUNDS, show_progress=show_progress
+            )
+        )
+        dataflow.tuned.update(measured)
+        keep(cache, measured)
+
+
+def measure_shapes(
+    kernels: Kernels,
+    weights: LinearWeights,
+    shapes: Iterable[LinearShape],
+    *,
+    rows: Iterable[int],
+    rounds: int,
+    show_progress: bool,
+) -> Iterator[tuple[LinearShape, TunedShape]]:
+    """Each shape as it is measured. Ctrl-C ends it there, with what has been measured so far."""
+    assert kernels.dataflow is not None, "there is nothing to choose"
+    shapes, rows = list(shapes), tuple(rows)
+    with _progress(len(shapes), show_progress) as on_start:
+        for shape in shapes:
+            on_start(str(shape))
+            try:
+                tuned = kernels.dataflow.measure(
+                    kernels.linear,
+                    weights.by_shape[shape],
+                    shape,
+                    dtype=weights.dtype,
+                    num_rows=rows,
+                    num_rounds=rounds,
+                )
+            except KeyboardInterrupt:
+                return
+            yield shape, tuned
+
+
+def keep(cache: TuningCache, shapes: Mapping[LinearShape, TunedShape]) -> bool:
+    """Save for the next start; whether that was possible. A cache that cannot be written is no reason to fail."""
+    try:
+        cache.add(shapes)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _progress(total: int, show_progress: bool) -> Iterator[Callable[[str], None]]:
+    title = TextColumn("measuring linear layers, once for this machine (Ctrl-C skips)")
+    columns = (title, BarColumn(), TextColumn("{task.fields[shape]}"))
+    with Progress(*columns, console=Console(stderr=True), disable=not show_progress, transient=True) as bar:
+        task = bar.add_task("", total=total, shape="")
+        num_started = 0
+
+        def on_start(shape: str) -> None:
+            nonlocal num_started
+            bar.update(task, completed=num_started, shape=shape)
+            num_started += 1
+
+        yield on_start

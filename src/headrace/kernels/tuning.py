@@ -1,0 +1,169 @@
+"""Heuristic dataflow: which of three linear implementations multiplies how many rows, measured once per machine.
+
+Source: FlashDecoding++ (arXiv:2311.01282), section 5: for each [N, K] of a model two inflection points M1 and M2 are
+measured offline and looked up at run time. Where the paper takes the first crossing, this takes the pair of points with
+the least total regret over all M measured: one noisy timing, or a crossing that never comes, does not lead it astray.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from hashlib import sha256
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Any
+
+from headrace.config import WeightFormat
+
+TIE = 1.02
+"""Two times within this ratio are equal: noise is larger than what choosing between them could win."""
+
+
+class LinearArm(Enum):
+    """The implementations of a linear layer, in the order in which a growing M makes them the fastest."""
+
+    GEMV = "gemv"
+    FLAT_GEMM = "flat_gemm"
+    GEMM = "gemm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearShape:
+    """A weight [N, K] and how it is stored."""
+
+    weight_format: WeightFormat
+    out_features: int
+    in_features: int
+
+    def __str__(self) -> str:
+        return f"[{self.out_features}, {self.in_features}] {self.weight_format.value}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inflections:
+    """M1 and M2: GEMV below flat_gemm_from rows, flat GEMM from there and below gemm_from, GEMM from there."""
+
+    flat_gemm_from: int
+    gemm_from: int
+
+    def arm(self, num_rows: int) -> LinearArm:
+        if num_rows < self.flat_gemm_from:
+            return LinearArm.GEMV
+        return LinearArm.FLAT_GEMM if num_rows < self.gemm_from else LinearArm.GEMM
+
+    def __str__(self) -> str:
+        return f"GEMV below M = {self.flat_gemm_from}, flat GEMM below {self.gemm_from}, then GEMM"
+
+
+ArmTimes = Mapping[LinearArm, Mapping[int, float]]
+"""Seconds by arm and number of rows; an arm that was given up has no entry for larger numbers."""
+
+
+def find_inflections(times: ArmTimes, default: Inflections) -> Inflections:
+    """The points with the least regret: the sum over M of log(time of the arm chosen / time of the best).
+
+    Ratios within TIE count as 1. Of equals those nearest to the default are taken.
+    """
+    measured = sorted(set().union(*times.values()))
+    points = sorted({*measured, measured[-1] + 1, default.flat_gemm_from, default.gemm_from})
+    pairs = (Inflections(flat_gemm_from=a, gemm_from=b) for a, b in combinations_with_replacement(points, 2))
+    return min(pairs, key=lambda pair: (_regret(times, measured, pair), _distance(pair, default)))
+
+
+def _regret(times: ArmTimes, measured: Sequence[int], pair: Inflections) -> float:
+    total = 0.0
+    for num_rows in measured:
+        best_s = min(seconds[num_rows] for seconds in times.values() if num_rows in seconds)
+        chosen_s = times[pair.arm(num_rows)].get(num_rows, math.inf)
+        total += math.log(chosen_s / best_s) if chosen_s > TIE * best_s else 0.0
+    return round(total, 9)
+
+
+def _distance(pair: Inflections, default: Inflections) -> float:
+    return abs(math.log(pair.flat_gemm_from / default.flat_gemm_from)) + abs(
+        math.log(pair.gemm_from / default.gemm_from)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningKey:
+    """What a measurement holds for. kernels: a digest of the compiled kernels."""
+
+    cpu: str
+    num_threads: int
+    instruction_set: str
+    kernels: str
+
+    @property
+    def file_name(self) -> str:
+        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16] + ".json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedShape:
+    """times: what was measured, for people and plots; only the inflections are used."""
+
+    inflections: Inflections
+    measured_on: str
+    times: ArmTimes = field(default_factory=dict)
+
+
+class TuningCache:
+    """Measurements of this user's machine, one file for each key.
+
+    A file that cannot be read counts as none: what it held can be measured again.
+    """
+
+    def __init__(self, key: TuningKey, folder: Path | None = None) -> None:
+        self._key = key
+        self.file = (folder or default_folder()) / key.file_name
+
+    def load(self) -> dict[LinearShape, TunedShape]:
+        try:
+            entries = json.loads(self.file.read_text())["linear"]
+            return dict(map(_shape_from_json, entries))
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def add(self, shapes: Mapping[LinearShape, TunedShape]) -> None:
+        """Keep these too. Written beside the file and moved over it, so that a reader never sees half of one.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        entries = [_shape_to_json(shape, tuned) for shape, tuned in ({**self.load(), **shapes}).items()]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(f".{os.getpid()}.part")
+        partial.write_text(json.dumps({"key": asdict(self._key), "linear": entries}, indent=1))
+        partial.replace(self.file)
+
+
+def default_folder() -> Path:
+    """The user's cache, as the XDG base directory specification places it."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "headrace" / "tuning"
+
+
+def _shape_to_json(shape: LinearShape, tuned: TunedShape) -> dict[str, Any]:
+    return {
+        "weight_format": shape.weight_format.value,
+        "out_features": shape.out_features,
+        "in_features": shape.in_features,
+        **asdict(tuned.inflections),
+        "measured_on": tuned.measured_on,
+        "seconds": {arm.value: {str(m): s for m, s in by_rows.items()} for arm, by_rows in tuned.times.items()},
+    }
+
+
+def _shape_from_json(entry: dict[str, Any]) -> tuple[LinearShape, TunedShape]:
+    shape = LinearShape(
+        weight_format=WeightFormat(entry["weight_format"]),
+        out_features=int(entry["out_features"]),
+        in_features=int(entry["in_features"]),
+    )
+    inflections = Inflections(flat_gemm_from=int(entry["flat_gemm_from"]), gemm_from=int(entry["gemm_from"]))
+    times = {LinearArm(arm): {int(m): float(s) for m, s in rows.items()} for arm, rows in entry["seconds"].items()}
+    return shape, TunedShape(inflections=inflections, measured_on=str(entry["measured_on"]), times=times)
