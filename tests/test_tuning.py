@@ -268,3 +268,16 @@ def test_tune_with_the_reference_says_why_not(monkeypatch, capsys):
     monkeypatch.setenv("HEADRACE_KERNELS", "reference")
     assert main(["tune"]) == 2
     assert "nothing to tune" in capsys.readouterr().err
+
+
+def test_info_says_what_is_chosen_for_each_shape_and_why(tmp_path, capsys):
+    folder = write_tiny_model(tmp_path / "model")
+    assert main(["tune", "--model", str(folder), "--rounds", "1", "--json"]) == 0
+    tuned = json.loads(capsys.readouterr().out)["linear"]
+    assert main(["info", "--model", str(folder), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["dataflow"]
+    assert len(rows) == len(tuned) == 5
+    assert all("measured on" in row["dataflow"] for row in rows)
+    assert main(["info", "--model", str(folder), "--quantize", "int8", "--json"]) == 0
+    other_format = json.loads(capsys.readouterr().out)["dataflow"]
+    assert any("not measured here" in row["dataflow"] for row in other_format)

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 from headrace.config import ModelConfig, WeightFormat
 from headrace.kernels import Kernels
+from headrace.kernels.tuning import LinearShape
 from headrace.layers.context import LayerContext
 from headrace.layers.parameter import Parameter
 from headrace.models.decoder import Decoder
@@ -32,9 +33,22 @@ class WeightFacts:
     bytes_per_step: int
 
 
-def weight_facts(config: ModelConfig, formats: WeightFormats, kernels: Kernels) -> WeightFacts:
+def linear_shapes(config: ModelConfig, formats: WeightFormats, kernels: Kernels) -> tuple[LinearShape, ...]:
+    """The distinct shapes that tokens are multiplied with, in the order in which a token meets them."""
+    shapes = (
+        LinearShape(weight_format=formats.of(p), out_features=p.local_rows, in_features=p.local_columns)
+        for p in _unloaded(config, formats, kernels).linear_parameters()
+    )
+    return tuple(dict.fromkeys(shapes))
+
+
+def _unloaded(config: ModelConfig, formats: WeightFormats, kernels: Kernels) -> Decoder:
     context = LayerContext(kernels=kernels, tp_group=OneRankGroup())
-    decoder = Decoder(config, context, dtype=formats.dtype, max_model_len=config.max_position_embeddings)
+    return Decoder(config, context, dtype=formats.dtype, max_model_len=config.max_position_embeddings)
+
+
+def weight_facts(config: ModelConfig, formats: WeightFormats, kernels: Kernels) -> WeightFacts:
+    decoder = _unloaded(config, formats, kernels)
     layers = [parameter for layer in decoder.layers for parameter in layer.parameters()]
     everything = list(decoder.parameters())
     head = _head_parameters(decoder, config)

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # From here on torch is needed: kernels are chosen and models are opened with it.
-    from headrace.cli.model_info import model_info
+    from headrace.cli.model_info import dataflow_info, model_info
     from headrace.kernels import kernel_choice_from, resolve_kernels
 
     kernels = resolve_kernels(kernel_choice_from())
@@ -31,7 +31,10 @@ def run(args: argparse.Namespace) -> int:
         ],
     }
     if args.model is not None:
-        facts["model"] = model_info(engine_config(args, show_progress=is_watched() and not args.json), kernels)
+        config = engine_config(args, show_progress=is_watched() and not args.json)
+        facts["model"] = model_info(config, kernels)
+        if dataflow := dataflow_info(config, kernels):
+            facts["dataflow"] = dataflow
     print(json.dumps(facts, allow_nan=False) if args.json else "\n".join(_text(facts)))
     return 0
 

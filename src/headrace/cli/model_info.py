@@ -2,14 +2,29 @@
 
 from typing import Any
 
-from headrace.bench.facts import weight_facts
+from headrace.bench.facts import linear_shapes, weight_facts
 from headrace.config import EngineConfig
 from headrace.costs.memory import kv_block_bytes
 from headrace.engine.engine_plan import resolve_max_model_len, resolve_plan
+from headrace.engine.tune import look_up_dataflow
 from headrace.kernels import Kernels
 from headrace.machine import available_memory_bytes, cpu_limits
 from headrace.models.hub import resolve_model_folder
 from headrace.models.source import open_model, resolve_formats
+
+
+def dataflow_info(config: EngineConfig, kernels: Kernels) -> list[dict[str, str]]:
+    """Which implementation multiplies how many rows, for each shape of the model; empty without a choice.
+
+    Raises:
+        CheckpointError, ConfigError: as loading the model would.
+    """
+    if kernels.dataflow is None:
+        return []
+    source = open_model(resolve_model_folder(config.load.model, config.load.revision, show_progress=False))
+    shapes = linear_shapes(source.config, resolve_formats(source, config.load), kernels)
+    look_up_dataflow(kernels, config.dataflow, config.num_threads or cpu_limits().num_threads)
+    return [{"linear": str(shape), "dataflow": kernels.dataflow.explain(shape)} for shape in shapes]
 
 
 def model_info(config: EngineConfig, kernels: Kernels) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
 
     context = LayerContext(kernels=kernels, tp_group=OneRankGroup())
     decoder = _load_with_progress(source, context, formats, max_model_len, config.load.show_progress)
-    linear_weights = LinearWeights.of(decoder.linear_weights(), formats.dtype)
+    linear_weights = LinearWeights.of((p.weight for p in decoder.linear_parameters()), formats.dtype)
     show_progress = config.load.show_progress
     prepare_dataflow(kernels, linear_weights, config.dataflow, num_threads, show_progress=show_progress)
     plan = resolve_plan(

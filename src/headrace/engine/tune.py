@@ -41,19 +41,28 @@ class LinearWeights:
         return sum(weight.num_bytes for weights in self.by_shape.values() for weight in weights)
 
 
-def prepare_dataflow(
-    kernels: Kernels, weights: LinearWeights, choice: DataflowChoice, num_threads: int, *, show_progress: bool
-) -> None:
-    """Put the user's choice to use; with `measured`, look up what is known and quickly measure what is not."""
+def look_up_dataflow(kernels: Kernels, choice: DataflowChoice, num_threads: int) -> TuningCache | None:
+    """Put the user's choice to use, with what is known of this machine; the cache that further measurements go to, or
+    None if there is nothing to measure."""
     dataflow = kernels.dataflow
     if dataflow is None or choice is DataflowChoice.DEFAULT:
-        return
+        return None
     if choice is not DataflowChoice.MEASURED:
         dataflow.force(LinearArm(choice.value))
-        return
+        return None
     assert kernels.tuning_key is not None, "kernels with a choice have a key for its measurements"
     cache = TuningCache(kernels.tuning_key(num_threads))
     dataflow.tuned.update(cache.load())
+    return cache
+
+
+def prepare_dataflow(
+    kernels: Kernels, weights: LinearWeights, choice: DataflowChoice, num_threads: int, *, show_progress: bool
+) -> None:
+    """`look_up_dataflow`, and quickly measure what is not known."""
+    cache, dataflow = look_up_dataflow(kernels, choice, num_threads), kernels.dataflow
+    if cache is None or dataflow is None:
+        return
     missing = [shape for shape in weights.by_shape if shape not in dataflow.tuned]
     if missing and weights.num_bytes >= _MIN_WEIGHT_BYTES:
         measured = dict(

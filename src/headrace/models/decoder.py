@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headrace.batch import ForwardBatch
 from headrace.config import LayerConfig, ModelConfig, NormPlacement, RopeConfig
-from headrace.kernels import Kernels, Weight
+from headrace.kernels import Kernels
 from headrace.layers.attention import Attention
 from headrace.layers.context import LayerContext
 from headrace.layers.embedding import LmHead, TokenEmbedding
@@ -149,12 +149,11 @@ class Decoder:
         assert self.lm_head is not None, "only the last stage has the head"
         return self.lm_head(hidden_states if self.norm is None else self.norm(hidden_states))
 
-    def linear_weights(self) -> Iterator[Weight]:
-        """The matrices that tokens are multiplied with, once loaded."""
-        matrices = [parameter for layer in self.layers for parameter in layer.parameters() if parameter.is_matrix]
+    def linear_parameters(self) -> Iterator[Parameter]:
+        """The matrices that tokens are multiplied with."""
+        yield from (parameter for layer in self.layers for parameter in layer.parameters() if parameter.is_matrix)
         if self.lm_head is not None:
-            matrices += self.lm_head.matrices()
-        yield from (matrix.weight for matrix in matrices)
+            yield from self.lm_head.matrices()
 
     def parameters(self) -> Iterator[Parameter]:
         if self.embedding is not None:
