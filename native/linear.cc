@@ -13,12 +13,9 @@ namespace headrace {
 namespace {
 
 // Bytes of activations that a block of rows may have, so that they stay in an L2 cache beside the panels passing by.
-constexpr int64_t kBlockBytes = 256 * 1024;
-// The fewest rows in a block: W is read again for each block, at least this much work pays for it.
-constexpr int64_t kMinBlockRows = 64;
+constexpr int64_t kBlockBytes = 512 * 1024;
 // Multiplications below which a second thread costs more than it saves: a few microseconds of work.
 constexpr int64_t kMinParallelWork = 1 << 17;
-constexpr int64_t kMinParallelPrepare = 1 << 15;
 
 // Memory of the calling thread that grows to the largest request and is kept for the next one.
 char* Scratch(size_t num_bytes) {
@@ -38,35 +35,20 @@ char* Scratch(size_t num_bytes) {
   return memory.get();
 }
 
-Activations PrepareActivations(const LinearKernels& kernels, const LinearCall& call) {
-  const PackedView& w = call.weight;
-  const int64_t value_bytes = kernels.prepared_bytes(call);
-  if (value_bytes == 0) {
-    const int64_t element_bytes = call.dtype == DType::kFloat32 ? 4 : 2;
-    return {static_cast<char*>(const_cast<void*>(call.x)), call.x_stride * element_bytes, nullptr, nullptr};
-  }
-  const int64_t row_bytes = RoundUp(w.padded_columns * value_bytes, 64);
-  const int64_t num_scales = call.num_rows * w.num_groups;
-  char* memory = Scratch(static_cast<size_t>(call.num_rows * row_bytes + num_scales * 8));
-  auto* scales = reinterpret_cast<float*>(memory + call.num_rows * row_bytes);
-  const Activations activations = {memory, row_bytes, scales, reinterpret_cast<int32_t*>(scales + num_scales)};
-  RunParts(call.num_rows > 1 && call.num_rows * w.columns >= kMinParallelPrepare, [&](int part, int num_parts) {
-    kernels.prepare(call, Part({0, call.num_rows}, part, num_parts), activations);
-  });
-  return activations;
+int64_t TilesPerBlock(Arm arm, RowTiles tiles, const Activations& activations) {
+  if (arm != Arm::kGemm) return tiles.num_tiles;
+  // A single row may have any stride, even none.
+  const int64_t tile_bytes = tiles.Rows(0).end * std::max<int64_t>(activations.row_bytes, 1);
+  return std::max<int64_t>(1, kBlockBytes / tile_bytes);
 }
 
-int64_t RowsPerBlock(Arm arm, const LinearCall& call, const Activations& activations) {
-  switch (arm) {
-    case Arm::kGemv:
-      return 1;
-    case Arm::kFlatGemm:
-      return call.num_rows;
-    case Arm::kGemm:
-      break;
+Activations MakeActivations(const LinearKernels& kernels, const LinearCall& call) {
+  const int64_t row_bytes = kernels.prepared_row_bytes(call);
+  if (row_bytes == 0) {
+    const int64_t element_bytes = call.dtype == DType::kFloat32 ? 4 : 2;
+    return {static_cast<char*>(const_cast<void*>(call.x)), call.x_stride * element_bytes};
   }
-  // A single row may have any stride, even none.
-  return std::max(kMinBlockRows, kBlockBytes / std::max<int64_t>(activations.row_bytes, 1));
+  return {Scratch(static_cast<size_t>(call.num_rows * row_bytes)), row_bytes};
 }
 
 void CheckTypes(const LinearCall& call) {
@@ -81,14 +63,24 @@ void Linear(Target target, Arm arm, const LinearCall& call) {
   CheckTypes(call);
   if (call.num_rows == 0) return;
   const LinearKernels& kernels = HEADRACE_CHOOSE(target, kLinear);
-  const Activations activations = PrepareActivations(kernels, call);
+  const int64_t tile_rows = arm == Arm::kGemv ? 1 : kernels.max_tile_rows(call.weight.format);
+  const RowTiles tiles = {call.num_rows, (call.num_rows - 1) / tile_rows + 1};
+  const Activations activations = MakeActivations(kernels, call);
+  const bool is_prepared = activations.values != call.x;
+  const int64_t tiles_per_block = TilesPerBlock(arm, tiles, activations);
+  const int64_t num_blocks = (tiles.num_tiles - 1) / tiles_per_block + 1;
   const int64_t num_panels = (call.weight.rows + kLanes - 1) / kLanes;
-  const int64_t num_blocks = (call.num_rows - 1) / RowsPerBlock(arm, call, activations) + 1;
+  const int64_t num_groups = (call.weight.padded_columns + kGroup - 1) / kGroup;
   const bool is_parallel = call.num_rows * call.weight.rows * call.weight.columns >= kMinParallelWork;
+  Barrier barrier;
   RunParts(is_parallel, [&](int part, int num_parts) {
+    if (is_prepared) {
+      kernels.prepare(call, tiles, Part({0, num_groups}, part, num_parts), activations);
+      barrier.Wait(num_parts);
+    }
     const Range panels = Part({0, num_panels}, part, num_parts);
     for (int64_t block = 0; block < num_blocks; ++block) {
-      kernels.compute(call, arm, activations, {panels, Part({0, call.num_rows}, block, num_blocks)});
+      kernels.compute(call, tiles, activations, {panels, Part({0, tiles.num_tiles}, block, num_blocks)});
     }
   });
 }

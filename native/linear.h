@@ -5,9 +5,9 @@
 //
 //   float32    acc = fma(x[k], w[k], acc), k ascending
 //   bfloat16   the same for pairs (or the machine's dot product of two), x and w in bfloat16, acc in float32
-//   int8, int4 x is quantized by row and group of 32: scale max|x| / 127. Then for each group, ascending,
-//              acc = fma(float(sum of q_x q_w), scale_x * scale_w, acc), the sum exact; out = acc * row_scale.
-//              A group of x with NaN or infinity makes its row NaN.
+//   int8, int4 x is quantized by row and group of 32 with scales that are powers of two (quantize-inl.h). Then for each
+//              group, ascending, acc = fma(float(sum of q_x q_w) * scale_x, scale_w, acc), sum and product exact;
+//              out = acc * row_scale. A group of x with NaN, infinity or a magnitude of 2^111 makes its row NaN.
 //   then       acc + bias, rounded once to the type of x.
 #ifndef HEADRACE_NATIVE_LINEAR_H_
 #define HEADRACE_NATIVE_LINEAR_H_
@@ -43,37 +43,43 @@ struct LinearCall {
 // Throws std::invalid_argument if x's type does not fit a floating-point weight's.
 void Linear(Target target, Arm arm, const LinearCall& call);
 
-// Activations in the form the kernels read, one row after another.
-//   values   float32, or bfloat16 (as Bf16X), or int8, filled with zeros up to padded_columns
-//   scales   [row][group], scale_x (integers only)
-//   starts   [row][group], -offset * sum of q_x (integers only)
+// How rows of x are cut into tiles of nearly equal size, so that none is left with a short one. A tile meets one panel of
+// W, or a few, at a time; it holds its accumulators in registers meanwhile.
+struct RowTiles {
+  int64_t num_rows;
+  int64_t num_tiles;
+
+  Range Rows(int64_t tile) const { return Part({0, num_rows}, tile, num_tiles); }
+};
+
+// Activations in the form the kernels read; row m begins at values + m * row_bytes.
+//
+// Floating point: float32, or bfloat16 (as Bf16X), filled with zeros up to padded_columns.
+// Integers: a tile of R rows is one block of records, one for each group along K, in the order in which it is read:
+//   int8 q[R][32]      the group's quantized values
+//   int32 start[R]     where its sums of products begin: the bits of `shift`, less offset * sum of q
+//   float shift[R]     1.5 * 2^23 * scale_x: bits of a float whose last place is worth scale_x. Integers added to those
+//                      bits add as many scale_x to the float, so that (bits of the sum) - shift = scale_x * sum, exact.
 struct Activations {
   char* values;
   int64_t row_bytes;
-  float* scales;
-  int32_t* starts;
-};
-
-// How many panels of W the tiles of kGemv take, and how many rows of x and panels of W, at most, those of the others.
-struct TileShapes {
-  int gemv_panels;
-  int rows;
-  int panels;
 };
 
 struct Block {
   Range panels;
-  Range rows;
+  Range tiles;
 };
 
 // What each target provides.
 struct LinearKernels {
-  // Bytes of one prepared value; 0 if the kernel reads x as it is.
-  int (*prepared_bytes)(const LinearCall& call);
-  // Fills rows [rows.begin, rows.end) of activations.
-  void (*prepare)(const LinearCall& call, Range rows, const Activations& activations);
+  // The most rows a tile takes.
+  int (*max_tile_rows)(Format format);
+  // Bytes of one prepared row; 0 if the kernel reads x as it is.
+  int64_t (*prepared_row_bytes)(const LinearCall& call);
+  // Fills columns [kGroup * groups.begin, kGroup * groups.end) of all rows of activations.
+  void (*prepare)(const LinearCall& call, RowTiles tiles, Range groups, const Activations& activations);
   // Computes a block of the output.
-  void (*compute)(const LinearCall& call, Arm arm, const Activations& activations, const Block& block);
+  void (*compute)(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block);
 };
 
 }  // namespace headrace

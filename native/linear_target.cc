@@ -8,6 +8,8 @@
 //     x row m+1 [ acc[1][0] ........ ] [ acc[1][1] ........ ]
 #include "linear.h"
 
+#include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "simd/simd-inl.h"
@@ -17,12 +19,6 @@
 namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
-
-// A tile's first panel of W and first row of x.
-struct TilePlace {
-  int64_t panel;
-  int64_t row;
-};
 
 // How far ahead of a panel's reader its weights are asked for, where a tile has kMinPrefetchRows rows or more. Hardware
 // prefetches too, but not far enough to hide memory behind the multiplications of several rows: measured on Zen 4,
@@ -74,12 +70,17 @@ struct Int4Kernel {
   static I32x16 DotStep(const I32x16& acc, const Step& w, const int8_t* x) { return DotInt4(acc, w, x); }
 };
 
+// A tile's first panel of W, and its rows of x as they are and as they were prepared.
+struct TilePlace {
+  int64_t panel;
+  int64_t row;
+  const char* x;
+  int64_t x_row_bytes;
+};
+
 // The end of every chain: scale the row, add the bias, round, store the lanes that exist.
-template <class Out>
-void StoreOutputs(const LinearCall& call, int64_t row, int64_t panel, F32x16 acc) {
-  const int64_t n = panel * kLanes;
-  const int64_t num_lanes = call.weight.rows - n < kLanes ? call.weight.rows - n : kLanes;
-  if (IsQuantized(call.weight.format)) acc = Mul(acc, Load(call.weight.row_scales + n));
+template <class Out, class NumLanes>
+void StoreLanes(const LinearCall& call, int64_t row, int64_t n, NumLanes num_lanes, F32x16 acc) {
   if (call.bias != nullptr) {
     float bias[kLanes] = {};
     for (int64_t i = 0; i < num_lanes; ++i) bias[i] = ToFloat32(static_cast<const Out*>(call.bias)[n + i]);
@@ -97,25 +98,31 @@ void StoreOutputs(const LinearCall& call, int64_t row, int64_t panel, F32x16 acc
   }
 }
 
-template <int kRows, int kPanels>
-void StoreTile(const LinearCall& call, TilePlace at, const F32x16 (&acc)[kRows][kPanels]) {
-  for (int r = 0; r < kRows; ++r) {
-    for (int p = 0; p < kPanels; ++p) {
-      if (call.dtype == DType::kFloat32) {
-        StoreOutputs<float>(call, at.row + r, at.panel + p, acc[r][p]);
-      } else {
-        StoreOutputs<uint16_t>(call, at.row + r, at.panel + p, acc[r][p]);
-      }
-    }
+template <class Out>
+void StoreOutput(const LinearCall& call, int64_t row, int64_t panel, F32x16 acc) {
+  const int64_t n = panel * kLanes;
+  if (IsQuantized(call.weight.format)) acc = Mul(acc, Load(call.weight.row_scales + n));
+  // With a number of lanes that is known, compilers make vectors of the loops.
+  if (call.weight.rows - n >= kLanes) {
+    StoreLanes<Out>(call, row, n, std::integral_constant<int64_t, kLanes>(), acc);
+  } else {
+    StoreLanes<Out>(call, row, n, call.weight.rows - n, acc);
+  }
+}
+
+inline void StoreOutput(const LinearCall& call, int64_t row, int64_t panel, const F32x16& acc) {
+  if (call.dtype == DType::kFloat32) {
+    StoreOutput<float>(call, row, panel, acc);
+  } else {
+    StoreOutput<uint16_t>(call, row, panel, acc);
   }
 }
 
 template <class Kernel, int kRows, int kPanels>
-void FloatTile(const LinearCall& call, const Activations& activations, TilePlace at) {
+void FloatTile(const LinearCall& call, const TilePlace& at) {
   using X = typename Kernel::X;
   const PackedView& weight = call.weight;
   const uint8_t* w = weight.weights + at.panel * weight.panel_bytes;
-  const char* x = activations.values + at.row * activations.row_bytes;
   F32x16 acc[kRows][kPanels];
   for (int r = 0; r < kRows; ++r) {
     for (int p = 0; p < kPanels; ++p) acc[r][p] = Broadcast(0.0f);
@@ -127,56 +134,89 @@ void FloatTile(const LinearCall& call, const Activations& activations, TilePlace
       step[p] = Kernel::LoadStep(w + p * weight.panel_bytes);
     }
     for (int r = 0; r < kRows; ++r) {
-      const X* x_row = reinterpret_cast<const X*>(x + r * activations.row_bytes) + k;
+      const X* x_row = reinterpret_cast<const X*>(at.x + r * at.x_row_bytes) + k;
       for (int p = 0; p < kPanels; ++p) acc[r][p] = Kernel::MulAddStep(acc[r][p], step[p], x_row);
     }
     w += kVectorBytes;
   }
-  StoreTile(call, at, acc);
+  for (int r = 0; r < kRows; ++r) {
+    for (int p = 0; p < kPanels; ++p) StoreOutput(call, at.row + r, at.panel + p, acc[r][p]);
+  }
+}
+
+// A group's weights of one panel, unpacked once for all rows, or anew for each where registers are few.
+template <class Kernel>
+struct GroupWeights {
+  static constexpr int kSteps = kGroup / Kernel::kColumns;
+  using Step = typename Kernel::Step;
+
+  explicit GroupWeights(const uint8_t* from) : from(from) {
+    if constexpr (kKeepsGroup) {
+      for (int s = 0; s < kSteps; ++s) steps[s] = Kernel::LoadStep(from + s * kVectorBytes);
+    }
+  }
+  Step At(int s) const {
+    if constexpr (kKeepsGroup) {
+      return steps[s];
+    } else {
+      return Kernel::LoadStep(from + s * kVectorBytes);
+    }
+  }
+
+  const uint8_t* from;
+  Step steps[kKeepsGroup ? kSteps : 1];
+};
+
+// acc[r] += scale_w * scale_x * (q_x . q_w) for one group of one panel, rows from kBegin on. By recursion, since compilers
+// unroll no loop that long, and accumulators whose number is not known stay in memory.
+template <class Kernel, int kRows, int kBegin = 0>
+inline void AddGroup(const GroupWeights<Kernel>& w, const F32x16& w_scale, const char* record, F32x16 (&acc)[kRows]) {
+  constexpr int kSize = kRows - kBegin < kIntRowsAtOnce ? kRows - kBegin : kIntRowsAtOnce;
+  const auto* q = reinterpret_cast<const int8_t*>(record) + kBegin * kGroup;
+  const auto* starts = reinterpret_cast<const int32_t*>(record + kRows * kGroup);
+  const auto* shifts = reinterpret_cast<const float*>(starts + kRows);
+  I32x16 dot[kSize];
+  for (int i = 0; i < kSize; ++i) dot[i] = BroadcastInt(starts[kBegin + i]);
+  for (int s = 0; s < w.kSteps; ++s) {
+    const auto step = w.At(s);
+    for (int i = 0; i < kSize; ++i) dot[i] = Kernel::DotStep(dot[i], step, q + i * kGroup + s * Kernel::kColumns);
+  }
+  for (int i = 0; i < kSize; ++i) {
+    const F32x16 product = Sub(BitsToFloat(dot[i]), Broadcast(shifts[kBegin + i]));
+    acc[kBegin + i] = MulAdd(product, w_scale, acc[kBegin + i]);
+  }
+  if constexpr (kBegin + kSize < kRows) AddGroup<Kernel, kRows, kBegin + kSize>(w, w_scale, record, acc);
 }
 
 template <class Kernel, int kRows, int kPanels>
-void IntTile(const LinearCall& call, const Activations& activations, TilePlace at) {
+void IntTile(const LinearCall& call, const TilePlace& at) {
   const PackedView& weight = call.weight;
   const int64_t num_groups = weight.num_groups;
   const uint8_t* w = weight.weights + at.panel * weight.panel_bytes;
   const uint16_t* w_scales = weight.scales + at.panel * num_groups * kLanes;
-  const auto* x = reinterpret_cast<const int8_t*>(activations.values + at.row * activations.row_bytes);
-  const float* x_scales = activations.scales + at.row * num_groups;
-  const int32_t* starts = activations.starts + at.row * num_groups;
-  F32x16 acc[kRows][kPanels];
-  for (int r = 0; r < kRows; ++r) {
-    for (int p = 0; p < kPanels; ++p) acc[r][p] = Broadcast(0.0f);
+  const char* x = at.x;
+  F32x16 acc[kPanels][kRows];
+  for (int p = 0; p < kPanels; ++p) {
+    for (int r = 0; r < kRows; ++r) acc[p][r] = Broadcast(0.0f);
   }
   for (int64_t g = 0; g < num_groups; ++g) {
-    I32x16 dot[kRows][kPanels];
-    for (int r = 0; r < kRows; ++r) {
-      for (int p = 0; p < kPanels; ++p) dot[r][p] = BroadcastInt(starts[r * num_groups + g]);
-    }
-    for (int k = 0; k < kGroup; k += Kernel::kColumns) {
-      typename Kernel::Step step[kPanels];
-      for (int p = 0; p < kPanels; ++p) {
-        if constexpr (kRows >= Kernel::kMinPrefetchRows) Prefetch(w + p * weight.panel_bytes);
-        step[p] = Kernel::LoadStep(w + p * weight.panel_bytes);
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const int8_t* x_row = x + r * activations.row_bytes + g * kGroup + k;
-        for (int p = 0; p < kPanels; ++p) dot[r][p] = Kernel::DotStep(dot[r][p], step[p], x_row);
-      }
-      w += kVectorBytes;
-    }
     for (int p = 0; p < kPanels; ++p) {
-      const F32x16 w_scale = LoadHalf(w_scales + (p * num_groups + g) * kLanes);
-      for (int r = 0; r < kRows; ++r) {
-        const F32x16 scale = Mul(Broadcast(x_scales[r * num_groups + g]), w_scale);
-        acc[r][p] = MulAdd(ToFloat(dot[r][p]), scale, acc[r][p]);
+      const uint8_t* from = w + p * weight.panel_bytes;
+      for (int s = 0; s < GroupWeights<Kernel>::kSteps; ++s) {
+        if constexpr (kRows >= Kernel::kMinPrefetchRows) Prefetch(from + s * kVectorBytes);
       }
+      AddGroup<Kernel>(GroupWeights<Kernel>(from), LoadHalf(w_scales + p * num_groups * kLanes), x, acc[p]);
     }
+    w += GroupWeights<Kernel>::kSteps * kVectorBytes;
+    w_scales += kLanes;
+    x += kRows * kGroupRowBytes;
   }
-  StoreTile(call, at, acc);
+  for (int p = 0; p < kPanels; ++p) {
+    for (int r = 0; r < kRows; ++r) StoreOutput(call, at.row + r, at.panel + p, acc[p][r]);
+  }
 }
 
-using Tile = void (*)(const LinearCall& call, const Activations& activations, TilePlace at);
+using Tile = void (*)(const LinearCall& call, const TilePlace& at);
 
 template <class Kernel, int kRows, int kPanels>
 constexpr Tile TileOf() {
@@ -187,70 +227,75 @@ constexpr Tile TileOf() {
   }
 }
 
-template <class Kernel, int kPanels, class Rows>
-struct TileTable;
-// tiles[i] takes i + 1 rows.
-template <class Kernel, int kPanels, int... kRows>
-struct TileTable<Kernel, kPanels, std::integer_sequence<int, kRows...>> {
-  static constexpr Tile tiles[] = {TileOf<Kernel, kRows + 1, kPanels>()...};
-};
-
-// The tiles of one arm: `wide` ones take num_panels panels, `narrow` ones take one, for what is left at the end.
-struct TileSet {
-  const Tile* wide;
-  const Tile* narrow;
-  int max_rows;
+// The tiles for some number of rows: `wide` takes num_panels panels, `narrow` takes one, for what is left at the end.
+struct TileChoice {
+  Tile wide;
+  Tile narrow;
   int num_panels;
 };
 
-template <class Kernel, int kRows, int kPanels>
-constexpr TileSet MakeTileSet() {
-  using Rows = std::make_integer_sequence<int, kRows>;
-  return {TileTable<Kernel, kPanels, Rows>::tiles, TileTable<Kernel, 1, Rows>::tiles, kRows, kPanels};
+template <class Kernel, int kRows>
+constexpr TileChoice ChoiceOf() {
+  constexpr int kPanels = Kernel::kIsQuantized ? IntPanels(kRows) : FloatPanels(kRows);
+  return {TileOf<Kernel, kRows, kPanels>(), TileOf<Kernel, kRows, 1>(), kPanels};
 }
+
+template <class Kernel, class Rows>
+struct TileTable;
+// tiles[i] takes i + 1 rows.
+template <class Kernel, int... kRows>
+struct TileTable<Kernel, std::integer_sequence<int, kRows...>> {
+  static constexpr TileChoice tiles[] = {ChoiceOf<Kernel, kRows + 1>()...};
+};
+
+constexpr int MaxRows(bool is_quantized) { return is_quantized ? kIntRows : kFloatRows; }
 
 template <class Kernel>
-TileSet TilesOf(Arm arm) {
-  constexpr TileShapes kShapes = Kernel::kIsQuantized ? kIntTiles : kFloatTiles;
-  if (arm == Arm::kGemv) return MakeTileSet<Kernel, 1, kShapes.gemv_panels>();
-  return MakeTileSet<Kernel, kShapes.rows, kShapes.panels>();
+const TileChoice* TilesOf() {
+  return TileTable<Kernel, std::make_integer_sequence<int, MaxRows(Kernel::kIsQuantized)>>::tiles;
 }
 
-TileSet TilesOf(Format format, Arm arm) {
+const TileChoice* TilesOf(Format format) {
   switch (format) {
     case Format::kFloat32:
-      return TilesOf<Float32Kernel>(arm);
+      return TilesOf<Float32Kernel>();
     case Format::kBfloat16:
-      return TilesOf<Bfloat16Kernel>(arm);
+      return TilesOf<Bfloat16Kernel>();
     case Format::kInt8:
-      return TilesOf<Int8Kernel>(arm);
+      return TilesOf<Int8Kernel>();
     case Format::kInt4:
       break;
   }
-  return TilesOf<Int4Kernel>(arm);
+  return TilesOf<Int4Kernel>();
 }
 
-// Every tile of a block, panels outside: what a tile reads of W stays in L1 or L2 for the next rows of x. Rows are cut
-// into parts of nearly equal size, so that none is left with a short tile.
-void Compute(const LinearCall& call, Arm arm, const Activations& activations, const Block& block) {
-  const TileSet tiles = TilesOf(call.weight.format, arm);
-  const int64_t num_parts = (block.rows.end - block.rows.begin + tiles.max_rows - 1) / tiles.max_rows;
-  for (int64_t panel = block.panels.begin; panel < block.panels.end;) {
-    const bool is_wide = panel + tiles.num_panels <= block.panels.end;
-    for (int64_t part = 0; part < num_parts; ++part) {
-      const Range rows = Part(block.rows, part, num_parts);
-      const int64_t index = rows.end - rows.begin - 1;
-      const Tile tile = is_wide ? tiles.wide[index] : tiles.narrow[index];
-      tile(call, activations, {panel, rows.begin});
+int MaxTileRows(Format format) { return MaxRows(IsQuantized(format)); }
+
+// Every tile of a block, panels outside: what a tile reads of W stays in L1 or L2 for the next rows of x.
+void Compute(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block) {
+  const TileChoice* choices = TilesOf(call.weight.format);
+  const auto choice_of = [&](int64_t tile) { return choices[tiles.Rows(tile).end - tiles.Rows(tile).begin - 1]; };
+  int64_t step = 1;
+  for (int64_t t = block.tiles.begin; t < block.tiles.end; ++t) step = std::max<int64_t>(step, choice_of(t).num_panels);
+  for (int64_t begin = block.panels.begin; begin < block.panels.end; begin += step) {
+    const int64_t end = std::min(begin + step, block.panels.end);
+    for (int64_t t = block.tiles.begin; t < block.tiles.end; ++t) {
+      const TileChoice choice = choice_of(t);
+      const int64_t row = tiles.Rows(t).begin;
+      const char* x = activations.values + row * activations.row_bytes;
+      for (int64_t panel = begin; panel < end;) {
+        const bool is_wide = panel + choice.num_panels <= end;
+        (is_wide ? choice.wide : choice.narrow)(call, {panel, row, x, activations.row_bytes});
+        panel += is_wide ? choice.num_panels : 1;
+      }
     }
-    panel += is_wide ? tiles.num_panels : 1;
   }
 }
 
 }  // namespace
 
 extern const LinearKernels kLinear;
-const LinearKernels kLinear = {&PreparedBytes, &Prepare, &Compute};
+const LinearKernels kLinear = {&MaxTileRows, &PreparedRowBytes, &Prepare, &Compute};
 
 }  // namespace HEADRACE_TARGET
 }  // namespace headrace

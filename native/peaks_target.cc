@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kStreams = 8;  // places read at once: more than one hardware prefetcher's worth
 // Independent accumulators: more than latency times throughput, and as many as there are registers for.
-constexpr int kChains = kFloatTiles.rows * kFloatTiles.panels;
+constexpr int kChains = kFloatRows * FloatPanels(kFloatRows);
 
 uint64_t Read(const uint8_t* buffer, int64_t num_bytes) {
   const int64_t stream_bytes = num_bytes / kStreams;
@@ -28,9 +28,10 @@ uint64_t Read(const uint8_t* buffer, int64_t num_bytes) {
   return static_cast<uint64_t>(total);
 }
 
+// One step of weights and what each chain multiplies it with.
 struct Operands {
-  alignas(64) uint8_t w[kChains][64];
-  alignas(64) float x[8];
+  alignas(64) uint8_t w[64];
+  alignas(64) float x[kChains][2];
 };
 
 // kChains accumulators, named one by one by recursion: GCC 12 leaves an array in memory when a loop holds an asm
@@ -59,41 +60,42 @@ struct Chains<0, Vector> {
   void Keep() const {}
 };
 
-// step(acc, chain) for each chain, num_repeats times. The compiler is told that the operands change each time, so that
-// it leaves nothing out.
-template <class Vector, class Step>
-void Repeat(int64_t num_repeats, Operands& operands, const Vector& start, const Step& step) {
+// multiply(acc, step, x of the chain) for each chain, num_repeats times. The compiler is told that the operands change
+// each time, so that it leaves nothing out.
+template <class Vector, class Load, class Multiply>
+void Repeat(int64_t num_repeats, const Vector& start, const Load& load, const Multiply& multiply) {
+  Operands operands = {};
   Chains<kChains, Vector> chains(start);
   for (int64_t i = 0; i < num_repeats; ++i) {
     asm volatile("" : "+m"(operands));
-    chains.Run(step);
+    const auto step = load(operands.w);
+    chains.Run([&](const Vector& acc, int chain) { return multiply(acc, step, operands.x[chain]); });
   }
   chains.Keep();
 }
 
 int64_t Multiply(Format format, int64_t num_repeats) {
-  Operands operands = {};
-  const auto& w = operands.w;
-  const float* x = operands.x;
-  const auto* bytes = reinterpret_cast<const int8_t*>(x);
-  const auto* pair = reinterpret_cast<const Bf16X*>(x);
+  const auto bytes = [](const float* x) { return reinterpret_cast<const int8_t*>(x); };
   switch (format) {
     case Format::kFloat32:
-      Repeat(num_repeats, operands, Broadcast(0.0f), [&w, x](const F32x16& acc, int chain) {
-        return MulAdd(Load(reinterpret_cast<const float*>(w[chain])), Broadcast(*x), acc);
-      });
+      Repeat(
+          num_repeats, Broadcast(0.0f), [](const uint8_t* w) { return Load(reinterpret_cast<const float*>(w)); },
+          [](const F32x16& acc, const F32x16& w, const float* x) { return MulAdd(w, Broadcast(*x), acc); });
       break;
     case Format::kBfloat16:
-      Repeat(num_repeats, operands, Broadcast(0.0f),
-             [&w, pair](const F32x16& acc, int chain) { return MulAddBf16(acc, LoadBf16(w[chain]), pair); });
+      Repeat(num_repeats, Broadcast(0.0f), LoadBf16, [](const F32x16& acc, const Bf16Step& w, const float* x) {
+        return MulAddBf16(acc, w, reinterpret_cast<const Bf16X*>(x));
+      });
       break;
     case Format::kInt8:
-      Repeat(num_repeats, operands, BroadcastInt(0),
-             [&w, bytes](const I32x16& acc, int chain) { return DotInt8(acc, LoadInt8(w[chain]), bytes); });
+      Repeat(num_repeats, BroadcastInt(0), LoadInt8, [&](const I32x16& acc, const Int8Step& w, const float* x) {
+        return DotInt8(acc, w, bytes(x));
+      });
       break;
     case Format::kInt4:
-      Repeat(num_repeats, operands, BroadcastInt(0),
-             [&w, bytes](const I32x16& acc, int chain) { return DotInt4(acc, LoadInt4(w[chain]), bytes); });
+      Repeat(num_repeats, BroadcastInt(0), LoadInt4, [&](const I32x16& acc, const Int4Step& w, const float* x) {
+        return DotInt4(acc, w, bytes(x));
+      });
       break;
   }
   return 2 * num_repeats * kChains * kLanes * VectorColumns(format);

@@ -6,95 +6,128 @@ namespace HEADRACE_TARGET {
 inline float ToFloat32(float value) { return value; }
 inline float ToFloat32(uint16_t value) { return FromBfloat16(value); }
 
-// Quantizes a group: scale = max|x| / 127, q = round(x / scale), ties to even. Returns the sum of q.
+// Quantizes a group: scale = 2^(floor(log2(max|x|)) - 6), q = round(x / scale), ties to even, clamped to -127 .. 127.
+// These are the blocks of MXINT8 (OCP Microscaling Formats 1.0): dividing by a power of two is exact, and so is
+// multiplying with one, which spares the inner loops a rounding and an instruction. Groups below 2^-120 count as zeros;
+// from 2^111 on scales leave the range of `shift` (linear.h).
 //
 // Loops are written so that compilers vectorize them without liberties: the maximum is taken of bit patterns, which
-// order magnitudes (infinity and NaN above all numbers); rounding adds and takes off 1.5 * 2^23, whose last bit is 1. q
-// needs no clamp: x / scale is at most 127 (1 + 2^-22).
-inline int32_t QuantizeGroup(const float* x, int8_t* q, float* scale) {
-  uint32_t largest_bits = 0;
+// order magnitudes (infinity and NaN above all numbers); rounding adds and takes off 1.5 * 2^23, whose last bit is 1.
+inline void QuantizeGroup(const float* x, int offset, int8_t* q, int32_t* start, float* shift) {
+  constexpr uint32_t kTooLarge = (127 + 111) << 23;
+  constexpr uint32_t kTooSmall = (127 - 120) << 23;
+  constexpr uint32_t kRound = 0x4b400000;  // the bits of 1.5 * 2^23
+  uint32_t largest = 0;
   for (int k = 0; k < kGroup; ++k) {
     const uint32_t bits = Bits(x[k]) & 0x7fffffff;
-    largest_bits = bits > largest_bits ? bits : largest_bits;
+    largest = bits > largest ? bits : largest;
   }
-  constexpr uint32_t kInfinity = 0x7f800000;
-  constexpr uint32_t kSmallestNormal = 0x00800000;
-  if (largest_bits >= kInfinity) {
+  if (largest >= kTooLarge || largest < kTooSmall) {
     memset(q, 0, kGroup);
-    *scale = FromBits(0x7fc00000);  // NaN
-    return 0;
+    *start = static_cast<int32_t>(kRound);
+    *shift = FromBits(largest >= kTooLarge ? 0x7fc00000 : kRound);  // NaN, or that of a scale of 1
+    return;
   }
-  const float step = FromBits(largest_bits) / 127.0f;
-  const bool is_zero = Bits(step) < kSmallestNormal;
-  *scale = is_zero ? 0.0f : step;
-  const float inverse = is_zero ? 0.0f : 1.0f / step;
-  constexpr float kRound = 12582912.0f;
+  const uint32_t scale = (largest >> 23) - 6;  // the exponent's bits
+  const float inverse = FromBits((254 - scale) << 23);
   int32_t sum = 0;
   for (int k = 0; k < kGroup; ++k) {
-    const int32_t rounded = static_cast<int32_t>(Bits(x[k] * inverse + kRound) - Bits(kRound));
-    q[k] = static_cast<int8_t>(rounded);
-    sum += rounded;
+    const int32_t rounded = static_cast<int32_t>(Bits(x[k] * inverse + FromBits(kRound)) - kRound);
+    const int32_t clamped = rounded > 127 ? 127 : rounded < -127 ? -127 : rounded;
+    q[k] = static_cast<int8_t>(clamped);
+    sum += clamped;
   }
-  return sum;
+  const uint32_t bits = kRound + ((scale - 127) << 23);
+  *shift = FromBits(bits);
+  *start = static_cast<int32_t>(bits) - offset * sum;
+}
+
+// One group of a tile of x, see Activations; rows are those of the tile.
+struct GroupRecord {
+  int8_t* q;
+  int32_t* starts;
+  float* shifts;
+};
+constexpr int kGroupRowBytes = kGroup + sizeof(int32_t) + sizeof(float);
+
+inline GroupRecord RecordAt(char* tile, int64_t num_rows, int64_t group) {
+  char* record = tile + group * num_rows * kGroupRowBytes;
+  return {reinterpret_cast<int8_t*>(record), reinterpret_cast<int32_t*>(record + num_rows * kGroup),
+          reinterpret_cast<float*>(record + num_rows * (kGroup + sizeof(int32_t)))};
 }
 
 template <class X>
-void QuantizeRow(const X* x, int64_t columns, int offset, int8_t* q, float* scales, int32_t* starts) {
-  for (int64_t k = 0; k < columns; k += kGroup) {
-    float group[kGroup] = {};
-    const int64_t size = columns - k < kGroup ? columns - k : kGroup;
-    for (int64_t i = 0; i < size; ++i) group[i] = ToFloat32(x[k + i]);
-    *starts++ = -offset * QuantizeGroup(group, q + k, scales++);
+void QuantizeTile(const LinearCall& call, Range rows, Range groups, const Activations& activations) {
+  const int64_t columns = call.weight.columns;
+  const int offset = call.weight.format == Format::kInt8 ? kInt8Offset : kInt4Offset;
+  char* tile = activations.values + rows.begin * activations.row_bytes;
+  const int64_t num_rows = rows.end - rows.begin;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const X* x = static_cast<const X*>(call.x) + (rows.begin + r) * call.x_stride;
+    for (int64_t g = groups.begin; g < groups.end; ++g) {
+      const int64_t k = g * kGroup;
+      const GroupRecord record = RecordAt(tile, num_rows, g);
+      float group[kGroup];
+      if (columns - k >= kGroup) {
+        for (int i = 0; i < kGroup; ++i) group[i] = ToFloat32(x[k + i]);
+      } else {
+        for (int i = 0; i < kGroup; ++i) group[i] = i < columns - k ? ToFloat32(x[k + i]) : 0.0f;
+      }
+      QuantizeGroup(group, offset, record.q + r * kGroup, record.starts + r, record.shifts + r);
+    }
   }
 }
 
+// Columns [columns.begin, columns.end), zeros where x has none.
 template <class X, class Out>
-void ExpandRow(const X* x, int64_t columns, int64_t padded_columns, Out* out) {
-  for (int64_t k = 0; k < columns; ++k) {
+void ExpandRow(const X* x, int64_t num_columns, Range columns, Out* out) {
+  const int64_t end = columns.end < num_columns ? columns.end : num_columns;
+  for (int64_t k = columns.begin; k < end; ++k) {
     if constexpr (sizeof(X) == sizeof(Out)) {
       out[k] = x[k];
     } else {
       out[k] = ToFloat32(x[k]);
     }
   }
-  for (int64_t k = columns; k < padded_columns; ++k) out[k] = 0;
+  for (int64_t k = end; k < columns.end; ++k) out[k] = 0;
 }
 
-inline int PreparedBytes(const LinearCall& call) {
-  switch (call.weight.format) {
+inline int64_t PreparedRowBytes(const LinearCall& call) {
+  const PackedView& w = call.weight;
+  switch (w.format) {
     case Format::kFloat32:
       return 0;
     case Format::kBfloat16:
       // Pairs are read where they are, unless the last one is incomplete.
-      return sizeof(Bf16X) == 2 && call.weight.columns % 2 == 0 ? 0 : sizeof(Bf16X);
+      return sizeof(Bf16X) == 2 && w.columns % 2 == 0 ? 0 : RoundUp(w.padded_columns * sizeof(Bf16X), 64);
     case Format::kInt8:
     case Format::kInt4:
-      return 1;
+      return w.num_groups * kGroupRowBytes;
   }
   return 0;
 }
 
 template <class X>
-void PrepareRows(const LinearCall& call, Range rows, const Activations& activations) {
+void PrepareTile(const LinearCall& call, Range rows, Range groups, const Activations& activations) {
   const PackedView& w = call.weight;
-  const int offset = w.format == Format::kInt8 ? kInt8Offset : kInt4Offset;
-  for (int64_t m = rows.begin; m < rows.end; ++m) {
-    const X* x = static_cast<const X*>(call.x) + m * call.x_stride;
-    char* out = activations.values + m * activations.row_bytes;
-    if (IsQuantized(w.format)) {
-      QuantizeRow(x, w.columns, offset, reinterpret_cast<int8_t*>(out), activations.scales + m * w.num_groups,
-                  activations.starts + m * w.num_groups);
-    } else if constexpr (sizeof(X) == 2) {
-      ExpandRow(x, w.columns, w.padded_columns, reinterpret_cast<Bf16X*>(out));
+  if (IsQuantized(w.format)) return QuantizeTile<X>(call, rows, groups, activations);
+  if constexpr (sizeof(X) == 2) {
+    const int64_t end = groups.end * kGroup;
+    const Range columns = {groups.begin * kGroup, end < w.padded_columns ? end : w.padded_columns};
+    for (int64_t m = rows.begin; m < rows.end; ++m) {
+      const X* x = static_cast<const X*>(call.x) + m * call.x_stride;
+      ExpandRow(x, w.columns, columns, reinterpret_cast<Bf16X*>(activations.values + m * activations.row_bytes));
     }
   }
 }
 
-inline void Prepare(const LinearCall& call, Range rows, const Activations& activations) {
-  if (call.dtype == DType::kFloat32) {
-    PrepareRows<float>(call, rows, activations);
-  } else {
-    PrepareRows<uint16_t>(call, rows, activations);
+inline void Prepare(const LinearCall& call, RowTiles tiles, Range groups, const Activations& activations) {
+  for (int64_t t = 0; t < tiles.num_tiles; ++t) {
+    if (call.dtype == DType::kFloat32) {
+      PrepareTile<float>(call, tiles.Rows(t), groups, activations);
+    } else {
+      PrepareTile<uint16_t>(call, tiles.Rows(t), groups, activations);
+    }
   }
 }
 

@@ -104,6 +104,12 @@ uint32_t ThreadPool::AwaitEpochAfter(uint32_t seen) {
   return epoch_.load();
 }
 
+void Barrier::Wait(int num_threads) {
+  num_arrived_.fetch_add(1, std::memory_order_acq_rel);
+  const auto is_complete = [&] { return num_arrived_.load(std::memory_order_acquire) == num_threads; };
+  while (!SpinUntil(is_complete)) std::this_thread::yield();
+}
+
 namespace {
 
 struct PoolState {

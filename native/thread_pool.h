@@ -56,6 +56,15 @@ class ThreadPool {
   std::condition_variable wake_;
 };
 
+// Where all threads of a task wait for each other, once.
+class Barrier {
+ public:
+  void Wait(int num_threads);
+
+ private:
+  std::atomic<int> num_arrived_{0};
+};
+
 // The process's pool, made on first use with the size last set (1 until then).
 //
 // After fork() the child has no workers: it starts with a pool of its own, of the same size, on first use. A fork while

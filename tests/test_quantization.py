@@ -242,11 +242,12 @@ def test_native_model_computes_what_its_definition_says(written, name, weight_fo
 def test_logits_of_a_quantized_model_stay_near_those_of_float32(written, name, quantize, largest, kernels):
     """Mean distance over the logits' spread; these random models are as sensitive as a model can be.
 
-    Native kernels round activations to int8 as well. That error is independent of an int8 weight's and as large, so
-    together they are sqrt(2) times one; beside an int4 weight's, 16 times as large, it does not count.
+    Native kernels round activations to int8 as well. That error is independent of an int8 weight's and at most twice as
+    large, since a scale that is a power of two is; together they are at most sqrt(1 + 4) times one. Beside an int4
+    weight's, 16 times as large, it does not count.
     """
     if kernels is KernelChoice.CPU and quantize == "int8":
-        largest *= math.sqrt(2)
+        largest *= math.sqrt(5)
     expected = prompt_logits(load_folder(written[name], kernels=kernels), PROMPT)
     actual = prompt_logits(load_folder(written[name], quantize=Quantize(quantize), kernels=kernels), PROMPT)
     assert (actual - expected).abs().mean() < largest * expected.std()

@@ -12,8 +12,12 @@ namespace headrace {
 namespace avx2 {
 
 // 16 registers: two accumulators for each row, four with integers.
-constexpr TileShapes kFloatTiles = {2, 3, 2};
-constexpr TileShapes kIntTiles = {2, 2, 1};
+constexpr int kFloatRows = 3;
+constexpr int FloatPanels(int) { return 2; }
+constexpr int kIntRows = 2;
+constexpr int IntPanels(int rows) { return rows <= 1 ? 2 : 1; }
+constexpr int kIntRowsAtOnce = 2;
+constexpr bool kKeepsGroup = false;
 // int8 weights become signed below, so that nothing needs to be taken off again.
 constexpr int kInt8Offset = 0;
 constexpr int kInt4Offset = 8;
@@ -39,6 +43,9 @@ inline void Store(float* to, const F32x16& a) {
 }
 inline F32x16 Add(const F32x16& a, const F32x16& b) {
   return {{_mm256_add_ps(a.half[0], b.half[0]), _mm256_add_ps(a.half[1], b.half[1])}};
+}
+inline F32x16 Sub(const F32x16& a, const F32x16& b) {
+  return {{_mm256_sub_ps(a.half[0], b.half[0]), _mm256_sub_ps(a.half[1], b.half[1])}};
 }
 inline F32x16 Mul(const F32x16& a, const F32x16& b) {
   return {{_mm256_mul_ps(a.half[0], b.half[0]), _mm256_mul_ps(a.half[1], b.half[1])}};
@@ -67,7 +74,9 @@ inline F32x16 MulAddBf16(const F32x16& acc, const Bf16Step& w, const Bf16X* x) {
 }
 
 inline I32x16 BroadcastInt(int32_t value) { return {{_mm256_set1_epi32(value), _mm256_set1_epi32(value)}}; }
-inline F32x16 ToFloat(const I32x16& a) { return {{_mm256_cvtepi32_ps(a.half[0]), _mm256_cvtepi32_ps(a.half[1])}}; }
+inline F32x16 BitsToFloat(const I32x16& a) {
+  return {{_mm256_castsi256_ps(a.half[0]), _mm256_castsi256_ps(a.half[1])}};
+}
 
 inline __m256i BroadcastBytes(const int8_t* x) {
   int32_t four;

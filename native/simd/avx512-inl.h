@@ -5,7 +5,11 @@
 //   Bf16Step, Int8Step, ...    64 bytes of packed weights (packed_matrix.h), unpacked as far as all rows of x share it
 //   Bf16X                      how prepared activations hold bfloat16: as pairs, or expanded to float32
 //   kInt8Offset, kInt4Offset   added to stored weights by Dot...: sums start at -offset * sum(x), and come out exact
-//   kFloatTiles, kIntTiles     tiles whose accumulators stay in registers
+//   kFloatRows, FloatPanels(rows), kIntRows, IntPanels(rows)
+//                              tiles whose accumulators stay in registers: the most rows, and how many panels beside so
+//                              many rows
+//   kKeepsGroup                whether a group's unpacked weights stay in registers too, for kIntRowsAtOnce rows after
+//                              another
 // Nothing here may have external linkage shared with another target: the linker would keep one copy for all.
 
 #include <immintrin.h>
@@ -19,8 +23,14 @@
 namespace headrace {
 namespace HEADRACE_TARGET {
 
-constexpr TileShapes kFloatTiles = {2, 8, 2};
-constexpr TileShapes kIntTiles = {4, 6, 2};
+constexpr int kFloatRows = 8;
+constexpr int FloatPanels(int) { return 2; }
+constexpr int kIntRows = 16;
+// A second stream of weights helps the hardware to prefetch where memory is the limit; one panel leaves the most
+// registers where arithmetic is.
+constexpr int IntPanels(int rows) { return rows <= 1 ? 4 : rows <= 4 ? 2 : 1; }
+constexpr int kIntRowsAtOnce = 4;  // as many chains of dot products as hide an instruction's latency
+constexpr bool kKeepsGroup = true;
 constexpr int kInt8Offset = 128;
 constexpr int kInt4Offset = 8;
 
@@ -34,6 +44,7 @@ inline F32x16 LoadHalf(const uint16_t* from) {
 }
 inline void Store(float* to, F32x16 a) { _mm512_storeu_ps(to, a); }
 inline F32x16 Add(F32x16 a, F32x16 b) { return _mm512_add_ps(a, b); }
+inline F32x16 Sub(F32x16 a, F32x16 b) { return _mm512_sub_ps(a, b); }
 inline F32x16 Mul(F32x16 a, F32x16 b) { return _mm512_mul_ps(a, b); }
 // a * b + c, rounded once.
 inline F32x16 MulAdd(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fmadd_ps(a, b, c); }
@@ -68,13 +79,15 @@ inline F32x16 MulAddBf16(F32x16 acc, const Bf16Step& w, const Bf16X* x) {
 #endif
 
 inline I32x16 BroadcastInt(int32_t value) { return _mm512_set1_epi32(value); }
-inline F32x16 ToFloat(I32x16 a) { return _mm512_cvtepi32_ps(a); }
+// The float with those bits.
+inline F32x16 BitsToFloat(I32x16 a) { return _mm512_castsi512_ps(a); }
 
-// acc[n] + sum over i of w[4 n + i] x[i]: unsigned weights times signed activations, exact in 32 bits.
+// acc[n] + sum over i of w[4 n + i] x[i]: unsigned weights times signed activations, exact in 32 bits. In assembly,
+// because GCC loads the broadcast apart, which fills the window in which the processor looks for independent work.
 inline I32x16 DotBytes(I32x16 acc, __m512i w, const int8_t* x) {
-  int32_t four;
-  memcpy(&four, x, sizeof four);
-  return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four));
+  using Four = int32_t __attribute__((may_alias, aligned(1)));
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*reinterpret_cast<const Four*>(x)));
+  return acc;
 }
 
 using Int8Step = __m512i;

@@ -9,8 +9,12 @@
 namespace headrace {
 namespace portable {
 
-constexpr TileShapes kFloatTiles = {1, 4, 1};
-constexpr TileShapes kIntTiles = {1, 2, 1};
+constexpr int kFloatRows = 4;
+constexpr int FloatPanels(int) { return 1; }
+constexpr int kIntRows = 2;
+constexpr int IntPanels(int) { return 1; }
+constexpr int kIntRowsAtOnce = 2;
+constexpr bool kKeepsGroup = false;
 constexpr int kInt8Offset = 128;
 constexpr int kInt4Offset = 8;
 
@@ -40,6 +44,9 @@ inline F32x16 LoadHalf(const uint16_t* from) {
 inline void Store(float* to, const F32x16& a) { memcpy(to, a.lane, sizeof a.lane); }
 inline F32x16 Add(const F32x16& a, const F32x16& b) {
   return MakeF32([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline F32x16 Sub(const F32x16& a, const F32x16& b) {
+  return MakeF32([&](int i) { return a.lane[i] - b.lane[i]; });
 }
 inline F32x16 Mul(const F32x16& a, const F32x16& b) {
   return MakeF32([&](int i) { return a.lane[i] * b.lane[i]; });
@@ -72,8 +79,8 @@ inline I32x16 BroadcastInt(int32_t value) {
   for (int i = 0; i < 16; ++i) out.lane[i] = value;
   return out;
 }
-inline F32x16 ToFloat(const I32x16& a) {
-  return MakeF32([&](int i) { return static_cast<float>(a.lane[i]); });
+inline F32x16 BitsToFloat(const I32x16& a) {
+  return MakeF32([&](int i) { return FromBits(static_cast<uint32_t>(a.lane[i])); });
 }
 
 struct U8x64 {

@@ -5,7 +5,7 @@ from headrace.kernels.reference.attention import attention, store_kv_
 from headrace.kernels.reference.linear import embedding, linear, linear_int8_activations
 from headrace.kernels.reference.moe import route_experts
 from headrace.kernels.reference.norm import add_, layer_norm, rms_norm
-from headrace.kernels.reference.quantize import dequantize, quantize_rows
+from headrace.kernels.reference.quantize import dequantize, quantize_activations, quantize_rows
 from headrace.kernels.reference.record import record
 from headrace.kernels.reference.rotary import rotary_
 from headrace.kernels.reference.sampling import argmax, log_sum_exp, top_k
@@ -24,6 +24,7 @@ __all__ = [
     "linear_int8_activations",
     "log_sum_exp",
     "make_weight_builder",
+    "quantize_activations",
     "quantize_rows",
     "record",
     "rms_norm",

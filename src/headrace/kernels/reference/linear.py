@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.config import WeightFormat
 from headrace.errors import KernelError, ShapeError
-from headrace.kernels.reference.quantize import dequantize, in_groups, quantize_rows, unpacked_values
+from headrace.kernels.reference.quantize import dequantize, in_groups, quantize_activations, unpacked_values
 from headrace.kernels.weights import DenseWeight, PackedWeight, QuantizedWeight, Weight
 
 _EXPANDED_ELEMENTS = 2**19
@@ -38,17 +37,17 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_int8_activations(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias with x quantized to int8 by row and group along K, as `quantize_rows` does it.
+    """x W^T + bias with x quantized to int8 by row and group along K (`quantize_activations`).
 
     out = sum over groups g of scale_x[g] * scale_w[g] * (q_x[g] . q_w[g]): the dot products are exact integers, the sum
-    is float32 in ascending order of g, rounded once to the dtype of x. A group with NaN or infinity makes its row NaN.
+    is float32 in ascending order of g, rounded once to the dtype of x. NaN, infinity or a magnitude of 2^111 makes its
+    row NaN.
 
     Shapes: as `linear`.
     """
-    is_finite = torch.isfinite(x).all(dim=-1, keepdim=True)
-    q_x, scale_x = quantize_rows(torch.where(is_finite, x, 0), WeightFormat.INT8)
+    q_x, scale_x = quantize_activations(x)
     # float64 holds the integers and their products exactly.
-    x_groups = in_groups(q_x.double()).transpose(0, 1)
+    x_groups = q_x.double().transpose(0, 1)
     w_groups = in_groups(unpacked_values(weight).double()).transpose(0, 1)
     out = torch.zeros(x.shape[0], weight.shape[0])
     for g, (x_group, w_group) in enumerate(zip(x_groups, w_groups, strict=True)):
@@ -56,7 +55,7 @@ def linear_int8_activations(x: Tensor, weight: QuantizedWeight, bias: Tensor | N
         out += (x_group @ w_group.T).float() * scales
     if bias is not None:
         out += bias.float()
-    return torch.where(is_finite, out, torch.nan).to(x.dtype)
+    return out.to(x.dtype)
 
 
 def embedding(ids: Tensor, weight: Weight, *, dtype: torch.dtype, scale: float = 1.0, offset: int = 0) -> Tensor:

@@ -37,6 +37,32 @@ def quantize_rows(rows: Tensor, weight_format: WeightFormat) -> tuple[Tensor, Te
     return (_pack_int4(q) if weight_format is WeightFormat.INT4 else q.to(torch.int8)), scales.squeeze(-1)
 
 
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each row to int8 in groups of QUANTIZATION_GROUP_SIZE entries with powers of two as scales.
+
+    scale = 2^(floor(log2(max|x|)) - 6), q = round(x / scale), ties to even, clamped to -127 .. 127: the largest entry
+    lands between 64 and 127. Dividing and multiplying by a power of two is exact, which saves kernels a rounding and an
+    instruction for each group; against max|x| / 127 a step is up to twice as long, 1.4 times on the average.
+
+    A group whose largest magnitude is below 2^-120 is all zeros; one with NaN, infinity or 2^111 and more has the scale
+    NaN, since kernels add its integers to a float of 1.5 * 2^23 scales.
+
+    Shapes:
+        x:       [n, K]
+        returns: q [n, groups, group] int8, the last group filled with zeros; scales [n, groups] float32
+    Source: MXINT8, Open Compute Project, Microscaling Formats (MX) 1.0.
+    """
+    groups = in_groups(x.float())
+    largest = groups.abs().amax(dim=-1, keepdim=True)
+    is_too_large = ~(largest < 2.0**111)
+    is_zero = is_too_large | (largest < 2.0**-120)
+    # frexp: largest = mantissa * 2^exponent with a mantissa in [0.5, 1).
+    exponent = torch.frexp(torch.where(is_zero, 1.0, largest)).exponent - 1
+    scales = torch.ldexp(torch.ones_like(largest), exponent - 6)
+    q = torch.where(is_zero, 0.0, groups / scales).round().clamp(-127, 127).to(torch.int8)
+    return q, torch.where(is_too_large, torch.nan, scales).squeeze(-1)
+
+
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """The float32 matrix a quantized weight stands for: [N, K]."""
     scaled = in_groups(unpacked_values(weight).float()) * weight.scales.unsqueeze(-1)
