@@ -8,7 +8,7 @@
 //   int8, int4 x is quantized by row and group of 32 with scales that are powers of two (quantize-inl.h). Then for each
 //              group, ascending, acc = fma(float(sum of q_x q_w) * scale_x, scale_w, acc), sum and product exact;
 //              out = acc * row_scale. A group of x with NaN, infinity or a magnitude of 2^111 makes its row NaN.
-//   then       acc + bias, rounded once to the type of x.
+//   then       acc + bias, rounded once to the type of out.
 #ifndef HEADRACE_NATIVE_LINEAR_H_
 #define HEADRACE_NATIVE_LINEAR_H_
 
@@ -28,8 +28,8 @@ namespace headrace {
 //   kGemm      rows of x in blocks that fit L2; each block meets all of W.
 enum class Arm { kGemv, kFlatGemm, kGemm };
 
-// What does not change while a product is computed. Rows of x are x_stride elements apart; out and bias are contiguous
-// and of x's type; bias may be null.
+// What does not change while a product is computed. Rows of x are x_stride elements apart; out and bias are contiguous,
+// bias of x's type; it may be null.
 struct LinearCall {
   PackedView weight;
   DType dtype;
@@ -38,6 +38,7 @@ struct LinearCall {
   int64_t x_stride;
   const void* bias;
   void* out;
+  DType out_dtype;
 };
 
 // Throws std::invalid_argument if x's type does not fit a floating-point weight's.

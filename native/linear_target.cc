@@ -78,12 +78,17 @@ struct TilePlace {
   int64_t x_row_bytes;
 };
 
+inline float BiasAt(const LinearCall& call, int64_t n) {
+  if (call.dtype == DType::kFloat32) return static_cast<const float*>(call.bias)[n];
+  return FromBfloat16(static_cast<const uint16_t*>(call.bias)[n]);
+}
+
 // The end of every chain: scale the row, add the bias, round, store the lanes that exist.
 template <class Out, class NumLanes>
 void StoreLanes(const LinearCall& call, int64_t row, int64_t n, NumLanes num_lanes, F32x16 acc) {
   if (call.bias != nullptr) {
     float bias[kLanes] = {};
-    for (int64_t i = 0; i < num_lanes; ++i) bias[i] = ToFloat32(static_cast<const Out*>(call.bias)[n + i]);
+    for (int64_t i = 0; i < num_lanes; ++i) bias[i] = BiasAt(call, n + i);
     acc = Add(acc, Load(bias));
   }
   Out* out = static_cast<Out*>(call.out) + row * call.weight.rows + n;
@@ -111,7 +116,7 @@ void StoreOutput(const LinearCall& call, int64_t row, int64_t panel, F32x16 acc)
 }
 
 inline void StoreOutput(const LinearCall& call, int64_t row, int64_t panel, const F32x16& acc) {
-  if (call.dtype == DType::kFloat32) {
+  if (call.out_dtype == DType::kFloat32) {
     StoreOutput<float>(call, row, panel, acc);
   } else {
     StoreOutput<uint16_t>(call, row, panel, acc);

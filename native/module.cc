@@ -45,9 +45,9 @@ class NativeLinear {
   explicit NativeLinear(const std::string& target) : target_(TargetFromName(target)) {}
 
   void Run(Stream& stream, Arm arm, const PackedMatrix& weight, DType dtype, int64_t num_rows, uintptr_t x, int64_t x_stride,
-           uintptr_t bias, uintptr_t out) const {
+           uintptr_t bias, uintptr_t out, DType out_dtype) const {
     const LinearCall call = {weight.view(), dtype, num_rows, Pointer<const void>(x), x_stride, Pointer<const void>(bias),
-                             Pointer<void>(out)};
+                             Pointer<void>(out), out_dtype};
     stream.Run("linear", [target = target_, arm, call] { Linear(target, arm, call); });
   }
 
@@ -88,7 +88,7 @@ void DefineLinear(nb::module_& m) {
   nb::class_<NativeLinear>(m, "Linear")
       .def(nb::init<const std::string&>(), nb::arg("target"))
       .def("run", &NativeLinear::Run, nb::arg("stream"), nb::arg("arm"), nb::arg("weight"), nb::arg("dtype"), nb::arg("num_rows"),
-           nb::arg("x_ptr"), nb::arg("x_stride"), nb::arg("bias_ptr"), nb::arg("out_ptr"), Unlocked());
+           nb::arg("x_ptr"), nb::arg("x_stride"), nb::arg("bias_ptr"), nb::arg("out_ptr"), nb::arg("out_dtype"), Unlocked());
 }
 
 void DefinePeaks(nb::module_& m) {

@@ -319,6 +319,20 @@ class TestInputs:
         assert linear(x[:0], case.packed).shape == (0, 33)
         assert torch.equal(linear(x.view(2, 3, 100), case.packed), linear(x, case.packed).view(2, 3, 33))
 
+    @each_format
+    @each_target
+    def test_output_in_float32_is_that_of_bfloat16_before_it_was_rounded(
+        self, target: str, weight_format: WeightFormat
+    ) -> None:
+        case = make_case(weight_format, 33, 100)
+        linear = cpu.Linear(target, cpu.Stream())
+        dtype = case.x_dtypes[-1]
+        for num_rows in (1, 5):
+            x, bias = make_x(num_rows, 100, dtype), torch.randn(33).to(dtype)
+            wide = linear(x, case.packed, bias, out_dtype=torch.float32)
+            assert wide.dtype == torch.float32
+            assert torch.equal(wide.to(dtype), linear(x, case.packed, bias))
+
     def test_output_rows_are_all_written_and_nothing_else(self) -> None:
         """The kernel writes into the middle of a poisoned buffer."""
         for weight_format in FORMATS:
@@ -341,6 +355,7 @@ class TestInputs:
                         x.stride(0),
                         0,
                         address,
+                        dtype,
                     )
                     assert poisoned[0].isnan().all()
                     assert poisoned[-1].isnan().all()

@@ -212,8 +212,11 @@ def test_model_quantized_on_load_equals_one_whose_weights_were_rounded(written, 
     assert (actual - prompt_logits(load_folder(rounded, kernels=REFERENCE), PROMPT)).abs().max() < 1e-4
 
 
-def by_definition(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """A linear layer as the native kernels define it."""
+def by_definition(
+    x: Tensor, weight: Weight, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """A linear layer as the native kernels define it, in float32."""
+    assert out_dtype in (None, torch.float32)
     if isinstance(weight, QuantizedWeight):
         return reference.linear_int8_activations(x, weight, bias)
     return reference.linear(x, weight, bias)
@@ -353,7 +356,7 @@ def test_kernels_this_build_has_are_chosen_and_explained(value):
     assert {row.implementation for row in kernels.explain()} == implementations
     assert all(row.reason.startswith(reason) for row in kernels.explain())
     fields = set(type(kernels).__dataclass_fields__)
-    assert {row.op for row in kernels.explain()} == fields - {"choices", "set_num_threads"}
+    assert {row.op for row in kernels.explain()} == fields - {"choices", "set_num_threads", "dataflow", "tuning_key"}
 
 
 def test_kernels_asked_for_by_name_raise_where_they_cannot_run():

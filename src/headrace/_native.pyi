@@ -70,6 +70,7 @@ class Linear:
         x_stride: int,
         bias_ptr: int,
         out_ptr: int,
+        out_dtype: DType,
     ) -> None: ...
 
 def embedding(

@@ -37,7 +37,9 @@ class Recording:
 
 
 class LinearOp(Protocol):
-    def __call__(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, weight: Weight, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
+    ) -> Tensor: ...
 
 
 class EmbeddingOp(Protocol):

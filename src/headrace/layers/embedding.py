@@ -85,7 +85,7 @@ class LmHead:
         """Shapes: hidden_states [num_rows, hidden_size]; returns [num_rows, vocab_size] float32."""
         if self.project_out is not None:
             hidden_states = self._linear(hidden_states, self.project_out.weight)
-        logits = self._logits(hidden_states).float()
+        logits = self._logits(hidden_states)
         if self._soft_cap is not None:
             logits = self._soft_cap * torch.tanh(logits / self._soft_cap)
         return logits
@@ -98,9 +98,9 @@ class LmHead:
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
         if self._own is not None:
-            return self._group.all_gather(self._own(hidden_states))
+            return self._group.all_gather(self._own(hidden_states, out_dtype=torch.float32))
         assert self._tied is not None
-        return self._linear(hidden_states, self._tied.weight)
+        return self._linear(hidden_states, self._tied.weight, out_dtype=torch.float32)
 
     def parameters(self) -> Iterator[Parameter]:
         if self._own is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from headrace.layers.context import LayerContext
@@ -47,8 +48,9 @@ class ColumnParallelLinear:
         biases = [vector_slice(f"{part.name}.bias", part.size, part.rows) for part in parts]
         self.bias = Parameter(biases) if has_bias else None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._linear(x, self.weight.weight, None if self.bias is None else self.bias.vector)
+    def __call__(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        bias = None if self.bias is None else self.bias.vector
+        return self._linear(x, self.weight.weight, bias, out_dtype=out_dtype)
 
     def parameters(self) -> Iterator[Parameter]:
         yield self.weight

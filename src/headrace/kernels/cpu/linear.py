@@ -40,13 +40,22 @@ class Linear:
         self._dataflow = dataflow or Dataflow()
         self._native = _native.Linear(target)
 
-    def __call__(self, x: Tensor, weight: Weight, bias: Tensor | None = None, *, arm: Arm | None = None) -> Tensor:
-        """
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        out_dtype: torch.dtype | None = None,
+        arm: Arm | None = None,
+    ) -> Tensor:
+        """out_dtype: that of x if None; float32 keeps all of the accumulators.
+
         Shapes:
             x:       [..., K] float32 or bfloat16; the dtype of W if that is floating point
             weight:  [N, K] packed
             bias:    [N], dtype of x
-            returns: [..., N], dtype of x
+            returns: [..., N]
         Raises:
             ShapeError: x, weight and bias do not fit together.
             KernelError: dtypes that do not, or a weight that is not packed.
@@ -56,7 +65,8 @@ class Linear:
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]):
             rows = rows.contiguous()
-        out = self._stream.empty((*x.shape[:-1], weight.shape[0]), x.dtype)
+        out_dtype = out_dtype or x.dtype
+        out = self._stream.empty((*x.shape[:-1], weight.shape[0]), out_dtype)
         if bias is not None:
             bias = bias.contiguous()
         self._native.run(
@@ -69,6 +79,7 @@ class Linear:
             rows.stride(0),
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
+            native_dtype(out_dtype),
         )
         return out
 

@@ -12,28 +12,30 @@ _EXPANDED_ELEMENTS = 2**19
 """Of a quantized weight expanded at once: a whole one would need many times the memory that quantizing saved."""
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """x W^T + bias; a quantized W is expanded to x's dtype, some rows at a time.
+
+    out_dtype: that of x if None.
 
     Shapes:
         x:       [num_tokens, K]
         weight:  [N, K]
         bias:    [N]
-        returns: [num_tokens, N], dtype of x
+        returns: [num_tokens, N]
     Raises:
         ShapeError: x and the weight disagree about K.
     """
     if x.shape[-1] != weight.shape[1]:
         raise ShapeError(f"input has {x.shape[-1]} columns, the weight takes {weight.shape[1]}")
     if isinstance(weight, DenseWeight):
-        return F.linear(x, weight.data, bias)
+        return F.linear(x, weight.data, bias).to(out_dtype or x.dtype)
     weight = _quantized(weight)
     out = x.new_empty(x.shape[0], weight.shape[0])
     step = max(1, _EXPANDED_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = _rows(weight, slice(start, start + step))
         out[:, start : start + step] = F.linear(x, dequantize(rows).to(x.dtype))
-    return out if bias is None else out + bias
+    return (out if bias is None else out + bias).to(out_dtype or x.dtype)
 
 
 def linear_int8_activations(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
