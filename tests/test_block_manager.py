@@ -60,9 +60,9 @@ def test_allocate_takes_whole_blocks(num_tokens: int, num_blocks: int) -> None:
 def test_append_adds_a_block_only_at_a_boundary() -> None:
     manager = BlockManager(10, 4, enable_prefix_caching=True)
     manager.allocate(0, 3)
-    assert [len(manager.append_slots(0, n)) for n in range(3, 14)] == [0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1]
-    assert len(manager.append_slots(0, 24)) == 2
-    assert manager.append_slots(0, 1) == ()
+    assert [len(manager.try_append(0, n)) for n in range(3, 14)] == [0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1]
+    assert len(manager.try_append(0, 24)) == 2
+    assert manager.try_append(0, 1) == ()
 
 
 @pytest.mark.parametrize(
@@ -211,8 +211,7 @@ def test_refusals_leave_everything_as_it_was() -> None:
     shared = manager.cached_prefix(reader(tokens), 5)
     with pytest.raises(RuntimeError, match=r"sequence 1 needs room for 8 tokens \(4 blocks\), but only 1 of 4 blocks"):
         manager.allocate(1, 8, shared)
-    with pytest.raises(RuntimeError, match=r"only 1 of 4 blocks are free; free\(\) another sequence first"):
-        manager.append_slots(0, 9)
+    assert manager.try_append(0, 9) is None
     with pytest.raises(ValueError, match="sequence 0 holds blocks already"):
         manager.allocate(0, 2)
     with pytest.raises(ValueError, match="2 shared blocks of 2 tokens exceed 3 tokens"):
@@ -223,10 +222,10 @@ def test_refusals_leave_everything_as_it_was() -> None:
     manager.check_integrity()
 
 
-@pytest.mark.parametrize("method", ["block_table", "free", "append_slots", "can_append", "commit", "forkable_prefix"])
+@pytest.mark.parametrize("method", ["block_table", "free", "try_append", "commit", "forkable_prefix"])
 def test_unknown_sequence(method: str) -> None:
     manager = BlockManager(4, 2, enable_prefix_caching=True)
-    arguments = {"append_slots": (1,), "can_append": (1,), "forkable_prefix": (1,), "commit": (reader((1, 2)), 2)}
+    arguments = {"try_append": (1,), "forkable_prefix": (1,), "commit": (reader((1, 2)), 2)}
     with pytest.raises(ValueError, match=r"sequence 5 holds no block table; allocate\(\) one first"):
         getattr(manager, method)(5, *arguments.get(method, ()))
 
@@ -339,12 +338,13 @@ class BlockManagerMachine(RuleBasedStateMachine):
         seq_id = self.pick(data)
         tokens = (*self.tokens[seq_id], *more)
         before = self.manager.block_table(seq_id)
-        if not self.manager.can_append(seq_id, len(tokens)):
-            with pytest.raises(RuntimeError):
-                self.manager.append_slots(seq_id, len(tokens))
+        num_missing = self.manager.num_blocks_for(len(tokens)) - len(before)
+        has_room = num_missing <= self.manager.num_free_blocks
+        new = self.manager.try_append(seq_id, len(tokens))
+        if not has_room:
+            assert new is None
             assert self.manager.block_table(seq_id) == before
             return
-        new = self.manager.append_slots(seq_id, len(tokens))
         assert self.manager.block_table(seq_id) == (*before, *new)
         assert len(before) + len(new) == self.manager.num_blocks_for(len(tokens))
         self.tokens[seq_id] = tokens

@@ -146,23 +146,19 @@ class BlockManager:
         self._tables[seq_id] = _BlockTable([*shared, *new], len(shared), prefix)
         return (*shared, *new)
 
-    def can_append(self, seq_id: int, num_tokens: int) -> bool:
-        """Whether `append_slots` would succeed."""
-        return self._num_missing_blocks(seq_id, num_tokens) <= len(self._free)
-
-    def append_slots(self, seq_id: int, num_tokens: int) -> tuple[int, ...]:
+    def try_append(self, seq_id: int, num_tokens: int) -> tuple[int, ...] | None:
         """Grow a table until it has room for num_tokens tokens in all; returns the blocks added, often none.
 
-        Raises:
-            RuntimeError: too few free blocks; ask `can_append` first.
+        None if too few blocks are free, and then nothing has changed.
         """
-        num_missing = self._num_missing_blocks(seq_id, num_tokens)
+        block_ids = self._table(seq_id).block_ids
+        num_missing = self.num_blocks_for(num_tokens) - len(block_ids)
         if num_missing <= 0:
             return ()
         if num_missing > len(self._free):
-            raise self._out_of_blocks(seq_id, num_tokens)
+            return None
         new = tuple([self._take_free_block() for _ in range(num_missing)])
-        self._tables[seq_id].block_ids.extend(new)
+        block_ids.extend(new)
         return new
 
     def commit(self, seq_id: int, tokens: TokenReader, num_computed_tokens: int) -> None:
@@ -215,9 +211,6 @@ class BlockManager:
         if table is None:
             raise ValueError(f"sequence {seq_id} holds no block table; allocate() one first")
         return table
-
-    def _num_missing_blocks(self, seq_id: int, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size) - len(self._table(seq_id).block_ids)
 
     def _out_of_blocks(self, seq_id: int, num_tokens: int) -> RuntimeError:
         return RuntimeError(

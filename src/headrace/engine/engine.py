@@ -13,7 +13,7 @@ from headrace.config import SamplingParams
 from headrace.engine.load import LoadedModel
 from headrace.engine.metrics import EngineMetrics
 from headrace.engine.outputs import CompletionChunk, RequestUpdate
-from headrace.engine.plan import ScheduledChunk, StepPlan, StepResult
+from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.request_state import RequestState
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.sequence import FinishReason, Sequence
@@ -178,15 +178,9 @@ class Engine:
             self._prefix_hit_tokens += state.sequence(new.seq_id).num_cached_tokens
 
     def _count(self, plan: StepPlan) -> None:
-        """Prefill is every prompt token computed, and whatever a preemption makes compute again."""
         self._num_steps += bool(plan.chunks)
-        num_decode_tokens = sum(1 for chunk in plan.chunks if self._is_decode(chunk))
-        self._num_decode_tokens += num_decode_tokens
-        self._num_prefill_tokens += plan.num_tokens - num_decode_tokens
-
-    def _is_decode(self, chunk: ScheduledChunk) -> bool:
-        sequence = self._by_sequence[chunk.seq_id].sequence(chunk.seq_id)
-        return chunk.num_tokens == 1 and chunk.samples and chunk.start >= sequence.num_prompt_tokens
+        self._num_decode_tokens += plan.num_decode_tokens
+        self._num_prefill_tokens += plan.num_tokens - plan.num_decode_tokens
 
     def _collect(self, result: StepResult) -> list[RequestUpdate]:
         now = time.monotonic()

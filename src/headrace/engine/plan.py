@@ -2,11 +2,13 @@
 
 A rank keeps the tokens, block table and sampling settings of each live sequence, so a plan carries only what changed.
 Nothing here is decided by a rank: whoever holds the same plans in the same order holds the same state.
+
+What is made for every sequence of every step is a named tuple, which costs a third of a frozen dataclass.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from headrace.config import SamplingParams
 
@@ -21,8 +23,7 @@ class NewSequence:
     seed: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScheduledChunk:
+class ScheduledChunk(NamedTuple):
     """Run tokens [start, start + num_tokens) of a sequence.
 
     new_block_ids: appended to the rank's block table; if `resets_blocks`, the table is emptied first (admission, and
@@ -44,6 +45,8 @@ class StepPlan:
 
     sampled: the last step's (sequence id, token id) of sequences that go on. A rank learns every token from here, so
         that ranks which hold no logits know them too.
+    num_decode_tokens: tokens of outputs, run one at a time; the others are prefill: every prompt token computed, and
+        whatever a preemption makes compute again.
     """
 
     step: int
@@ -51,10 +54,11 @@ class StepPlan:
     new: tuple[NewSequence, ...]
     finished: tuple[int, ...]
     chunks: tuple[ScheduledChunk, ...]
+    num_decode_tokens: int
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks)
+        return sum([chunk.num_tokens for chunk in self.chunks])
 
     def to_mapping(self) -> dict[str, Any]:
         """JSON-able data, for the way to other ranks."""
@@ -63,7 +67,8 @@ class StepPlan:
             "sampled": self.sampled,
             "new": [vars(new) | {"params": new.params.to_mapping()} for new in self.new],
             "finished": self.finished,
-            "chunks": [vars(chunk) for chunk in self.chunks],
+            "chunks": [chunk._asdict() for chunk in self.chunks],
+            "num_decode_tokens": self.num_decode_tokens,
         }
 
     @classmethod
@@ -77,6 +82,7 @@ class StepPlan:
             chunks=tuple(
                 ScheduledChunk(**(chunk | {"new_block_ids": tuple(chunk["new_block_ids"])})) for chunk in data["chunks"]
             ),
+            num_decode_tokens=data["num_decode_tokens"],
         )
 
 
@@ -98,8 +104,7 @@ class TokenLogprob:
     rank: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """The next token of a sequence; logprobs (the chosen token first, then the most likely) where asked for."""
 
     seq_id: int

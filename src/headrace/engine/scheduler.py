@@ -43,6 +43,7 @@ class _Draft:
     new: list[NewSequence] = field(default_factory=list)
     decodes: list[ScheduledChunk] = field(default_factory=list)
     prefills: list[ScheduledChunk] = field(default_factory=list)
+    num_decode_tokens: int = 0
     has_preempted: bool = False
 
     def add_prefill(self, sequence: Sequence, new_block_ids: tuple[int, ...], *, resets_blocks: bool = False) -> None:
@@ -165,10 +166,11 @@ class Scheduler:
         self._step += 1
         plan = StepPlan(
             step=self._step,
-            sampled=tuple(entry for entry in self._sampled if entry[0] in self._entries),
+            sampled=tuple([token for token in self._sampled if token[0] in self._entries]),
             new=tuple(draft.new),
             finished=tuple(self._finished),
             chunks=(*draft.decodes, *draft.prefills),
+            num_decode_tokens=draft.num_decode_tokens,
         )
         self._finished.clear()
         self._sampled.clear()
@@ -250,32 +252,38 @@ class Scheduler:
             num_tokens = sequence.num_tokens
             if num_tokens - sequence.num_computed_tokens > 1:
                 prefilling.append(sequence)
-            elif self._make_room(entry, num_tokens, draft):
-                draft.decodes.append(
-                    ScheduledChunk(
-                        seq_id=sequence.seq_id,
-                        start=num_tokens - 1,
-                        num_tokens=1,
-                        new_block_ids=self._blocks.append_slots(sequence.seq_id, num_tokens),
-                        resets_blocks=False,
-                        samples=True,
-                    )
+                continue
+            new_block_ids = self._grow(entry, num_tokens, draft)
+            if new_block_ids is None:
+                continue
+            draft.decodes.append(
+                ScheduledChunk(
+                    seq_id=sequence.seq_id,
+                    start=num_tokens - 1,
+                    num_tokens=1,
+                    new_block_ids=new_block_ids,
+                    resets_blocks=False,
+                    samples=True,
                 )
+            )
+            # The last token of a prompt may come alone, too.
+            draft.num_decode_tokens += num_tokens > sequence.num_prompt_tokens
         draft.num_free_tokens -= len(draft.decodes)
         for sequence in prefilling:
             if draft.num_free_tokens == 0:
                 break
             draft.add_prefill(sequence, ())
 
-    def _make_room(self, entry: _Entry, num_tokens: int, draft: _Draft) -> bool:
-        """Preempt from the end until the sequence can grow; False if that took the sequence itself."""
-        while not self._blocks.can_append(entry.sequence.seq_id, num_tokens):
+    def _grow(self, entry: _Entry, num_tokens: int, draft: _Draft) -> tuple[int, ...] | None:
+        """Blocks for num_tokens tokens in all, most often no new ones. Preempts from the end until they are there; None
+        if that took the sequence itself."""
+        while (new_block_ids := self._blocks.try_append(entry.sequence.seq_id, num_tokens)) is None:
             victim = self._running.pop()
             self._preempt(victim)
             draft.has_preempted = True
             if victim is entry:
-                return False
-        return True
+                return None
+        return new_block_ids
 
     def _preempt(self, entry: _Entry) -> None:
         """Back to the waiting line, before everyone who arrived later. Its tokens are kept and computed again."""
