@@ -1,7 +1,7 @@
 """Turns rows of token ids and block tables into one forward pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +14,7 @@ from headrace.engine.decode_step import MAX_DECODE_STEP_SEQS, DecodeStep
 from headrace.models.decoder import Decoder
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(NamedTuple):
     """New tokens of one sequence: positions start, start + 1, ...; block_table covers them and all before.
 
     Shapes: block_table [num_blocks] int32

@@ -3,12 +3,12 @@
 A worker decides nothing. Whoever feeds it the same plans gets the same tokens, in this process or another.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from headrace.config import SamplingParams
 from headrace.engine.block_table import BlockTable
 from headrace.engine.logprobs import prompt_logprobs
 from headrace.engine.plan import NewSequence, PromptLogprobs, ScheduledChunk, StepPlan, StepResult
@@ -20,18 +20,20 @@ _PROMPT_LOGITS_ROWS = 64
 """Prompt positions whose logits exist at once: 64 rows of 128 Ki entries are 32 MiB of float32."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class _WorkerSequence:
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    seed: int
-    output_token_ids: list[int] = field(default_factory=list)
+    """sampling: what the sampler sees of the sequence; its output_token_ids are the list here, which grows."""
+
+    new: NewSequence
+    output_token_ids: list[int]
+    sampling: SamplingRow
     block_table: BlockTable = field(default_factory=BlockTable)
 
-    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
-        num_prompt = len(self.prompt_token_ids)
-        output = self.output_token_ids[max(start - num_prompt, 0) : max(stop - num_prompt, 0)]
-        return (*self.prompt_token_ids[start:stop], *output)
+    def tokens(self, start: int, stop: int) -> Sequence[int]:
+        prompt = self.new.prompt_token_ids
+        if start >= len(prompt):
+            return self.output_token_ids[start - len(prompt) : stop - len(prompt)]
+        return (*prompt[start:stop], *self.output_token_ids[: max(stop - len(prompt), 0)])
 
 
 class Worker:
@@ -55,7 +57,7 @@ class Worker:
         for seq_id in plan.finished:
             del self._sequences[seq_id]
         for new in plan.new:
-            self._sequences[new.seq_id] = _worker_sequence(new)
+            self._sequences[new.seq_id] = self._sequence(new)
         if not plan.chunks:
             return StepResult(sampled=())
         hidden_states = self._runner.run([self._row(chunk) for chunk in plan.chunks])
@@ -64,6 +66,18 @@ class Worker:
     def reset(self) -> None:
         """Forget every sequence, as after a step that failed half way."""
         self._sequences.clear()
+
+    def _sequence(self, new: NewSequence) -> _WorkerSequence:
+        output_token_ids: list[int] = []
+        sampling = SamplingRow(
+            seq_id=new.seq_id,
+            params=new.params,
+            seed=new.seed,
+            prompt_token_ids=new.prompt_token_ids,
+            output_token_ids=output_token_ids,
+            eos_token_ids=self._eos_token_ids,
+        )
+        return _WorkerSequence(new=new, output_token_ids=output_token_ids, sampling=sampling)
 
     def _row(self, chunk: ScheduledChunk) -> Row:
         sequence = self._sequences[chunk.seq_id]
@@ -79,7 +93,7 @@ class Worker:
         row = 0
         for chunk in plan.chunks:
             sequence = self._sequences[chunk.seq_id]
-            if sequence.params.prompt_logprobs is not None:
+            if sequence.new.params.prompt_logprobs is not None:
                 try:
                     prompts += self._prompt_logprobs(chunk, sequence, hidden_states[row : row + chunk.num_tokens])
                 except KernelError as error:
@@ -87,7 +101,7 @@ class Worker:
             row += chunk.num_tokens
             if chunk.samples:
                 last_rows.append(row - 1)
-                sampling.append(self._sampling_row(chunk.seq_id, sequence))
+                sampling.append(sequence.sampling)
         if not sampling:
             return StepResult(sampled=(), prompt_logprobs=tuple(prompts), failed=failed)
         # In a decode step every row is a last row.
@@ -96,30 +110,17 @@ class Worker:
         outcome = self._sampler.sample(self._runner.logits(hidden_states), sampling)
         return StepResult(sampled=outcome.sampled, prompt_logprobs=tuple(prompts), failed={**outcome.failed, **failed})
 
-    def _sampling_row(self, seq_id: int, sequence: _WorkerSequence) -> SamplingRow:
-        return SamplingRow(
-            seq_id=seq_id,
-            params=sequence.params,
-            seed=sequence.seed,
-            prompt_token_ids=sequence.prompt_token_ids,
-            output_token_ids=sequence.output_token_ids,
-            eos_token_ids=self._eos_token_ids,
-        )
-
     def _prompt_logprobs(
         self, chunk: ScheduledChunk, sequence: _WorkerSequence, hidden_states: Tensor
     ) -> list[PromptLogprobs]:
         """Row i of the chunk scores the prompt token after it; the last prompt token scores none."""
-        assert sequence.params.prompt_logprobs is not None
-        targets = sequence.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
+        num_top = sequence.new.params.prompt_logprobs
+        assert num_top is not None
+        targets = sequence.new.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
         found = []
         for offset in range(0, len(targets), _PROMPT_LOGITS_ROWS):
             part = targets[offset : offset + _PROMPT_LOGITS_ROWS]
             logits = self._runner.logits(hidden_states[offset : offset + len(part)])
-            rows = prompt_logprobs(logits, part, sequence.params.prompt_logprobs)
+            rows = prompt_logprobs(logits, part, num_top)
             found.append(PromptLogprobs(seq_id=chunk.seq_id, start=chunk.start + offset + 1, rows=rows))
         return found
-
-
-def _worker_sequence(new: NewSequence) -> _WorkerSequence:
-    return _WorkerSequence(prompt_token_ids=new.prompt_token_ids, params=new.params, seed=new.seed)
