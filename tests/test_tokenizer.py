@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import tiny_tokenizers
+import tokenizers
 from tiny_tokenizers import byte_fallback_bpe, byte_level_bpe, load, write_folder
 
 from headrace.errors import CheckpointError
@@ -46,6 +47,35 @@ def test_ids_outside_the_vocabulary_decode_to_nothing(folder):
     tokenizer = Tokenizer.from_folder(folder)
     ids = tokenizer.encode("hello", add_special_tokens=False)
     assert tokenizer.decode([-1, *ids, tokenizer.vocab_size, 2**40]) == tokenizer.decode(ids)
+
+
+def test_an_id_has_a_token_if_it_can_be_spelled(folder):
+    tokenizer = Tokenizer.from_folder(folder)
+    for token_id in range(-2, tokenizer.vocab_size + 2):
+        assert tokenizer.has_token(token_id) == (tokenizer.id_to_token(token_id) is not None)
+
+
+def test_a_gap_in_the_vocabulary_has_no_tokens(tmp_path):
+    vocab = {"a": 0, "b": 1, "far": 7}
+    tokenizer = load(tmp_path, tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="a")))
+    used = {*vocab.values(), *tokenizer.special_ids}
+    assert [token_id for token_id in range(tokenizer.vocab_size) if tokenizer.has_token(token_id)] == sorted(used)
+    assert not tokenizer.has_token(2)
+
+
+def test_whole_text_is_what_a_token_adds_to_whole_characters(tmp_path):
+    tokenizer = load(tmp_path, byte_level_bpe())
+    before = tokenizer.encode("naïve 中", add_special_tokens=False)
+    found = [tokenizer.whole_text(token_id) for token_id in range(tokenizer.vocab_size)]
+    for token_id, text in enumerate(found):
+        joined = tokenizer.decode([*before, token_id], skip_special_tokens=False)
+        assert "\ufffd" in joined if text is None else joined == "naïve 中" + text
+    assert None in found
+
+
+def test_whole_text_is_unknown_where_neighbours_change_it(tmp_path):
+    tokenizer = load(tmp_path, byte_fallback_bpe())
+    assert {tokenizer.whole_text(token_id) for token_id in range(tokenizer.vocab_size)} == {None}
 
 
 @pytest.mark.parametrize("form", ["string", "object"])

@@ -32,7 +32,7 @@ class OutputState:
             if tokenizer
             else None
         )
-        self._matcher = StopStringMatcher(params.stop, params.include_stop_str_in_output)
+        self._matcher = StopStringMatcher(params.stop, params.include_stop_str_in_output) if params.stop else None
 
     def append(self, token: SampledToken) -> CompletionChunk:
         """Take a sampled token; the chunk has a finish_reason if it was the last."""
@@ -81,6 +81,10 @@ class OutputState:
         return is_stopped or (reason is not None and self._flush())
 
     def _release(self, text: str) -> bool:
+        """Put text that is final into the output, less what may be part of a stop string; true if one ended it."""
+        if self._matcher is None:
+            self.output.text += text
+            return False
         check = self._matcher.append(text, enabled=len(self.output.token_ids) >= self._params.min_tokens)
         self.output.text += check.text
         if check.stop is not None:
@@ -90,7 +94,8 @@ class OutputState:
     def _flush(self) -> bool:
         """Release what was held back, as nothing follows; true if that completes a stop string."""
         is_stopped = self._detokenizer is not None and self._release(self._detokenizer.finish())
-        self.output.text += self._matcher.flush()
+        if self._matcher is not None:
+            self.output.text += self._matcher.flush()
         return is_stopped
 
     def _chunk(

@@ -14,7 +14,8 @@ class IncrementalDetokenizer:
     """Streams the text of output tokens, as a continuation of the prompt.
 
     Decodes a short window of the latest tokens again for each new one and releases what has been added: constant cost
-    per token, however long the output. A character that is not complete yet ends in U+FFFD; that one character is held
+    per token, however long the output. Where the tokenizer only joins bytes, a token of whole characters that follows
+    whole characters needs no window. A character that is not complete yet ends in U+FFFD; that one character is held
     until the next token completes it or shows that it never will be.
 
     Invariant: text released so far + `finish()` == decode(prompt + output) without decode(prompt). A character begun by
@@ -38,6 +39,11 @@ class IncrementalDetokenizer:
         """Take the next output token and return the text that is now final."""
         if not self._is_visible(token_id):
             return ""
+        if self._num_released == len(self._text) and not self._incomplete_prompt:
+            whole_text = self._tokenizer.whole_text(token_id)
+            if whole_text is not None:
+                self._window, self._text, self._num_released = [token_id], whole_text, len(whole_text)
+                return whole_text
         self._window.append(token_id)
         self._text = self._decode()
         if self._incomplete_prompt:
@@ -58,7 +64,7 @@ class IncrementalDetokenizer:
     def _is_visible(self, token_id: int) -> bool:
         if self._skip_special_tokens and self._tokenizer.is_special(token_id):
             return False
-        return self._tokenizer.id_to_token(token_id) is not None
+        return self._tokenizer.has_token(token_id)
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._window, self._skip_special_tokens)

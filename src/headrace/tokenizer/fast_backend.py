@@ -27,8 +27,12 @@ class FastBackend:
         self.special_ids = frozenset(
             token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         )
-        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        self._has_byte_tokens = _has_byte_fallback(tokenizer)
+        used_ids = set(tokenizer.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = 1 + max(used_ids, default=-1)
+        self.unused_ids = frozenset(range(self.vocab_size)) - used_ids
+        decoders = _decoder_types(tokenizer)
+        self.joins_bytes = decoders == ["ByteLevel"]
+        self._has_byte_tokens = "ByteFallback" in decoders
         self._prefix, self._suffix = self._surrounding_ids(config)
 
     @classmethod
@@ -105,8 +109,9 @@ def _to_tokenizers(token: AddedToken) -> tokenizers.AddedToken:
     )
 
 
-def _has_byte_fallback(tokenizer: tokenizers.Tokenizer) -> bool:
+def _decoder_types(tokenizer: tokenizers.Tokenizer) -> list[str]:
+    """The steps of decoding, by their names in tokenizer.json."""
     if tokenizer.decoder is None:
-        return False
+        return []
     decoder: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__())
-    return any(step.get("type") == "ByteFallback" for step in (decoder, *decoder.get("decoders", ())))
+    return [step["type"] for step in decoder.get("decoders", (decoder,))]

@@ -40,6 +40,8 @@ class SentencePieceBackend:
     continued_model: encodes a text that follows a special token.
     """
 
+    joins_bytes = False
+
     def __init__(self, model: Any, continued_model: Any, config: TokenizerConfig) -> None:
         self._model, self._continued = model, continued_model
         is_chatglm = config.tokenizer_class == _CHATGLM_CLASS
@@ -48,6 +50,7 @@ class SentencePieceBackend:
         self._pattern = _special_pattern(self._beside, is_chatglm)
         self.special_ids = frozenset(self._beside.values()) | _control_ids(self._model)
         self.vocab_size = max([self._model.vocab_size(), *(i + 1 for i in self._beside.values())])
+        self.unused_ids = frozenset(range(self._model.vocab_size(), self.vocab_size)) - self._texts.keys()
         self._prefix, self._suffix = self._surrounding_ids(config, is_chatglm)
 
     @classmethod

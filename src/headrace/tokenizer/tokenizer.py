@@ -5,16 +5,23 @@ from pathlib import Path
 from typing import Protocol
 
 from headrace.errors import CheckpointError, RequestError
+from headrace.tokenizer.byte_tokens import REPLACEMENT
 from headrace.tokenizer.fast_backend import FastBackend
 from headrace.tokenizer.sentencepiece_backend import SentencePieceBackend
 from headrace.tokenizer.tokenizer_files import TokenizerConfig
 
 
 class TokenizerBackend(Protocol):
-    """What a tokenizer library has to offer; ids given to `decode` and `id_to_token` are inside the vocabulary."""
+    """What a tokenizer library has to offer; ids given to `decode` and `id_to_token` are inside the vocabulary.
+
+    unused_ids: those below vocab_size that stand for no token; most often there are none.
+    joins_bytes: decoding joins the tokens' bytes, and does nothing else with them.
+    """
 
     vocab_size: int
     special_ids: frozenset[int]
+    unused_ids: frozenset[int]
+    joins_bytes: bool
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
@@ -39,6 +46,8 @@ class Tokenizer:
         self._backend = backend
         self.vocab_size = backend.vocab_size
         self.special_ids = backend.special_ids
+        self._unused_ids = backend.unused_ids
+        self._whole_texts: dict[int, str | None] = {}
         self.bos_token_id = self._named_id(config, "bos_token")
         self.eos_token_id = self._named_id(config, "eos_token")
 
@@ -76,12 +85,26 @@ class Tokenizer:
         """The text of token ids; ids outside the vocabulary (a model's padding rows) are empty text."""
         return self._backend.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens)
 
+    def whole_text(self, token_id: int) -> str | None:
+        """What the token adds to any text of whole characters; None if it is a part of a character, or if the tokens
+        beside it change that."""
+        if not self._backend.joins_bytes:
+            return None
+        if token_id not in self._whole_texts:
+            text = self.decode([token_id], skip_special_tokens=False)
+            self._whole_texts[token_id] = None if REPLACEMENT in text else text
+        return self._whole_texts[token_id]
+
     def token_to_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
 
     def id_to_token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it, None for an id outside of it."""
         return self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+
+    def has_token(self, token_id: int) -> bool:
+        """Whether the id stands for a token: true of every id that `id_to_token` can spell."""
+        return 0 <= token_id < self.vocab_size and token_id not in self._unused_ids
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self.special_ids
