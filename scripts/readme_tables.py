@@ -51,7 +51,7 @@ def bench(data: dict[str, Any]) -> str:
         rate = data["batched_decode"][size] if key.startswith("batched_decode") else data[key]
         rows.append([key.replace("_", " "), f"{rate:,.1f}", floor["bound"], f"{floor['share_of_limit']:.1%}"])
     limits, machine = data["limits"], data["machine"]
-    peaks = ", ".join(f"{value:,.0f} GFLOP/s {name}" for name, value in limits["matmul_gflops"].items())
+    peaks = ", ".join(f"{value:,.0f} Gop/s {name}" for name, value in limits["multiply_gops"].items())
     date = datetime.fromisoformat(data["date"]).astimezone(UTC).date()
     caption = (
         f"{data['model']}, {data['formats']['linear']}, {limits['num_threads']} threads of {machine['cpu']}, {date}; "

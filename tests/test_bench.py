@@ -18,12 +18,14 @@ from headrace.cli.main import main
 from headrace.config import MoeConfig, WeightFormat
 from headrace.errors import ConfigError, RequestError
 from headrace.kernels import KernelChoice, resolve_kernels
+from headrace.kernels.reference import machine_ops as torch_machine_ops
+from headrace.models.loading import WeightFormats
 
 FACTS = WeightFacts(
     num_parameters=1_100, weight_bytes=2_200, num_layer_parameters=800, num_head_parameters=100, bytes_per_step=1_800
 )
 LIMITS = MachineLimits(
-    read_gb_per_s=2.0, read_buffer_bytes=1, matmul_gflops={"bfloat16": 10.0, "float32": 4.0}, num_threads=1
+    read_gb_per_s=2.0, read_buffer_bytes=1, multiply_gops={"bfloat16": 10.0, "float32": 4.0}, num_threads=1
 )
 
 
@@ -41,13 +43,13 @@ def llm(model):
 def quick_limits(monkeypatch):
     """Limits of a tenth of a second: their size is not what is tested."""
     monkeypatch.setattr(limits_module, "_BUFFER_BYTES", 2**20)
-    monkeypatch.setattr(limits_module, "_MATMUL_SHAPE", (16, 16, 16))
+    monkeypatch.setattr(torch_machine_ops, "_SHAPE", (16, 16, 16))
 
 
 @pytest.fixture
 def run(capsys, quick_limits):
-    def call(*argv):
-        code = main(["bench", *map(str, argv)])
+    def call(*argv, command=("bench", "model")):
+        code = main([*command, *map(str, argv)])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -58,7 +60,7 @@ class TestCommand:
     def test_json_names_every_figure(self, run, model):
         code, out, err = run(
             *("--model", model, "--json", "--rounds", 1, "--prefill-tokens", 20, 30, "--context-lens", 20),
-            *("--decode-tokens", 3, "--batch-sizes", 1, 3),
+            *("--decode-tokens", 3, "--batch-sizes", 1, 3, "--threads", 1),
         )
         report = json.loads(out)
         assert (code, err) == (0, "")
@@ -72,15 +74,20 @@ class TestCommand:
             "batched_decode_1",
             "batched_decode_3",
         }
-        assert report["limits"]["matmul_gflops"].keys() == {"float32"}
+        assert report["limits"]["multiply_gops"].keys() == {"float32"}
+        assert (report["engine"], report["model"], report["threads"]) == ("headrace", model, 1)
         assert report["peak_memory_bytes"] > report["weight_bytes"] > 0
         assert report["formats"] == {"linear": "float32", "dense": "float32", "kv_cache": "float32"}
         assert report["machine"]["cpu"]
         assert report["versions"]["torch"] == torch.__version__
         assert report["remarks"] == []
 
-    def test_table_shows_figures_and_limits(self, run, model):
-        code, out, _ = run("--model", model, "--rounds", 1, "--decode-tokens", 2, "--batch-sizes", 2, "--threads", 1)
+    @pytest.mark.parametrize("command", [("bench",), ("bench", "model")])
+    def test_table_shows_figures_and_limits(self, run, model, command):
+        code, out, _ = run(
+            *("--model", model, "--rounds", 1, "--decode-tokens", 2, "--batch-sizes", 2, "--threads", 1),
+            command=command,
+        )
         assert code == 0
         for text in ("prefill 512", "decode from 512", "batch of 2", "share of limit", "GB/s"):
             assert text in out
@@ -107,7 +114,6 @@ class TestCommand:
             (["--batch-sizes", "64"], "--batch-sizes 64 is above --max-num-seqs"),
             (["--rounds", "0"], "--rounds is 0; it must be at least 1"),
             (["--batch-sizes", "0"], "--batch-sizes is 0"),
-            (["kernels"], "choose from 'model'"),
         ],
     )
     def test_what_does_not_fit_is_refused(self, run, model, argv, message):
@@ -206,11 +212,20 @@ class TestFloors:
 
 
 class TestLimits:
-    def test_are_measured_in_the_dtype_and_in_float32(self, quick_limits):
+    @pytest.mark.parametrize(
+        ("choice", "linear", "names"),
+        [
+            (KernelChoice.REFERENCE, WeightFormat.INT4, {"bfloat16", "float32"}),
+            (KernelChoice.CPU, WeightFormat.INT4, {"int8", "bfloat16", "float32"}),
+            (KernelChoice.CPU, WeightFormat.BFLOAT16, {"bfloat16", "float32"}),
+        ],
+    )
+    def test_are_of_what_the_weights_are_multiplied_as(self, quick_limits, choice, linear, names):
         heard = []
-        found = limits_module.measure_limits(torch.bfloat16, heard.append)
-        assert found.matmul_gflops.keys() == {"bfloat16", "float32"}
-        assert found.read_gb_per_s > 0
-        assert found.read_buffer_bytes == 2**20
-        assert len(heard) == 3
-        assert found.best_gflops == max(found.matmul_gflops.values())
+        formats = WeightFormats(dense=WeightFormat.BFLOAT16, linear=linear)
+        found = limits_module.measure_limits(resolve_kernels(choice), formats, 3, heard.append)
+        assert found.multiply_gops.keys() == names
+        assert min(found.read_gb_per_s, *found.multiply_gops.values()) > 0
+        assert (found.read_buffer_bytes, found.num_threads) == (2**20, 3)
+        assert found.best_gops == max(found.multiply_gops.values())
+        assert len(heard) == 1 + len({linear, WeightFormat.BFLOAT16, WeightFormat.FLOAT32})

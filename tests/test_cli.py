@@ -73,7 +73,7 @@ def stdin(monkeypatch):
 class TestMain:
     def test_help_of_every_command_answers_without_torch(self):
         """Importing torch takes seconds; nobody waits that long to read help or an error."""
-        calls = [["--help"], ["--version"], ["generate", "--nope"], *([name, "--help"] for name in COMMANDS)]
+        calls = [["--help"], ["--version"], ["generate", "--nope"], *([*name.split(), "--help"] for name in COMMANDS)]
         script = (
             "import sys; from headrace.cli.main import main\n"
             f"codes = [main(argv) for argv in {calls!r}]\n"
@@ -104,7 +104,7 @@ class TestMain:
             (["generate", "--temprature", "1", "hi"], "did you mean '--temperature'?"),
             (["generate", "--temprature=1", "hi"], "did you mean '--temperature'?"),
             (["chat", "hello"], "unexpected argument 'hello'"),
-            (["bench", "modle"], "choose from 'model'"),
+            (["bench", "modle"], "did you mean 'bench model'?"),
             (["generate", "--max", "5", "hi"], "unknown option '--max'"),
         ],
     )

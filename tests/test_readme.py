@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.cli.main import COMMANDS, main
+from headrace.cli.main import COMMANDS, main, split_command
 from headrace.cli.parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +32,7 @@ def test_python_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("headrace ")])
 def test_command_is_understood(command: str) -> None:
     """Parsed as the command line does it, without being run."""
-    _, name, *argv = shlex.split(command)
+    name, argv = split_command(shlex.split(command)[1:])
     module_name, summary = COMMANDS[name]
     parser = Parser(prog=f"headrace {name}", summary=summary)
     import_module(module_name).add_arguments(parser)

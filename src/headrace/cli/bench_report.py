@@ -71,6 +71,7 @@ class BenchReport:
         return {
             "engine": "headrace",
             "model": self.model_name,
+            "threads": model.plan.num_threads,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             **{f.key: round(f.tokens_per_s, 3) for f in figures if not f.key.startswith("batched_")},
             "batched_decode": {
@@ -110,7 +111,7 @@ def table(report: BenchReport) -> list[str]:
 def _background(report: BenchReport) -> Iterator[tuple[str, str]]:
     model, limits = report.model, report.limits
     formats = _formats(model)
-    peaks = ", ".join(f"{gflops:,.0f} GFLOP/s {name}" for name, gflops in limits.matmul_gflops.items())
+    peaks = ", ".join(f"{gops:,.0f} Gop/s {name}" for name, gops in limits.multiply_gops.items())
     yield "model", f"{report.model_name}, {report.facts.num_parameters:,} parameters"
     yield "weights", f"{format_bytes(model.weight_bytes)}, linear {formats['linear']}, other {formats['dense']}"
     yield "loaded in", f"{model.load_s:.2f} s"
@@ -132,7 +133,7 @@ def _limits_to_json(limits: MachineLimits) -> dict[str, Any]:
     return {
         "read_gb_per_s": round(limits.read_gb_per_s, 2),
         "read_buffer_bytes": limits.read_buffer_bytes,
-        "matmul_gflops": {name: round(gflops, 1) for name, gflops in limits.matmul_gflops.items()},
+        "multiply_gops": {name: round(gops, 1) for name, gops in limits.multiply_gops.items()},
         "num_threads": limits.num_threads,
     }
 

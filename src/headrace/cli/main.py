@@ -4,7 +4,8 @@ Exit codes: 0 done; 2 a mistake in the call, or anything else that has one clear
 whoever read the output has left. Unexpected exceptions keep their traceback.
 
 Knows the subcommands by name only: each is a module with `add_arguments(parser)` and `run(args) -> int`, imported when
-it is chosen and without torch until it runs, so that help and mistakes answer at once.
+it is chosen and without torch until it runs, so that help and mistakes answer at once. A name may have two words; the
+first one alone, or followed by an option, then stands for a default.
 """
 
 import os
@@ -26,11 +27,13 @@ EXIT_BROKEN_PIPE = 141
 COMMANDS = {
     "generate": ("headrace.cli.generate", "complete prompts, streaming the text as it comes"),
     "chat": ("headrace.cli.chat", "talk to a model in the terminal"),
-    "bench": ("headrace.cli.bench", "measure a model's speed and how close it is to the machine's limits"),
+    "bench model": ("headrace.cli.bench_model", "measure a model's speed, and how close it is to the machine's limits"),
     "tune": ("headrace.cli.tune", "measure which kernels suit this machine and a model, and remember it"),
     "quantize": ("headrace.cli.quantize", "save a checkpoint with int8 or int4 weights"),
     "info": ("headrace.cli.info", "show what Headrace sees of this machine, and of a model"),
 }
+
+DEFAULTS = {"bench": "bench model"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,14 +64,24 @@ def help_text() -> str:
     )
 
 
+def split_command(argv: list[str]) -> tuple[str, list[str]]:
+    """The command's name, of one word or two, and what follows it; an empty name if nothing was given."""
+    word, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if word not in DEFAULTS:
+        return word, rest
+    if not rest or rest[0].startswith("-"):
+        return DEFAULTS[word], rest
+    return f"{word} {rest[0]}", rest[1:]
+
+
 def _run(argv: list[str]) -> int:
-    name = argv[0] if argv else ""
+    name, rest = split_command(argv)
     if name in ("-h", "--help"):
         print(help_text())
     elif name in ("-V", "--version"):
         print(f"headrace {__version__}")
     elif name in COMMANDS:
-        return _run_command(name, argv[1:])
+        return _run_command(name, rest)
     elif name:
         kind = "option" if name.startswith("-") else "command"
         raise ConfigError(f"unknown {kind} '{name}'; {nearest_name(name, [*COMMANDS, '--help', '--version'])}")

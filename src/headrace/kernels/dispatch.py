@@ -63,6 +63,7 @@ class Kernels:
     make_weight_builder: ops.WeightBuilderOp
     weight_num_bytes: ops.WeightNumBytesOp
     record: ops.RecordOp
+    machine: ops.MachineOps
     set_num_threads: ops.SetNumThreadsOp
     choices: tuple[OpChoice, ...]
     dataflow: Dataflow | None = None
@@ -147,7 +148,12 @@ def _reference_kernels(reason: str, instruction_set: str | None) -> Kernels:
         raise BackendUnavailable(f"instruction set '{instruction_set}' needs the native kernels; {reason}")
     implementations = {op: getattr(reference, op) for op in _OPS}
     choices = tuple(OpChoice(op=op, implementation="reference", reason=reason) for op in _OPS)
-    return Kernels(**implementations, set_num_threads=torch.set_num_threads, choices=choices)
+    return Kernels(
+        **implementations,
+        machine=reference.MachineOps(),
+        set_num_threads=torch.set_num_threads,
+        choices=choices,
+    )
 
 
 def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> Kernels:
@@ -163,6 +169,7 @@ def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> K
     )
     return Kernels(
         **(implementations | native),
+        machine=cpu.MachineOps(target),
         set_num_threads=cpu.set_num_threads,
         choices=choices,
         dataflow=dataflow,

@@ -122,5 +122,16 @@ class RecordOp(Protocol):
     def __call__(self, forward: Callable[[], Tensor]) -> tuple[Tensor, Recording]: ...
 
 
+class MachineOps(Protocol):
+    """What this machine does at best, measured now, with the threads that the ops run on.
+
+    An operation is a multiply or an add; `multiply` also says which type weights of a format are multiplied as.
+    """
+
+    def read_bytes_per_s(self, buffer_bytes: int) -> float: ...
+
+    def multiply_ops_per_s(self, weight_format: WeightFormat) -> tuple[str, float]: ...
+
+
 class SetNumThreadsOp(Protocol):
     def __call__(self, num_threads: int, /) -> None: ...

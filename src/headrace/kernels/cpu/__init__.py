@@ -8,6 +8,7 @@ from typing import Any
 
 from headrace.kernels.cpu.activation import Activate
 from headrace.kernels.cpu.linear import Embedding, Linear
+from headrace.kernels.cpu.machine_ops import MachineOps
 from headrace.kernels.cpu.norm import Norm
 from headrace.kernels.cpu.packing import make_weight_builder, weight_num_bytes
 from headrace.kernels.cpu.sampling import Sampling
@@ -19,6 +20,7 @@ __all__ = [
     "Activate",
     "Embedding",
     "Linear",
+    "MachineOps",
     "Norm",
     "Sampling",
     "Stream",

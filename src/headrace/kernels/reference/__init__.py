@@ -3,6 +3,7 @@
 from headrace.kernels.reference.activation import activation, gated_activation
 from headrace.kernels.reference.attention import attention, store_kv_
 from headrace.kernels.reference.linear import embedding, linear, linear_int8_activations
+from headrace.kernels.reference.machine_ops import MachineOps
 from headrace.kernels.reference.moe import route_experts
 from headrace.kernels.reference.norm import add_, layer_norm, rms_norm
 from headrace.kernels.reference.quantize import dequantize, quantize_activations, quantize_rows
@@ -12,6 +13,7 @@ from headrace.kernels.reference.sampling import argmax, log_sum_exp, top_k
 from headrace.kernels.reference.weight_builder import make_weight_builder, weight_num_bytes
 
 __all__ = [
+    "MachineOps",
     "activation",
     "add_",
     "argmax",

@@ -1,4 +1,4 @@
-"""`headrace bench`: measure a model, and the machine under it."""
+"""`headrace bench model`: measure a model, and the machine under it."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _LENGTH = 512
 _DECODE_TOKENS = 48
-_BATCH_SIZES = (1, 4, 8, 16)
+_BATCH_SIZES = (1, 4, 8, 16, 32)
 _ROUNDS = 3
 
 
@@ -27,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "same run: a floor is the time the machine needs to read the weights (and cached keys and values) once, or\n"
         "to do the multiplications; the share says how close the figure came to it."
     )
-    parser.add_argument("what", nargs="?", choices=("model",), default="model", help="what to measure (default: model)")
     group = parser.add_argument_group("protocol")
     group.add_argument(
         "--prefill-tokens", type=int, nargs="+", metavar="N", help=f"prompt lengths (default: {_LENGTH})"
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     with _progress(is_shown=not is_silent) as on_start:
         speed = measure_speed(engine, settings, on_start)
         peak_bytes = peak_memory_bytes()
-        limits = measure_limits(engine.model.formats.dtype, on_start)
+        limits = measure_limits(engine.model.kernels, engine.model.formats, engine.model.plan.num_threads, on_start)
     report = BenchReport(
         model_name=args.model or DEMO,
         model=engine.model,
