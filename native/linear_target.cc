@@ -1,11 +1,15 @@
 // The linear kernels of one target. Compiled once for each, with that target's flags.
 //
-// A tile is kRows rows of x times kPanels panels of W: kRows * kPanels vectors of accumulators, held in registers while
-// K is walked. Each 64 bytes of W are loaded once for kRows multiplications, each value of x once for kPanels:
+// A tile is some rows of x times one or two panels of W. Its accumulators, one vector for each row and panel, stay in
+// registers while K is walked; 64 bytes of W are loaded (and unpacked) once for all rows, a value of x once for all
+// panels:
 //
 //               panel p (16 outputs)   panel p + 1
 //     x row m   [ acc[0][0] ........ ] [ acc[0][1] ........ ]     acc[r][p] += broadcast(x[m + r][k]) * W[p][k][lane]
 //     x row m+1 [ acc[1][0] ........ ] [ acc[1][1] ........ ]
+//
+// With floating point two panels share the loads of x. With integers one panel leaves registers for a whole group's
+// unpacked weights, and for twice as many rows to share them.
 #include "linear.h"
 
 #include <algorithm>
@@ -20,12 +24,10 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-// How far ahead of a panel's reader its weights are asked for, where a tile has kMinPrefetchRows rows or more. Hardware
-// prefetches too, but not far enough to hide memory behind the multiplications of several rows: measured on Zen 4,
-// asking early makes int4 faster by a tenth to a fifth from two rows on and floating point from eight; int8 gets
-// slower.
+// How far ahead of a reader weights are asked for. Hardware prefetches too, but not far enough to hide memory behind
+// multiplications: measured on Zen 4, one stream asked for so early reads as fast as any number of streams. The end of
+// a panel asks for the beginning of the next one.
 constexpr int kPrefetchBytes = 4096;
-constexpr int kNever = 1 << 30;
 
 // Past the end of a matrix this asks for nothing; prefetching does not fault.
 inline void Prefetch(const uint8_t* w) {
@@ -34,7 +36,6 @@ inline void Prefetch(const uint8_t* w) {
 
 struct Float32Kernel {
   static constexpr bool kIsQuantized = false;
-  static constexpr int kMinPrefetchRows = 8;
   using X = float;
   static constexpr int kColumns = VectorColumns(Format::kFloat32);
   using Step = F32x16;
@@ -44,7 +45,6 @@ struct Float32Kernel {
 
 struct Bfloat16Kernel {
   static constexpr bool kIsQuantized = false;
-  static constexpr int kMinPrefetchRows = 8;
   using X = Bf16X;
   static constexpr int kColumns = VectorColumns(Format::kBfloat16);
   using Step = Bf16Step;
@@ -54,7 +54,6 @@ struct Bfloat16Kernel {
 
 struct Int8Kernel {
   static constexpr bool kIsQuantized = true;
-  static constexpr int kMinPrefetchRows = kNever;
   static constexpr int kColumns = VectorColumns(Format::kInt8);
   using Step = Int8Step;
   static Step LoadStep(const uint8_t* from) { return LoadInt8(from); }
@@ -63,7 +62,6 @@ struct Int8Kernel {
 
 struct Int4Kernel {
   static constexpr bool kIsQuantized = true;
-  static constexpr int kMinPrefetchRows = 2;
   static constexpr int kColumns = VectorColumns(Format::kInt4);
   using Step = Int4Step;
   static Step LoadStep(const uint8_t* from) { return LoadInt4(from); }
@@ -193,32 +191,22 @@ inline void AddGroup(const GroupWeights<Kernel>& w, const F32x16& w_scale, const
   if constexpr (kBegin + kSize < kRows) AddGroup<Kernel, kRows, kBegin + kSize>(w, w_scale, record, acc);
 }
 
-template <class Kernel, int kRows, int kPanels>
+template <class Kernel, int kRows>
 void IntTile(const LinearCall& call, const TilePlace& at) {
   const PackedView& weight = call.weight;
-  const int64_t num_groups = weight.num_groups;
   const uint8_t* w = weight.weights + at.panel * weight.panel_bytes;
-  const uint16_t* w_scales = weight.scales + at.panel * num_groups * kLanes;
+  const uint16_t* w_scales = weight.scales + at.panel * weight.num_groups * kLanes;
   const char* x = at.x;
-  F32x16 acc[kPanels][kRows];
-  for (int p = 0; p < kPanels; ++p) {
-    for (int r = 0; r < kRows; ++r) acc[p][r] = Broadcast(0.0f);
-  }
-  for (int64_t g = 0; g < num_groups; ++g) {
-    for (int p = 0; p < kPanels; ++p) {
-      const uint8_t* from = w + p * weight.panel_bytes;
-      for (int s = 0; s < GroupWeights<Kernel>::kSteps; ++s) {
-        if constexpr (kRows >= Kernel::kMinPrefetchRows) Prefetch(from + s * kVectorBytes);
-      }
-      AddGroup<Kernel>(GroupWeights<Kernel>(from), LoadHalf(w_scales + p * num_groups * kLanes), x, acc[p]);
-    }
+  F32x16 acc[kRows];
+  for (int r = 0; r < kRows; ++r) acc[r] = Broadcast(0.0f);
+  for (int64_t g = 0; g < weight.num_groups; ++g) {
+    for (int s = 0; s < GroupWeights<Kernel>::kSteps; ++s) Prefetch(w + s * kVectorBytes);
+    AddGroup<Kernel>(GroupWeights<Kernel>(w), LoadHalf(w_scales), x, acc);
     w += GroupWeights<Kernel>::kSteps * kVectorBytes;
     w_scales += kLanes;
     x += kRows * kGroupRowBytes;
   }
-  for (int p = 0; p < kPanels; ++p) {
-    for (int r = 0; r < kRows; ++r) StoreOutput(call, at.row + r, at.panel + p, acc[p][r]);
-  }
+  for (int r = 0; r < kRows; ++r) StoreOutput(call, at.row + r, at.panel, acc[r]);
 }
 
 using Tile = void (*)(const LinearCall& call, const TilePlace& at);
@@ -226,7 +214,8 @@ using Tile = void (*)(const LinearCall& call, const TilePlace& at);
 template <class Kernel, int kRows, int kPanels>
 constexpr Tile TileOf() {
   if constexpr (Kernel::kIsQuantized) {
-    return &IntTile<Kernel, kRows, kPanels>;
+    static_assert(kPanels == 1);
+    return &IntTile<Kernel, kRows>;
   } else {
     return &FloatTile<Kernel, kRows, kPanels>;
   }
@@ -241,7 +230,7 @@ struct TileChoice {
 
 template <class Kernel, int kRows>
 constexpr TileChoice ChoiceOf() {
-  constexpr int kPanels = Kernel::kIsQuantized ? IntPanels(kRows) : FloatPanels(kRows);
+  constexpr int kPanels = Kernel::kIsQuantized ? 1 : kFloatPanels;
   return {TileOf<Kernel, kRows, kPanels>(), TileOf<Kernel, kRows, 1>(), kPanels};
 }
 

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kStreams = 8;  // places read at once: more than one hardware prefetcher's worth
 // Independent accumulators: more than latency times throughput, and as many as there are registers for.
-constexpr int kChains = kFloatRows * FloatPanels(kFloatRows);
+constexpr int kChains = kFloatRows * kFloatPanels;
 
 uint64_t Read(const uint8_t* buffer, int64_t num_bytes) {
   const int64_t stream_bytes = num_bytes / kStreams;

@@ -2,44 +2,37 @@
 
 namespace headrace {
 namespace HEADRACE_TARGET {
+namespace {
 
 inline float ToFloat32(float value) { return value; }
 inline float ToFloat32(uint16_t value) { return FromBfloat16(value); }
+inline F32x16 LoadAsFloat32(const float* from) { return Load(from); }
+inline F32x16 LoadAsFloat32(const uint16_t* from) { return LoadBfloat16(from); }
 
 // Quantizes a group: scale = 2^(floor(log2(max|x|)) - 6), q = round(x / scale), ties to even, clamped to -127 .. 127.
 // These are the blocks of MXINT8 (OCP Microscaling Formats 1.0): dividing by a power of two is exact, and so is
 // multiplying with one, which spares the inner loops a rounding and an instruction. Groups below 2^-120 count as zeros;
 // from 2^111 on scales leave the range of `shift` (linear.h).
-//
-// Loops are written so that compilers vectorize them without liberties: the maximum is taken of bit patterns, which
-// order magnitudes (infinity and NaN above all numbers); rounding adds and takes off 1.5 * 2^23, whose last bit is 1.
-inline void QuantizeGroup(const float* x, int offset, int8_t* q, int32_t* start, float* shift) {
+template <class X>
+void QuantizeGroup(const X* x, int offset, int8_t* q, int32_t* start, float* shift) {
+  static_assert(kGroup == 2 * kLanes);
   constexpr uint32_t kTooLarge = (127 + 111) << 23;
   constexpr uint32_t kTooSmall = (127 - 120) << 23;
-  constexpr uint32_t kRound = 0x4b400000;  // the bits of 1.5 * 2^23
-  uint32_t largest = 0;
-  for (int k = 0; k < kGroup; ++k) {
-    const uint32_t bits = Bits(x[k]) & 0x7fffffff;
-    largest = bits > largest ? bits : largest;
-  }
+  constexpr uint32_t kUnitShift = 0x4b400000;  // the bits of 1.5 * 2^23
+  const F32x16 first = LoadAsFloat32(x), second = LoadAsFloat32(x + kLanes);
+  const uint32_t largest = LargestBits(first, second);
   if (largest >= kTooLarge || largest < kTooSmall) {
     memset(q, 0, kGroup);
-    *start = static_cast<int32_t>(kRound);
-    *shift = FromBits(largest >= kTooLarge ? 0x7fc00000 : kRound);  // NaN, or that of a scale of 1
+    *start = static_cast<int32_t>(kUnitShift);
+    *shift = FromBits(largest >= kTooLarge ? 0x7fc00000 : kUnitShift);  // NaN, or that of a scale of 1
     return;
   }
   const uint32_t scale = (largest >> 23) - 6;  // the exponent's bits
   const float inverse = FromBits((254 - scale) << 23);
-  int32_t sum = 0;
-  for (int k = 0; k < kGroup; ++k) {
-    const int32_t rounded = static_cast<int32_t>(Bits(x[k] * inverse + FromBits(kRound)) - kRound);
-    const int32_t clamped = rounded > 127 ? 127 : rounded < -127 ? -127 : rounded;
-    q[k] = static_cast<int8_t>(clamped);
-    sum += clamped;
-  }
-  const uint32_t bits = kRound + ((scale - 127) << 23);
-  *shift = FromBits(bits);
-  *start = static_cast<int32_t>(bits) - offset * sum;
+  const int32_t sum = RoundToBytes(first, second, inverse, q);
+  const uint32_t shift_bits = kUnitShift + ((scale - 127) << 23);
+  *shift = FromBits(shift_bits);
+  *start = static_cast<int32_t>(shift_bits) - offset * sum;
 }
 
 // One group of a tile of x, see Activations; rows are those of the tile.
@@ -62,18 +55,15 @@ void QuantizeTile(const LinearCall& call, Range rows, Range groups, const Activa
   const int offset = call.weight.format == Format::kInt8 ? kInt8Offset : kInt4Offset;
   char* tile = activations.values + rows.begin * activations.row_bytes;
   const int64_t num_rows = rows.end - rows.begin;
+  X padded[kGroup] = {};
   for (int64_t r = 0; r < num_rows; ++r) {
     const X* x = static_cast<const X*>(call.x) + (rows.begin + r) * call.x_stride;
     for (int64_t g = groups.begin; g < groups.end; ++g) {
       const int64_t k = g * kGroup;
       const GroupRecord record = RecordAt(tile, num_rows, g);
-      float group[kGroup];
-      if (columns - k >= kGroup) {
-        for (int i = 0; i < kGroup; ++i) group[i] = ToFloat32(x[k + i]);
-      } else {
-        for (int i = 0; i < kGroup; ++i) group[i] = i < columns - k ? ToFloat32(x[k + i]) : 0.0f;
-      }
-      QuantizeGroup(group, offset, record.q + r * kGroup, record.starts + r, record.shifts + r);
+      const X* from = x + k;
+      if (columns - k < kGroup) from = static_cast<const X*>(memcpy(padded, from, (columns - k) * sizeof(X)));
+      QuantizeGroup(from, offset, record.q + r * kGroup, record.starts + r, record.shifts + r);
     }
   }
 }
@@ -131,5 +121,6 @@ inline void Prepare(const LinearCall& call, RowTiles tiles, Range groups, const 
   }
 }
 
+}  // namespace
 }  // namespace HEADRACE_TARGET
 }  // namespace headrace

@@ -13,9 +13,8 @@ namespace avx2 {
 
 // 16 registers: two accumulators for each row, four with integers.
 constexpr int kFloatRows = 3;
-constexpr int FloatPanels(int) { return 2; }
+constexpr int kFloatPanels = 2;
 constexpr int kIntRows = 2;
-constexpr int IntPanels(int rows) { return rows <= 1 ? 2 : 1; }
 constexpr int kIntRowsAtOnce = 2;
 constexpr bool kKeepsGroup = false;
 // int8 weights become signed below, so that nothing needs to be taken off again.
@@ -36,6 +35,15 @@ inline F32x16 Load(const float* from) { return {{_mm256_loadu_ps(from), _mm256_l
 inline F32x16 LoadHalf(const uint16_t* from) {
   const auto* halves = reinterpret_cast<const __m128i*>(from);
   return {{_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))}};
+}
+inline F32x16 LoadBfloat16(const uint16_t* from) {
+  const auto* halves = reinterpret_cast<const __m128i*>(from);
+  F32x16 out;
+  for (int h = 0; h < 2; ++h) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(halves + h));
+    out.half[h] = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  return out;
 }
 inline void Store(float* to, const F32x16& a) {
   _mm256_storeu_ps(to, a.half[0]);
@@ -76,6 +84,35 @@ inline F32x16 MulAddBf16(const F32x16& acc, const Bf16Step& w, const Bf16X* x) {
 inline I32x16 BroadcastInt(int32_t value) { return {{_mm256_set1_epi32(value), _mm256_set1_epi32(value)}}; }
 inline F32x16 BitsToFloat(const I32x16& a) {
   return {{_mm256_castsi256_ps(a.half[0]), _mm256_castsi256_ps(a.half[1])}};
+}
+
+inline __m256i Magnitudes(__m256 a) {
+  return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff));
+}
+inline uint32_t LargestBits(const F32x16& a, const F32x16& b) {
+  const __m256i largest =
+      _mm256_max_epu32(_mm256_max_epu32(Magnitudes(a.half[0]), Magnitudes(a.half[1])),
+                       _mm256_max_epu32(Magnitudes(b.half[0]), Magnitudes(b.half[1])));
+  __m128i four = _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+  four = _mm_max_epu32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(1, 0, 3, 2)));
+  four = _mm_max_epu32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(2, 3, 0, 1)));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(four));
+}
+// Eight at a time as 16-bit integers, those of the lower and the upper 128 bits taking turns by fours.
+inline __m256i RoundToWords(const F32x16& a, float factor) {
+  const F32x16 scaled = Mul(a, Broadcast(factor));
+  return _mm256_packs_epi32(_mm256_cvtps_epi32(scaled.half[0]), _mm256_cvtps_epi32(scaled.half[1]));
+}
+inline int32_t RoundToBytes(const F32x16& a, const F32x16& b, float factor, int8_t* q) {
+  // Packing clamps to -128 .. 127.
+  const __m256i packed = _mm256_packs_epi16(RoundToWords(a, factor), RoundToWords(b, factor));
+  const __m256i ordered = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  const __m256i bytes = _mm256_max_epi8(ordered, _mm256_set1_epi8(-127));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), bytes);
+  // Sums of eight unsigned bytes each: those of q + 128.
+  const __m256i sums = _mm256_sad_epu8(_mm256_xor_si256(bytes, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+  const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 2) - 32 * 128;
 }
 
 inline __m256i BroadcastBytes(const int8_t* x) {

@@ -5,9 +5,8 @@
 //   Bf16Step, Int8Step, ...    64 bytes of packed weights (packed_matrix.h), unpacked as far as all rows of x share it
 //   Bf16X                      how prepared activations hold bfloat16: as pairs, or expanded to float32
 //   kInt8Offset, kInt4Offset   added to stored weights by Dot...: sums start at -offset * sum(x), and come out exact
-//   kFloatRows, FloatPanels(rows), kIntRows, IntPanels(rows)
-//                              tiles whose accumulators stay in registers: the most rows, and how many panels beside so
-//                              many rows
+//   kFloatRows, kFloatPanels, kIntRows
+//                              the largest tiles whose accumulators stay in registers
 //   kKeepsGroup                whether a group's unpacked weights stay in registers too, for kIntRowsAtOnce rows after
 //                              another
 // Nothing here may have external linkage shared with another target: the linker would keep one copy for all.
@@ -24,11 +23,8 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 
 constexpr int kFloatRows = 8;
-constexpr int FloatPanels(int) { return 2; }
+constexpr int kFloatPanels = 2;
 constexpr int kIntRows = 16;
-// A second stream of weights helps the hardware to prefetch where memory is the limit; one panel leaves the most
-// registers where arithmetic is.
-constexpr int IntPanels(int rows) { return rows <= 1 ? 4 : rows <= 4 ? 2 : 1; }
 constexpr int kIntRowsAtOnce = 4;  // as many chains of dot products as hide an instruction's latency
 constexpr bool kKeepsGroup = true;
 constexpr int kInt8Offset = 128;
@@ -41,6 +37,10 @@ inline F32x16 Broadcast(float value) { return _mm512_set1_ps(value); }
 inline F32x16 Load(const float* from) { return _mm512_loadu_ps(from); }
 inline F32x16 LoadHalf(const uint16_t* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline F32x16 LoadBfloat16(const uint16_t* from) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 inline void Store(float* to, F32x16 a) { _mm512_storeu_ps(to, a); }
 inline F32x16 Add(F32x16 a, F32x16 b) { return _mm512_add_ps(a, b); }
@@ -81,6 +81,22 @@ inline F32x16 MulAddBf16(F32x16 acc, const Bf16Step& w, const Bf16X* x) {
 inline I32x16 BroadcastInt(int32_t value) { return _mm512_set1_epi32(value); }
 // The float with those bits.
 inline F32x16 BitsToFloat(I32x16 a) { return _mm512_castsi512_ps(a); }
+
+// The largest bit pattern among |a| and |b|: magnitudes in order, infinity and NaN above all numbers.
+inline uint32_t LargestBits(F32x16 a, F32x16 b) {
+  const __m512i largest = _mm512_max_epu32(_mm512_castps_si512(_mm512_abs_ps(a)), _mm512_castps_si512(_mm512_abs_ps(b)));
+  return _mm512_reduce_max_epu32(largest);
+}
+// a and b times a factor, to the nearest integer, ties to even, clamped to -127 .. 127: the values of q[0..31], whose
+// sum is returned.
+inline int32_t RoundToBytes(F32x16 a, F32x16 b, float factor, int8_t* q) {
+  const __m512i low = _mm512_set1_epi32(-127), high = _mm512_set1_epi32(127);
+  const __m512i first = _mm512_max_epi32(_mm512_min_epi32(_mm512_cvtps_epi32(Mul(a, Broadcast(factor))), high), low);
+  const __m512i second = _mm512_max_epi32(_mm512_min_epi32(_mm512_cvtps_epi32(Mul(b, Broadcast(factor))), high), low);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(first));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtepi32_epi8(second));
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+}
 
 // acc[n] + sum over i of w[4 n + i] x[i]: unsigned weights times signed activations, exact in 32 bits. In assembly,
 // because GCC loads the broadcast apart, which fills the window in which the processor looks for independent work.

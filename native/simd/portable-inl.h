@@ -10,9 +10,8 @@ namespace headrace {
 namespace portable {
 
 constexpr int kFloatRows = 4;
-constexpr int FloatPanels(int) { return 1; }
+constexpr int kFloatPanels = 1;
 constexpr int kIntRows = 2;
-constexpr int IntPanels(int) { return 1; }
 constexpr int kIntRowsAtOnce = 2;
 constexpr bool kKeepsGroup = false;
 constexpr int kInt8Offset = 128;
@@ -40,6 +39,9 @@ inline F32x16 Load(const float* from) {
 }
 inline F32x16 LoadHalf(const uint16_t* from) {
   return MakeF32([&](int i) { return FromHalf(from[i]); });
+}
+inline F32x16 LoadBfloat16(const uint16_t* from) {
+  return MakeF32([&](int i) { return FromBfloat16(from[i]); });
 }
 inline void Store(float* to, const F32x16& a) { memcpy(to, a.lane, sizeof a.lane); }
 inline F32x16 Add(const F32x16& a, const F32x16& b) {
@@ -81,6 +83,28 @@ inline I32x16 BroadcastInt(int32_t value) {
 }
 inline F32x16 BitsToFloat(const I32x16& a) {
   return MakeF32([&](int i) { return FromBits(static_cast<uint32_t>(a.lane[i])); });
+}
+
+inline uint32_t LargestBits(const F32x16& a, const F32x16& b) {
+  uint32_t largest = 0;
+  for (int i = 0; i < 32; ++i) {
+    const uint32_t bits = Bits(i < 16 ? a.lane[i] : b.lane[i - 16]) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+// Adding 1.5 * 2^23, whose last place is 1, rounds.
+inline int32_t RoundToBytes(const F32x16& a, const F32x16& b, float factor, int8_t* q) {
+  constexpr float kRound = 12582912.0f;
+  int32_t sum = 0;
+  for (int i = 0; i < 32; ++i) {
+    const float value = i < 16 ? a.lane[i] : b.lane[i - 16];
+    const int32_t rounded = static_cast<int32_t>(Bits(value * factor + kRound) - Bits(kRound));
+    const int32_t clamped = rounded > 127 ? 127 : rounded < -127 ? -127 : rounded;
+    q[i] = static_cast<int8_t>(clamped);
+    sum += clamped;
+  }
+  return sum;
 }
 
 struct U8x64 {
