@@ -1,0 +1,154 @@
+// Checks the kernels of this build without Python: for machines that only an emulator stands in for (scripts/check_aarch64).
+//
+// Each weight format is multiplied by each arm and compared with a sum in float64, and the arms with each other bit by bit;
+// norms and activations are compared with the C library's functions.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "activation.h"
+#include "float_bits.h"
+#include "linear.h"
+#include "norm.h"
+#include "target.h"
+#include "thread_pool.h"
+
+namespace headrace {
+namespace {
+
+int num_failed = 0;
+
+void Check(bool is_right, const std::string& what) {
+  if (!is_right) {
+    std::printf("FAILED %s\n", what.c_str());
+    ++num_failed;
+  }
+}
+
+std::vector<float> Random(int64_t size, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(static_cast<size_t>(size));
+  for (float& value : values) value = FromBfloat16(ToBfloat16(normal(generator)));  // exact in every format of x
+  return values;
+}
+
+constexpr int64_t kOutputs = 37;
+constexpr int64_t kInputs = 100;
+
+struct Weight {
+  PackedMatrix packed;
+  std::vector<double> exact;  // [kOutputs][kInputs]
+};
+
+Weight MakeFloatWeight(Format format) {
+  Weight weight = {PackedMatrix(format, kOutputs, kInputs), {}};
+  const std::vector<float> values = Random(kOutputs * kInputs, 1);
+  weight.exact.assign(values.begin(), values.end());
+  if (format == Format::kFloat32) {
+    weight.packed.WriteRows(0, kOutputs, values.data());
+  } else {
+    std::vector<uint16_t> halves;
+    for (const float value : values) halves.push_back(ToBfloat16(value));
+    weight.packed.WriteRows(0, kOutputs, halves.data());
+  }
+  return weight;
+}
+
+Weight MakeIntWeight(Format format) {
+  Weight weight = {PackedMatrix(format, kOutputs, kInputs), {}};
+  const bool is_int4 = format == Format::kInt4;
+  const int64_t num_groups = weight.packed.layout().num_groups;
+  std::mt19937 generator(2);
+  std::uniform_int_distribution<int> q(is_int4 ? -8 : -127, is_int4 ? 7 : 127);
+  std::vector<uint8_t> values(static_cast<size_t>(kOutputs * (is_int4 ? kInputs / 2 : kInputs)));
+  std::vector<float> scales;
+  for (int64_t i = 0; i < kOutputs * num_groups; ++i) scales.push_back(0.001f * static_cast<float>(1 + i % 50));
+  for (int64_t n = 0; n < kOutputs; ++n) {
+    for (int64_t k = 0; k < kInputs; ++k) {
+      const int value = q(generator);
+      if (is_int4) {
+        values[static_cast<size_t>((n * kInputs + k) / 2)] |= static_cast<uint8_t>((value + 8) << (k % 2 * 4));
+      } else {
+        values[static_cast<size_t>(n * kInputs + k)] = static_cast<uint8_t>(value);
+      }
+      weight.exact.push_back(value * static_cast<double>(scales[static_cast<size_t>(n * num_groups + k / kGroup)]));
+    }
+  }
+  weight.packed.WriteQuantizedRows(0, kOutputs, values.data(), scales.data());
+  return weight;
+}
+
+void CheckLinear(const Weight& weight, Format format, double tolerance, const std::string& name) {
+  for (const int64_t num_rows : {1, 2, 7, 16, 33, 100}) {
+    const std::vector<float> x = Random(num_rows * kInputs, 3);
+    std::vector<uint16_t> halves;
+    for (const float value : x) halves.push_back(ToBfloat16(value));
+    const bool is_half = format == Format::kBfloat16;
+    std::vector<float> first;
+    for (const Arm arm : {Arm::kGemv, Arm::kFlatGemm, Arm::kGemm}) {
+      std::vector<float> out(static_cast<size_t>(num_rows * kOutputs), NAN);
+      Linear(BestTarget(), arm,
+             {weight.packed.view(), is_half ? DType::kBfloat16 : DType::kFloat32, num_rows,
+              is_half ? static_cast<const void*>(halves.data()) : x.data(), kInputs, nullptr, out.data(),
+              DType::kFloat32});
+      if (first.empty()) first = out;
+      Check(memcmp(first.data(), out.data(), out.size() * sizeof(float)) == 0, name + ": arms differ");
+    }
+    double error = 0;
+    double size = 0;
+    for (int64_t m = 0; m < num_rows; ++m) {
+      for (int64_t n = 0; n < kOutputs; ++n) {
+        double sum = 0;
+        for (int64_t k = 0; k < kInputs; ++k) {
+          sum += x[static_cast<size_t>(m * kInputs + k)] * weight.exact[static_cast<size_t>(n * kInputs + k)];
+        }
+        const double difference = first[static_cast<size_t>(m * kOutputs + n)] - sum;
+        error += difference * difference;
+        size += sum * sum;
+      }
+    }
+    Check(std::sqrt(error / size) < tolerance, name + ": off by " + std::to_string(std::sqrt(error / size)));
+  }
+}
+
+void CheckNorm() {
+  const std::vector<float> x = Random(kInputs, 4);
+  const std::vector<float> weight(static_cast<size_t>(kInputs), 1.0f);
+  std::vector<float> out(static_cast<size_t>(kInputs));
+  Norm(BestTarget(), {NormKind::kRms, DType::kFloat32, 1, 1, kInputs, 0, kInputs, x.data(), nullptr, weight.data(), nullptr,
+                      1e-6f, false, out.data()});
+  double squares = 0;
+  for (const float value : x) squares += static_cast<double>(value) * value;
+  const double scale = 1 / std::sqrt(squares / static_cast<double>(kInputs) + 1e-6);
+  for (size_t i = 0; i < x.size(); ++i) Check(std::fabs(out[i] - x[i] * scale) < 1e-5, "norm");
+}
+
+void CheckActivation() {
+  const std::vector<float> x = Random(kInputs, 5);
+  std::vector<float> out(static_cast<size_t>(kInputs));
+  Activate(BestTarget(), {ActivationKind::kSilu, false, DType::kFloat32, 1, kInputs, x.data(), out.data()});
+  for (size_t i = 0; i < x.size(); ++i) {
+    Check(std::fabs(out[i] - x[i] / (1 + std::exp(-static_cast<double>(x[i])))) < 1e-5, "activation");
+  }
+}
+
+int Main() {
+  SetNumThreads(3);
+  CheckLinear(MakeFloatWeight(Format::kFloat32), Format::kFloat32, 1e-6, "float32");
+  CheckLinear(MakeFloatWeight(Format::kBfloat16), Format::kBfloat16, 1e-6, "bfloat16");
+  CheckLinear(MakeIntWeight(Format::kInt8), Format::kInt8, 0.02, "int8");
+  CheckLinear(MakeIntWeight(Format::kInt4), Format::kInt4, 0.02, "int4");
+  CheckNorm();
+  CheckActivation();
+  std::printf("%s: %s\n", Name(BestTarget()), num_failed == 0 ? "all right" : "wrong");
+  return num_failed == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace headrace
+
+int main() { return headrace::Main(); }
