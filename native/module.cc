@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bind_attention.h"
 #include "linear.h"
 #include "packed_matrix.h"
 #include "peaks.h"
@@ -111,6 +112,7 @@ NB_MODULE(_native, m) {
   DefineMatrix(m);
   DefineLinear(m);
   DefinePeaks(m);
+  DefineAttention(m);
   m.def("compiled_targets", [] { return Names(false); });
   m.def("supported_targets", [] { return Names(true); });
   m.def("best_target", [] { return std::string(Name(BestTarget())); });

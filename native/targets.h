@@ -1,14 +1,18 @@
-// The kernels of each target; linear_target.cc and peaks_target.cc are compiled once for each.
+// The kernels of each target; every *_target.cc is compiled once for each.
 #ifndef HEADRACE_NATIVE_TARGETS_H_
 #define HEADRACE_NATIVE_TARGETS_H_
 
+#include "attention.h"
 #include "linear.h"
 #include "peaks.h"
+#include "rotary.h"
 
-#define HEADRACE_DECLARE_TARGET(target) \
-  namespace target {                    \
-  extern const LinearKernels kLinear;   \
-  extern const PeakKernels kPeaks;      \
+#define HEADRACE_DECLARE_TARGET(target)     \
+  namespace target {                        \
+  extern const AttentionKernels kAttention; \
+  extern const LinearKernels kLinear;       \
+  extern const PeakKernels kPeaks;          \
+  extern const RotaryKernels kRotary;       \
   }
 
 namespace headrace {
