@@ -1,6 +1,18 @@
 """Frozen, validated settings; no torch, so that planners and the command line can read them for free."""
 
-from headrace.config.engine import CacheConfig, Dtype, EngineConfig, LoadConfig, Quantize, SchedulerConfig, WeightFormat
+from headrace.config.engine import (
+    CacheConfig,
+    Dtype,
+    EngineConfig,
+    KvCacheDtype,
+    KvCacheFormat,
+    LoadConfig,
+    Quantize,
+    SchedulerConfig,
+    Softmax,
+    SoftmaxScheme,
+    WeightFormat,
+)
 from headrace.config.model import (
     Activation,
     AttentionConfig,
@@ -25,6 +37,8 @@ __all__ = [
     "Dtype",
     "EmbeddingConfig",
     "EngineConfig",
+    "KvCacheDtype",
+    "KvCacheFormat",
     "LayerConfig",
     "LoadConfig",
     "MlpConfig",
@@ -39,5 +53,7 @@ __all__ = [
     "RopeType",
     "SamplingParams",
     "SchedulerConfig",
+    "Softmax",
+    "SoftmaxScheme",
     "WeightFormat",
 ]

@@ -34,7 +34,7 @@ class ModelRunner:
 
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states of all rows' tokens, laid end to end: [num_tokens, hidden_size]."""
-        batch = build_forward_batch(rows, self._kv_pool.block_size)
+        batch = build_forward_batch(rows, self._kv_pool.spec.block_size)
         return self._decoder.run_layers(self._decoder.embed(batch), batch, self._kv_pool.layers)
 
     def logits(self, hidden_states: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 
+from headrace.config import SoftmaxScheme
 from headrace.errors import BackendUnavailable, ConfigError, nearest_name
 from headrace.kernels import ops, reference
 
@@ -40,9 +41,12 @@ class Kernels:
     embedding: ops.EmbeddingOp
     rms_norm: ops.RmsNormOp
     layer_norm: ops.LayerNormOp
-    rotary_: ops.RotaryOp
-    store_kv_: ops.StoreKvOp
+    rotary_table: ops.RotaryTableOp
+    rotary_store_kv_: ops.RotaryStoreKvOp
     attention: ops.AttentionOp
+    make_kv_cache: ops.MakeKvCacheOp
+    kv_cache_num_bytes: ops.KvCacheNumBytesOp
+    read_kv: ops.ReadKvOp
     activation: ops.ActivationOp
     gated_activation: ops.ActivationOp
     route_experts: ops.RouteOp
@@ -50,6 +54,7 @@ class Kernels:
     make_weight_builder: ops.WeightBuilderOp
     weight_num_bytes: ops.WeightNumBytesOp
     set_num_threads: ops.SetNumThreadsOp
+    softmax_schemes: tuple[SoftmaxScheme, ...]
     choices: tuple[OpChoice, ...]
 
     def explain(self) -> tuple[OpChoice, ...]:
@@ -61,9 +66,12 @@ _OPS = (
     "embedding",
     "rms_norm",
     "layer_norm",
-    "rotary_",
-    "store_kv_",
+    "rotary_table",
+    "rotary_store_kv_",
     "attention",
+    "make_kv_cache",
+    "kv_cache_num_bytes",
+    "read_kv",
     "activation",
     "gated_activation",
     "route_experts",
@@ -126,11 +134,17 @@ def _reference_kernels(reason: str, instruction_set: str | None) -> Kernels:
         raise BackendUnavailable(f"instruction set '{instruction_set}' needs the native kernels; {reason}")
     implementations = {op: getattr(reference, op) for op in _OPS}
     choices = tuple(OpChoice(op=op, implementation="reference", reason=reason) for op in _OPS)
-    return Kernels(**implementations, set_num_threads=torch.set_num_threads, choices=choices)
+    return Kernels(
+        **implementations,
+        set_num_threads=torch.set_num_threads,
+        softmax_schemes=(SoftmaxScheme.SYNCHRONIZED,),
+        choices=choices,
+    )
 
 
 def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> Kernels:
-    """Ops on weights come as one set, because only they read packed weights; the others are the reference's."""
+    """Ops on weights come as one set, because only they read packed weights, and so do those on KV caches; the others
+    are the reference's."""
     target = instruction_set or cpu.best_target()
     reason_by_op = dict.fromkeys(_OPS, f"{reason}, but not for this op yet")
     implementations = {op: getattr(reference, op) for op in _OPS}
@@ -139,10 +153,21 @@ def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> K
         "embedding": cpu.embedding,
         "make_weight_builder": cpu.make_weight_builder,
         "weight_num_bytes": cpu.weight_num_bytes,
+        "rotary_table": cpu.rotary_table,
+        "rotary_store_kv_": cpu.RotaryStoreKv(target),
+        "attention": cpu.Attention(target),
+        "make_kv_cache": cpu.make_kv_cache,
+        "kv_cache_num_bytes": cpu.kv_cache_num_bytes,
+        "read_kv": cpu.read_kv,
     }
-    reason_by_op |= dict.fromkeys(native, f"{reason}; weights packed for native code, any instruction set")
-    reason_by_op["linear"] = f"{reason}; instruction set {target}"
+    reason_by_op |= dict.fromkeys(native, f"{reason}; for its layout of weights and caches, any instruction set")
+    reason_by_op |= dict.fromkeys(("linear", "attention", "rotary_store_kv_"), f"{reason}; instruction set {target}")
     choices = tuple(
         OpChoice(op=op, implementation="cpu" if op in native else "reference", reason=reason_by_op[op]) for op in _OPS
     )
-    return Kernels(**(implementations | native), set_num_threads=cpu.set_num_threads, choices=choices)
+    return Kernels(
+        **(implementations | native),
+        set_num_threads=cpu.set_num_threads,
+        softmax_schemes=tuple(SoftmaxScheme),
+        choices=choices,
+    )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from headrace.batch import ForwardBatch
 from headrace.config import LayerConfig, ModelConfig, NormPlacement, RopeConfig
+from headrace.kernels import KvCache
 from headrace.layers.attention import Attention
 from headrace.layers.context import LayerContext
 from headrace.layers.embedding import LmHead, TokenEmbedding
@@ -59,7 +60,7 @@ class DecoderLayer:
         )
 
     def __call__(
-        self, hidden_states: Tensor, batch: ForwardBatch, kv_cache: Tensor, cos_sin: tuple[Tensor, Tensor] | None
+        self, hidden_states: Tensor, batch: ForwardBatch, kv_cache: KvCache, cos_sin: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         hidden_states = self.attention_residual(hidden_states, lambda x: self.attention(x, batch, kv_cache, cos_sin))
         return self.mlp_residual(hidden_states, self.mlp)
@@ -89,6 +90,7 @@ class Decoder:
         layer_range: range | None = None,
     ) -> None:
         self.config = config
+        self.kernels = context.kernels
         self.layer_range = range(config.num_hidden_layers) if layer_range is None else layer_range
         is_first, is_last = self.layer_range.start == 0, self.layer_range.stop == config.num_hidden_layers
         self.embedding = TokenEmbedding(config, context, dtype) if is_first else None
@@ -97,14 +99,14 @@ class Decoder:
         self.norm = make_norm("model.norm", config.hidden_size, config.norm, context) if has_norm else None
         self.lm_head = LmHead(config, self.embedding, context) if is_last else None
         ropes = {layer.rope for layer in self.layers if layer.rope is not None}
-        self._rotary = {rope: RotaryTable(rope, max_model_len) for rope in ropes}
+        self._rotary = {rope: RotaryTable(rope, max_model_len, context) for rope in ropes}
 
     def embed(self, batch: ForwardBatch) -> Tensor:
         """First stage: [num_tokens, hidden_size]."""
         assert self.embedding is not None, "only the first stage embeds"
         return self.embedding(batch.input_ids, batch.positions)
 
-    def run_layers(self, hidden_states: Tensor, batch: ForwardBatch, kv_caches: Sequence[Tensor]) -> Tensor:
+    def run_layers(self, hidden_states: Tensor, batch: ForwardBatch, kv_caches: Sequence[KvCache]) -> Tensor:
         """This stage's layers: [num_tokens, hidden_size] in and out; kv_caches: one per local layer, written to."""
         cos_sin: dict[RopeConfig | None, tuple[Tensor, Tensor] | None] = {None: None}
         for rope, table in self._rotary.items():
