@@ -17,6 +17,7 @@ T* Pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void DefineAttention(nb::module_& m);
 void DefineNorm(nb::module_& m);
 void DefineActivation(nb::module_& m);
 void DefineSampling(nb::module_& m);

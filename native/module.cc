@@ -113,6 +113,7 @@ NB_MODULE(_native, m) {
   DefineMatrix(m);
   DefineLinear(m);
   DefinePeaks(m);
+  DefineAttention(m);
   DefineStream(m);
   DefineNorm(m);
   DefineActivation(m);

@@ -3,17 +3,21 @@
 #define HEADRACE_NATIVE_TARGETS_H_
 
 #include "activation.h"
+#include "attention.h"
 #include "linear.h"
 #include "norm.h"
 #include "peaks.h"
+#include "rotary.h"
 #include "sampling.h"
 
 #define HEADRACE_DECLARE_TARGET(target)       \
   namespace target {                          \
   extern const ActivationKernels kActivation; \
+  extern const AttentionKernels kAttention;   \
   extern const LinearKernels kLinear;         \
   extern const NormKernels kNorm;             \
   extern const PeakKernels kPeaks;            \
+  extern const RotaryKernels kRotary;         \
   extern const SamplingKernels kSampling;     \
   }
 

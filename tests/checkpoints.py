@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from headrace.batch import ForwardBatch
 from headrace.cache.kv_pool import KvPool
-from headrace.config import Dtype, LoadConfig, Quantize
+from headrace.config import Dtype, KvCacheFormat, LoadConfig, Quantize
 from headrace.engine.runner import Row, build_forward_batch
-from headrace.kernels import KernelChoice, Kernels, kernel_choice_from, resolve_kernels
+from headrace.kernels import KernelChoice, Kernels, KvCacheSpec, kernel_choice_from, resolve_kernels
 from headrace.layers.context import LayerContext
 from headrace.models.decoder import Decoder
 from headrace.models.loading import Progress
@@ -477,9 +477,14 @@ def load(
     """
     if not isinstance(kernels, Kernels):
         kernels = resolve_kernels(kernels or kernel_choice_from())
-    context = LayerContext(kernels=kernels, tp_group=group or OneRankGroup())
+    context = one_rank_context(kernels) if group is None else LayerContext(kernels=kernels, tp_group=group)
     formats = resolve_formats(source, LoadConfig(model=str(source.folder), dtype=dtype, quantize=quantize))
     return load_decoder(source, context, formats, max_model_len=max_model_len, progress=progress)
+
+
+def one_rank_context(kernels: Kernels | None = None) -> LayerContext:
+    """kernels: those an engine would take if None."""
+    return LayerContext(kernels=kernels or resolve_kernels(kernel_choice_from()), tp_group=OneRankGroup())
 
 
 def load_folder(folder: Path, **settings: Any) -> Decoder:
@@ -496,16 +501,19 @@ def make_pool(
     decoder: Decoder, *, num_blocks: int, block_size: int, num_kv_heads: int | None = None, dtype=torch.float32
 ):
     config = decoder.config
-    pool = KvPool(
-        config,
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=num_kv_heads or config.attention.num_kv_heads,
+    spec = KvCacheSpec(
+        cache_format=KvCacheFormat(str(dtype).removeprefix("torch.")),
         num_blocks=num_blocks,
         block_size=block_size,
-        dtype=dtype,
+        num_kv_heads=num_kv_heads or config.attention.num_kv_heads,
+        head_dim=config.attention.head_dim,
     )
+    kernels = decoder.kernels
+    pool = KvPool(kernels, spec, num_layers=config.num_hidden_layers)
+    # Whatever is read without having been written shows up in the logits.
+    nothing = torch.full((spec.num_slots, spec.num_kv_heads, spec.head_dim), torch.nan)
     for layer in pool.layers:
-        layer.fill_(float("nan"))  # whatever is read without having been written shows up in the logits
+        kernels.rotary_store_kv_(nothing[:, :0], nothing, nothing, layer, torch.arange(spec.num_slots), None)
     return pool
 
 

@@ -45,9 +45,8 @@ def plan(available_bytes: int, *, max_model_len: int | None = None, **cache: obj
     )
     return resolve_plan(
         config,
-        model(),
         max_model_len=max_model_len or 256,
-        element_bytes=4,
+        block_bytes=16 * KV_TOKEN_BYTES,
         available_bytes=available_bytes,
         num_threads=1,
     )

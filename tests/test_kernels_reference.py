@@ -16,9 +16,9 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm_rot
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 
-from headrace.config import Activation, WeightFormat
-from headrace.errors import ShapeError
-from headrace.kernels import AttentionSpec, QuantizedWeight, Weight, reference
+from headrace.config import Activation, KvCacheFormat, SoftmaxScheme, WeightFormat
+from headrace.errors import KernelError, ShapeError
+from headrace.kernels import AttentionSpec, DenseKvCache, KvCacheSpec, QuantizedWeight, SoftmaxSpec, Weight, reference
 
 GQA = {1: (4, 4), 4: (8, 2), 8: (8, 1), 16: (16, 1)}
 """Query heads to a KV head: (num_heads, num_kv_heads)."""
@@ -41,7 +41,7 @@ class Batch:
     """Sequences over a paged cache in which every slot that no query sees holds NaN; keys and values as lists too."""
 
     query: Tensor
-    kv_cache: Tensor
+    kv_cache: DenseKvCache
     block_tables: Tensor
     context_lens: Tensor
     cu_seqlens_q: Tensor
@@ -54,13 +54,29 @@ class Batch:
         )
 
 
+def dense_cache(num_blocks, block_size, num_kv_heads, head_dim, dtype) -> DenseKvCache:
+    """A cache of NaN."""
+    spec = KvCacheSpec(
+        cache_format=KvCacheFormat(str(dtype).removeprefix("torch.")),
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+    )
+    cache = reference.make_kv_cache(spec)
+    assert isinstance(cache, DenseKvCache)
+    assert cache.data.nbytes == reference.kv_cache_num_bytes(spec)
+    cache.data.fill_(NAN)
+    return cache
+
+
 def make_batch(
     contexts, query_lens, *, heads=(4, 4), head_dim=16, block_size=16, window=None, dtype=torch.float32
 ) -> Batch:
     num_heads, num_kv_heads = heads
     blocks = [-(-context // block_size) for context in contexts]
     ids = torch.randperm(sum(blocks) + 2).tolist()
-    cache = torch.full((2, len(ids), block_size, num_kv_heads, head_dim), NAN, dtype=dtype)
+    cache = dense_cache(len(ids), block_size, num_kv_heads, head_dim, dtype)
     tables = torch.full((len(contexts), max(blocks) + 2), -1, dtype=torch.int32)
     keys, values = [], []
     for i, (context, num_blocks, num_queries) in enumerate(zip(contexts, blocks, query_lens, strict=True)):
@@ -69,8 +85,8 @@ def make_batch(
         first_seen = 0 if window is None else max(0, context - num_queries - window + 1)
         for position in range(first_seen, context):
             block = int(tables[i, position // block_size])
-            cache[0, block, position % block_size] = key[position]
-            cache[1, block, position % block_size] = value[position]
+            cache.data[0, block, position % block_size] = key[position]
+            cache.data[1, block, position % block_size] = value[position]
         keys.append(key)
         values.append(value)
     return Batch(
@@ -88,7 +104,7 @@ def plain_attention(batch: Batch, spec: AttentionSpec) -> np.ndarray:
     """One query of one head at a time, in float64."""
     query = batch.query.double().numpy()
     out = np.empty_like(query)
-    group = query.shape[1] // batch.kv_cache.shape[3]
+    group = query.shape[1] // batch.kv_cache.spec.num_kv_heads
     bounds = batch.cu_seqlens_q.tolist()
     for i, context in enumerate(batch.context_lens.tolist()):
         key, value = batch.keys[i].double().numpy(), batch.values[i].double().numpy()
@@ -199,19 +215,72 @@ def test_attention_refuses_heads_that_do_not_share_evenly():
         batch.attention(AttentionSpec(softmax_scale=1.0))
 
 
+@pytest.mark.parametrize("scheme", [SoftmaxScheme.ASYNCHRONIZED, SoftmaxScheme.LAZY], ids=lambda s: s.value)
+def test_attention_has_one_softmax_scheme_and_refuses_the_others(scheme):
+    with pytest.raises(KernelError, match=f"no {scheme.value} softmax"):
+        make_batch((3,), (1,)).attention(AttentionSpec(softmax_scale=1.0, softmax=SoftmaxSpec(scheme=scheme)))
+
+
+def tokens(num_tokens, *num_heads, head_dim=5, dtype=torch.float32):
+    return [torch.randn(num_tokens, count, head_dim).to(dtype) for count in num_heads]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_store_kv_writes_its_slots_and_no_other(dtype):
-    cache = torch.full((2, 3, 4, 2, 5), NAN, dtype=dtype)
-    key, value = torch.randn(4, 2, 5), torch.randn(4, 2, 5)
+    cache = dense_cache(3, 4, 2, 5, dtype)
+    query, key, value = tokens(4, 6, 2, 2, dtype=dtype)
+    before = query.clone()
     slots = [7, 0, 11, 4]
-    reference.store_kv_(key, value, cache, torch.tensor(slots))
+    reference.rotary_store_kv_(query, key, value, cache, torch.tensor(slots), None)
+    assert torch.equal(query, before)
     for slot in range(12):
         for half, given in enumerate((key, value)):
-            stored = cache[half, slot // 4, slot % 4]
+            stored = cache.data[half, slot // 4, slot % 4]
             if slot in slots:
-                assert torch.equal(stored, given[slots.index(slot)].to(dtype))
+                assert torch.equal(stored, given[slots.index(slot)])
             else:
                 assert stored.isnan().all()
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+def test_store_kv_rotates_queries_in_place_and_keys_on_their_way(interleaved):
+    cache = dense_cache(1, 4, 2, 6, torch.float32)
+    query, key, value = tokens(3, 4, 2, 2, head_dim=6)
+    angles = torch.rand(3, 2) * 50
+    expected_query, expected_key = (
+        plain_rotary(x.double().numpy(), angles.double().numpy(), interleaved) for x in (query, key)
+    )
+    cos_sin = angles.cos(), angles.sin()
+    reference.rotary_store_kv_(query, key, value, cache, torch.arange(3), cos_sin, interleaved=interleaved)
+    stored_key, stored_value = reference.read_kv(cache, torch.arange(3))
+    assert_close(query, expected_query)
+    assert_close(stored_key, expected_key)
+    assert torch.equal(stored_value, value)
+
+
+def test_int8_cache_is_off_by_half_a_step_of_each_heads_largest_entry():
+    spec = KvCacheSpec(cache_format=KvCacheFormat.INT8, num_blocks=2, block_size=4, num_kv_heads=2, head_dim=40)
+    cache = reference.make_kv_cache(spec)
+    query, key, value = tokens(8, 2, 2, 2, head_dim=40)
+    key *= torch.logspace(-3, 3, 8)[:, None, None]
+    reference.rotary_store_kv_(query, key, value, cache, torch.arange(8), None)
+    for stored, given in zip(reference.read_kv(cache, torch.arange(8)), (key, value), strict=True):
+        step = given.abs().amax(-1, keepdim=True) / 127
+        assert ((stored - given).abs() <= 0.501 * step).all()
+    assert reference.kv_cache_num_bytes(spec) == 2 * 8 * 2 * (40 + 4)
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf], ids=str)
+def test_int8_cache_keeps_what_is_not_finite_as_nan(bad):
+    """Of the token and head alone, and of its key where only the value is bad: whoever sees it shall know."""
+    spec = KvCacheSpec(cache_format=KvCacheFormat.INT8, num_blocks=1, block_size=4, num_kv_heads=2, head_dim=5)
+    cache = reference.make_kv_cache(spec)
+    query, key, value = tokens(4, 2, 2, 2)
+    value[2, 1, 3] = bad
+    reference.rotary_store_kv_(query, key, value, cache, torch.arange(4), None)
+    for stored in reference.read_kv(cache, torch.arange(4)):
+        assert stored[2, 1].isnan().all()
+        assert stored.isfinite().sum() == 7 * 5
 
 
 # Rotary

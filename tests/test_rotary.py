@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checkpoints import BY_NAME, load_folder, prompt_logits, random_tokens, read_config
+from checkpoints import BY_NAME, load_folder, one_rank_context, prompt_logits, random_tokens, read_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
@@ -123,7 +123,7 @@ def test_table_is_cosine_and_sine_of_position_times_frequency():
     scaling = RopeScaling(rope_type=RopeType.YARN, factor=4.0, original_max_position_embeddings=64)
     config = RopeConfig(rotary_dim=8, scaling=scaling)
     positions = torch.tensor([0, 5, 1000, 131071])
-    cos, sin = RotaryTable(config, 256)(positions)
+    cos, sin = RotaryTable(config, 256, one_rank_context())(positions)
     angles = positions.double()[:, None] * scaled_inv_freq(config, 256).double()
     assert cos.shape == sin.shape == (4, 4)
     # float32 angles: an ulp of 131071 is 0.008 of a radian.

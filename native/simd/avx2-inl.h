@@ -82,6 +82,13 @@ inline F32x16 MulAddBf16(const F32x16& acc, const Bf16Step& w, const Bf16X* x) {
 }
 
 inline I32x16 BroadcastInt(int32_t value) { return {{_mm256_set1_epi32(value), _mm256_set1_epi32(value)}}; }
+inline F32x16 ToFloat(const I32x16& a) { return {{_mm256_cvtepi32_ps(a.half[0]), _mm256_cvtepi32_ps(a.half[1])}}; }
+
+inline __m256i BroadcastBytes(const int8_t* x) {
+  int32_t four;
+  memcpy(&four, x, sizeof four);
+  return _mm256_set1_epi32(four);
+}
 inline F32x16 BitsToFloat(const I32x16& a) {
   return {{_mm256_castsi256_ps(a.half[0]), _mm256_castsi256_ps(a.half[1])}};
 }
@@ -115,11 +122,6 @@ inline int32_t RoundToBytes(const F32x16& a, const F32x16& b, float factor, int8
   return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 2) - 32 * 128;
 }
 
-inline __m256i BroadcastBytes(const int8_t* x) {
-  int32_t four;
-  memcpy(&four, x, sizeof four);
-  return _mm256_set1_epi32(four);
-}
 
 // acc + w x, where w * x summed over two neighbours must fit 16 bits: the instruction saturates.
 inline __m256i DotBytes(__m256i acc, __m256i w, __m256i x) {
@@ -170,6 +172,97 @@ inline I32x16 DotInt4(const I32x16& acc, const Int4Step& w, const int8_t* x) {
     out.half[h] = _mm256_add_epi32(acc.half[h], _mm256_madd_epi16(sums, ones));
   }
   return out;
+}
+
+inline F32x16 Div(const F32x16& a, const F32x16& b) {
+  return {{_mm256_div_ps(a.half[0], b.half[0]), _mm256_div_ps(a.half[1], b.half[1])}};
+}
+inline F32x16 Max(const F32x16& a, const F32x16& b) {
+  return {{_mm256_max_ps(a.half[0], b.half[0]), _mm256_max_ps(a.half[1], b.half[1])}};
+}
+inline F32x16 Min(const F32x16& a, const F32x16& b) {
+  return {{_mm256_min_ps(a.half[0], b.half[0]), _mm256_min_ps(a.half[1], b.half[1])}};
+}
+// The exponents whose bits are those of 0 and of infinity; NaN stays NaN.
+inline __m256 ClampExponent(__m256 x) {
+  return _mm256_max_ps(_mm256_set1_ps(-127.0f), _mm256_min_ps(_mm256_set1_ps(128.0f), x));
+}
+inline F32x16 Fraction(const F32x16& x) {
+  F32x16 out;
+  for (int h = 0; h < 2; ++h) {
+    const __m256 clamped = ClampExponent(x.half[h]);
+    out.half[h] = _mm256_sub_ps(clamped, _mm256_floor_ps(clamped));
+  }
+  return out;
+}
+inline F32x16 TimesPowerOfTwo(const F32x16& a, const F32x16& x) {
+  F32x16 power;
+  for (int h = 0; h < 2; ++h) {
+    const __m256i exponent = _mm256_cvtps_epi32(_mm256_floor_ps(ClampExponent(x.half[h])));
+    power.half[h] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));
+  }
+  return Mul(a, power);
+}
+inline F32x16 SelectLanes(int begin, int end, const F32x16& a, const F32x16& b) {
+  F32x16 out;
+  for (int h = 0; h < 2; ++h) {
+    const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(8 * h));
+    const __m256i is_outside = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane),
+                                               _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(end - 1)));
+    out.half[h] = _mm256_blendv_ps(a.half[h], b.half[h], _mm256_castsi256_ps(is_outside));
+  }
+  return out;
+}
+inline float MaxLane(const F32x16& a) {
+  const __m256 eight = _mm256_max_ps(a.half[0], a.half[1]);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+inline float SumLanes(const F32x16& a) {
+  const __m256 eight = _mm256_add_ps(a.half[0], a.half[1]);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+inline Bf16Step LoadBf16Masked(const void* from, uint32_t mask) {
+  uint32_t pairs[16];
+  memcpy(pairs, from, sizeof pairs);
+  for (uint32_t& pair : pairs) pair &= mask;
+  return LoadBf16(pairs);
+}
+inline void StoreBf16(uint16_t* to, const F32x16& a) {
+  float lanes[16];
+  Store(lanes, a);
+  for (int i = 0; i < 16; ++i) to[i] = ToBfloat16(lanes[i]);
+}
+inline void StoreBf16X(Bf16X* to, const F32x16& a) { Store(to, a); }
+
+struct SignedStep {
+  __m256i half[2];
+};
+inline SignedStep LoadSigned(const uint8_t* from) { return {{LoadHalfVector(from), LoadHalfVector(from + 32)}}; }
+// Two products are at most 2 * 127 * 128 < 2^15.
+inline I32x16 DotSigned(const I32x16& acc, const SignedStep& v, const uint8_t* p) {
+  const __m256i four = BroadcastBytes(reinterpret_cast<const int8_t*>(p));
+  return {{DotBytes(acc.half[0], four, v.half[0]), DotBytes(acc.half[1], four, v.half[1])}};
+}
+inline I32x16 AddInt(const I32x16& a, const I32x16& b) {
+  return {{_mm256_add_epi32(a.half[0], b.half[0]), _mm256_add_epi32(a.half[1], b.half[1])}};
+}
+inline I32x16 Join(const I32x16& high, const I32x16& low) {
+  return AddInt({{_mm256_slli_epi32(high.half[0], 7), _mm256_slli_epi32(high.half[1], 7)}}, low);
+}
+inline void StoreSplit(uint8_t* high, uint8_t* low, const F32x16& a) {
+  alignas(32) int32_t whole[16];
+  for (int h = 0; h < 2; ++h) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(whole + 8 * h), _mm256_cvtps_epi32(a.half[h]));
+  }
+  for (int i = 0; i < 16; ++i) {
+    high[i] = static_cast<uint8_t>(whole[i] >> 7);
+    low[i] = static_cast<uint8_t>(whole[i] & 127);
+  }
 }
 
 }  // namespace avx2

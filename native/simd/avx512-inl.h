@@ -80,6 +80,7 @@ inline F32x16 MulAddBf16(F32x16 acc, const Bf16Step& w, const Bf16X* x) {
 
 inline I32x16 BroadcastInt(int32_t value) { return _mm512_set1_epi32(value); }
 // The float with those bits.
+inline F32x16 ToFloat(I32x16 a) { return _mm512_cvtepi32_ps(a); }
 inline F32x16 BitsToFloat(I32x16 a) { return _mm512_castsi512_ps(a); }
 
 // The largest bit pattern among |a| and |b|: magnitudes in order, infinity and NaN above all numbers.
@@ -121,6 +122,85 @@ inline Int4Step LoadInt4(const uint8_t* from) {
 }
 inline I32x16 DotInt4(I32x16 acc, const Int4Step& w, const int8_t* x) {
   return DotBytes(DotBytes(acc, w.low, x), w.high, x + 4);
+}
+
+// Softmax.
+
+inline F32x16 Div(F32x16 a, F32x16 b) { return _mm512_div_ps(a, b); }
+// a > b ? a : b, and so b where either is NaN.
+inline F32x16 Max(F32x16 a, F32x16 b) { return _mm512_max_ps(a, b); }
+// a < b ? a : b.
+inline F32x16 Min(F32x16 a, F32x16 b) { return _mm512_min_ps(a, b); }
+// x - floor(x), and a * 2^floor(x) for a in [1, 2]. Of infinities: 0, and 0 or infinity. Below 2^-126 a product may be
+// rounded to 0; it is from 2^-150 down.
+inline F32x16 Fraction(F32x16 x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+inline F32x16 TimesPowerOfTwo(F32x16 a, F32x16 x) { return _mm512_scalef_ps(a, x); }
+// Lanes [begin, end) of a, the others from b.
+inline F32x16 SelectLanes(int begin, int end, F32x16 a, F32x16 b) {
+  return _mm512_mask_blend_ps(static_cast<__mmask16>((1u << end) - (1u << begin)), b, a);
+}
+inline float MaxLane(F32x16 a) {
+  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+// Pairwise: lane i with i + 8, then i + 4, i + 2, i + 1.
+inline float SumLanes(F32x16 a) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// Sixteen values as bfloat16, and as Bf16X, rounded to nearest; and LoadBf16 of `pair & mask` for each pair.
+#ifdef __AVX512BF16__
+
+inline void StoreBf16(uint16_t* to, F32x16 a) {
+  const __m256bh halves = _mm512_cvtneps_pbh(a);
+  memcpy(to, &halves, sizeof halves);
+}
+inline void StoreBf16X(Bf16X* to, F32x16 a) { StoreBf16(to, a); }
+inline Bf16Step LoadBf16Masked(const void* from, uint32_t mask) {
+  return _mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi32(static_cast<int>(mask)));
+}
+
+#else
+
+inline void StoreBf16(uint16_t* to, F32x16 a) {
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
+  const __m512i chosen = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), rounded, quiet);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+}
+inline void StoreBf16X(Bf16X* to, F32x16 a) { Store(to, a); }
+inline Bf16Step LoadBf16Masked(const void* from, uint32_t mask) {
+  alignas(64) uint8_t masked[64];
+  _mm512_store_si512(masked, _mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi32(static_cast<int>(mask))));
+  return LoadBf16(masked);
+}
+
+#endif
+
+// Signed bytes, four consecutive ones for each lane, times unsigned ones below 128.
+using SignedStep = __m512i;
+inline SignedStep LoadSigned(const uint8_t* from) { return _mm512_loadu_si512(from); }
+inline I32x16 DotSigned(I32x16 acc, SignedStep v, const uint8_t* p) {
+  int32_t four;
+  memcpy(&four, p, sizeof four);
+  return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(four), v);
+}
+// 128 * high + low.
+inline I32x16 Join(I32x16 high, I32x16 low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }
+inline I32x16 AddInt(I32x16 a, I32x16 b) { return _mm512_add_epi32(a, b); }
+// The nearest whole numbers, which must be in [0, 2^14), as their upper and lower seven bits.
+inline void StoreSplit(uint8_t* high, uint8_t* low, F32x16 a) {
+  const __m512i whole = _mm512_cvtps_epi32(a);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 7)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(low),
+                   _mm512_cvtepi32_epi8(_mm512_and_si512(whole, _mm512_set1_epi32(127))));
 }
 
 }  // namespace HEADRACE_TARGET

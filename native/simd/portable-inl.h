@@ -81,6 +81,9 @@ inline I32x16 BroadcastInt(int32_t value) {
   for (int i = 0; i < 16; ++i) out.lane[i] = value;
   return out;
 }
+inline F32x16 ToFloat(const I32x16& a) {
+  return MakeF32([&](int i) { return static_cast<float>(a.lane[i]); });
+}
 inline F32x16 BitsToFloat(const I32x16& a) {
   return MakeF32([&](int i) { return FromBits(static_cast<uint32_t>(a.lane[i])); });
 }
@@ -140,6 +143,96 @@ inline Int4Step LoadInt4(const uint8_t* from) {
 }
 inline I32x16 DotInt4(const I32x16& acc, const Int4Step& w, const int8_t* x) {
   return DotBytes(DotBytes(acc, w.low, x), w.high, x + 4);
+}
+
+inline F32x16 Div(const F32x16& a, const F32x16& b) {
+  return MakeF32([&](int i) { return a.lane[i] / b.lane[i]; });
+}
+inline F32x16 Max(const F32x16& a, const F32x16& b) {
+  return MakeF32([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline F32x16 Min(const F32x16& a, const F32x16& b) {
+  return MakeF32([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+// Adding 1.5 * 2^23 to a small number leaves no bits for a fraction; the last ones are the whole number's.
+constexpr float kRoundingShift = 12582912.0f;
+// The exponents whose bits are those of 0 and of infinity; NaN stays NaN.
+inline float ClampExponent(float x) {
+  const float below = 128.0f < x ? 128.0f : x;
+  return -127.0f > below ? -127.0f : below;
+}
+inline float Floor(float clamped) {
+  const float nearest = (clamped + kRoundingShift) - kRoundingShift;
+  return nearest > clamped ? nearest - 1.0f : nearest;
+}
+inline F32x16 Fraction(const F32x16& x) {
+  return MakeF32([&](int i) { return ClampExponent(x.lane[i]) - Floor(ClampExponent(x.lane[i])); });
+}
+inline F32x16 TimesPowerOfTwo(const F32x16& a, const F32x16& x) {
+  return MakeF32([&](int i) {
+    const float whole = Floor(ClampExponent(x.lane[i]));
+    return a.lane[i] * FromBits((Bits(whole + kRoundingShift) + 127) << 23);
+  });
+}
+inline F32x16 SelectLanes(int begin, int end, const F32x16& a, const F32x16& b) {
+  return MakeF32([&](int i) { return begin <= i && i < end ? a.lane[i] : b.lane[i]; });
+}
+inline float MaxLane(const F32x16& a) {
+  float largest = a.lane[0];
+  for (int i = 1; i < 16; ++i) largest = largest > a.lane[i] ? largest : a.lane[i];
+  return largest;
+}
+inline float SumLanes(F32x16 a) {
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) a.lane[i] += a.lane[i + half];
+  }
+  return a.lane[0];
+}
+
+inline Bf16Step LoadBf16Masked(const void* from, uint32_t mask) {
+  uint32_t pairs[16];
+  memcpy(pairs, from, sizeof pairs);
+  for (uint32_t& pair : pairs) pair &= mask;
+  return LoadBf16(pairs);
+}
+inline void StoreBf16(uint16_t* to, const F32x16& a) {
+  float lanes[16];
+  Store(lanes, a);
+  for (int i = 0; i < 16; ++i) to[i] = ToBfloat16(lanes[i]);
+}
+inline void StoreBf16X(Bf16X* to, const F32x16& a) { Store(to, a); }
+
+struct SignedStep {
+  int8_t lane[64];
+};
+inline SignedStep LoadSigned(const uint8_t* from) {
+  SignedStep step;
+  memcpy(step.lane, from, sizeof step.lane);
+  return step;
+}
+inline I32x16 DotSigned(const I32x16& acc, const SignedStep& v, const uint8_t* p) {
+  I32x16 out = acc;
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < 4; ++k) out.lane[i] += v.lane[4 * i + k] * p[k];
+  }
+  return out;
+}
+inline I32x16 AddInt(const I32x16& a, const I32x16& b) {
+  I32x16 out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = a.lane[i] + b.lane[i];
+  return out;
+}
+inline I32x16 Join(const I32x16& high, const I32x16& low) {
+  I32x16 out;
+  for (int i = 0; i < 16; ++i) out.lane[i] = 128 * high.lane[i] + low.lane[i];
+  return out;
+}
+inline void StoreSplit(uint8_t* high, uint8_t* low, const F32x16& a) {
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t whole = Bits(a.lane[i] + kRoundingShift) - Bits(kRoundingShift);
+    high[i] = static_cast<uint8_t>(whole >> 7 & 127);
+    low[i] = static_cast<uint8_t>(whole & 127);
+  }
 }
 
 }  // namespace portable

@@ -73,6 +73,84 @@ class Linear:
         out_dtype: DType,
     ) -> None: ...
 
+class KvCache:
+    def __init__(
+        self, cache_format: Format, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    ) -> None: ...
+    def read_slots(self, slots_ptr: int, num_slots: int, keys_ptr: int, values_ptr: int) -> None: ...
+    def num_rows(self) -> int: ...
+    def num_recomputed_rows(self) -> int: ...
+
+class SoftmaxScheme(Enum):
+    SYNCHRONIZED = 0
+    ASYNCHRONIZED = 1
+    LAZY = 2
+
+class AttentionSpec:
+    def __init__(
+        self,
+        softmax_scale: float,
+        sliding_window: int | None,
+        logit_soft_cap: float | None,
+        scheme: SoftmaxScheme,
+        unified_max: float,
+        element_bounds: tuple[float, float] | None,
+    ) -> None: ...
+
+class Attention:
+    def __init__(self, target: str) -> None: ...
+    def run(
+        self,
+        stream: Stream,
+        spec: AttentionSpec,
+        cache: KvCache,
+        dtype: DType,
+        query_ptr: int,
+        query_stride: int,
+        num_tokens: int,
+        num_heads: int,
+        num_seqs: int,
+        block_tables_ptr: int,
+        max_blocks_per_seq: int,
+        context_lens_ptr: int,
+        cu_seqlens_q_ptr: int,
+        out_ptr: int,
+        max_pieces: int,
+    ) -> None: ...
+
+class StoreKv:
+    def __init__(self, target: str) -> None: ...
+    def run(
+        self,
+        stream: Stream,
+        cache: KvCache,
+        dtype: DType,
+        num_tokens: int,
+        num_heads: int,
+        query_ptr: int,
+        query_stride: int,
+        key_ptr: int,
+        key_stride: int,
+        value_ptr: int,
+        value_stride: int,
+        cos_ptr: int,
+        sin_ptr: int,
+        half: int,
+        is_interleaved: bool,
+        slot_mapping_ptr: int,
+    ) -> None: ...
+
+def rotary_table(
+    stream: Stream,
+    positions_ptr: int,
+    num_tokens: int,
+    inv_freq_ptr: int,
+    half: int,
+    amplitude: float,
+    cos_ptr: int,
+    sin_ptr: int,
+) -> None: ...
+def kv_cache_bytes(cache_format: Format, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> int: ...
 def embedding(
     stream: Stream,
     weight: PackedMatrix,

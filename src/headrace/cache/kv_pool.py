@@ -1,30 +1,20 @@
-"""The tensors behind the block ids."""
+"""The memory of the paged KV cache."""
 
-import torch
-from torch import Tensor
-
-from headrace.config import ModelConfig
+from headrace.kernels import Kernels, KvCache, KvCacheSpec, SoftmaxCounts
 
 
 class KvPool:
-    """Keys and values of every block, one tensor per local layer.
+    """Keys and values of every block: one cache for each local layer, in the kernels' own layout.
 
     Memory is claimed from the system as blocks are first written, so an idle engine holds little of its budget.
 
-    Shapes:
-        layers[i]: [2, num_blocks, block_size, num_kv_heads, head_dim]
+    spec: of one layer.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        num_layers: int,
-        num_kv_heads: int,
-        num_blocks: int,
-        block_size: int,
-        dtype: torch.dtype,
-    ) -> None:
-        shape = (2, num_blocks, block_size, num_kv_heads, config.attention.head_dim)
-        self.block_size = block_size
-        self.layers: list[Tensor] = [torch.empty(shape, dtype=dtype) for _ in range(num_layers)]
+    def __init__(self, kernels: Kernels, spec: KvCacheSpec, *, num_layers: int) -> None:
+        self.spec = spec
+        self.layers: list[KvCache] = [kernels.make_kv_cache(spec) for _ in range(num_layers)]
+
+    def softmax_counts(self) -> list[SoftmaxCounts]:
+        """For each local layer."""
+        return [layer.softmax_counts() for layer in self.layers]

@@ -11,7 +11,7 @@ from headrace.bench.limits import MachineLimits
 from headrace.bench.model import BATCH_CONTEXT_LEN, BATCH_STEPS, BenchSettings, ModelSpeed
 from headrace.cli.environment import machine, versions
 from headrace.cli.terminal import aligned, format_bytes, format_ms, format_rate
-from headrace.costs.memory import kv_block_bytes
+from headrace.costs.memory import kv_token_bytes
 from headrace.engine.load import LoadedModel
 
 
@@ -49,7 +49,7 @@ class BenchReport:
 
     def figures(self) -> Iterator[Figure]:
         facts, limits = self.facts, self.limits
-        kv_token_bytes = kv_block_bytes(self.model.config, 1, self.model.formats.dtype.itemsize)
+        token_bytes = kv_token_bytes(self.model.config, self.model.kv_cache_format)
         for length, seconds in self.speed.prefill_s.items():
             floor = prefill_floor(length, facts, limits)
             yield Figure(
@@ -58,11 +58,11 @@ class BenchReport:
         for length, seconds in self.speed.decode_step_s.items():
             # Half way through the steps, which is their average.
             context_len = length + self.settings.decode_tokens // 2
-            floor = decode_floor(1, context_len, kv_token_bytes, facts, limits)
+            floor = decode_floor(1, context_len, token_bytes, facts, limits)
             label = f"decode from {length}"
             yield Figure(key=f"decode_from_{length}", label=label, num_tokens=1, measured_s=seconds, floor=floor)
         for size, seconds in self.speed.batch_step_s.items():
-            floor = decode_floor(size, BATCH_CONTEXT_LEN + BATCH_STEPS // 2, kv_token_bytes, facts, limits)
+            floor = decode_floor(size, BATCH_CONTEXT_LEN + BATCH_STEPS // 2, token_bytes, facts, limits)
             label = f"decode, batch of {size}"
             yield Figure(key=f"batched_decode_{size}", label=label, num_tokens=size, measured_s=seconds, floor=floor)
 
@@ -125,8 +125,8 @@ def _background(report: BenchReport) -> Iterator[tuple[str, str]]:
 
 
 def _formats(model: LoadedModel) -> dict[str, str]:
-    kv_cache = str(model.formats.dtype).removeprefix("torch.")
-    return {"linear": model.formats.linear.value, "dense": model.formats.dense.value, "kv_cache": kv_cache}
+    formats = model.formats
+    return {"linear": formats.linear.value, "dense": formats.dense.value, "kv_cache": model.kv_cache_format.value}
 
 
 def _limits_to_json(limits: MachineLimits) -> dict[str, Any]:

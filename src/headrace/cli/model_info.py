@@ -4,8 +4,9 @@ from typing import Any
 
 from headrace.bench.facts import linear_shapes, weight_facts
 from headrace.config import EngineConfig
-from headrace.costs.memory import kv_block_bytes
+from headrace.costs.memory import kv_token_bytes
 from headrace.engine.engine_plan import resolve_max_model_len, resolve_plan
+from headrace.engine.kv_cache_spec import kv_block_bytes, resolve_kv_cache_format
 from headrace.engine.tune import look_up_dataflow
 from headrace.kernels import Kernels
 from headrace.machine import available_memory_bytes, cpu_limits
@@ -37,12 +38,11 @@ def model_info(config: EngineConfig, kernels: Kernels) -> dict[str, Any]:
     source = open_model(folder)
     model, formats = source.config, resolve_formats(source, config.load)
     facts = weight_facts(model, formats, kernels)
-    element_bytes = formats.dtype.itemsize
+    cache_format = resolve_kv_cache_format(config.cache, formats)
     plan = resolve_plan(
         config,
-        model,
         max_model_len=resolve_max_model_len(config.scheduler, model),
-        element_bytes=element_bytes,
+        block_bytes=kv_block_bytes(kernels, model, cache_format, config.cache.block_size),
         available_bytes=max(0, available_memory_bytes() - facts.weight_bytes),
         num_threads=config.num_threads or cpu_limits().num_threads,
     )
@@ -60,7 +60,8 @@ def model_info(config: EngineConfig, kernels: Kernels) -> dict[str, Any]:
         "other_weights": formats.dense.value,
         "checkpoint_bytes": source.checkpoint_bytes,
         "weight_bytes": facts.weight_bytes,
-        "kv_per_token_bytes": kv_block_bytes(model, 1, element_bytes),
+        "kv_cache": cache_format.value,
+        "kv_per_token_bytes": kv_token_bytes(model, cache_format),
         "max_model_len": plan.max_model_len,
         "block_size": plan.cache.block_size,
         "blocks": plan.num_blocks,

@@ -5,9 +5,13 @@ from headrace.config.engine import (
     DataflowChoice,
     Dtype,
     EngineConfig,
+    KvCacheDtype,
+    KvCacheFormat,
     LoadConfig,
     Quantize,
     SchedulerConfig,
+    Softmax,
+    SoftmaxScheme,
     WeightFormat,
 )
 from headrace.config.model import (
@@ -35,6 +39,8 @@ __all__ = [
     "Dtype",
     "EmbeddingConfig",
     "EngineConfig",
+    "KvCacheDtype",
+    "KvCacheFormat",
     "LayerConfig",
     "LoadConfig",
     "MlpConfig",
@@ -49,5 +55,7 @@ __all__ = [
     "RopeType",
     "SamplingParams",
     "SchedulerConfig",
+    "Softmax",
+    "SoftmaxScheme",
     "WeightFormat",
 ]

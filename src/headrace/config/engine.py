@@ -10,7 +10,7 @@ MAX_THREADS = 4096
 
 
 class Dtype(Enum):
-    """Type of activations, KV cache and unquantized weights; AUTO takes the checkpoint's (float16 becomes bfloat16)."""
+    """Type of activations and unquantized weights; AUTO takes the checkpoint's (float16 becomes bfloat16)."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -32,6 +32,46 @@ class WeightFormat(Enum):
     BFLOAT16 = "bfloat16"
     INT8 = "int8"
     INT4 = "int4"
+
+
+class KvCacheDtype(Enum):
+    """Type of the KV cache; AUTO takes that of the activations."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+
+class KvCacheFormat(Enum):
+    """How keys and values lie in memory; int8 has a float32 scale for each token and KV head, and for each of both."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+
+class Softmax(Enum):
+    """How attention finds what it subtracts from logits before the exponential; AUTO leaves it to Headrace."""
+
+    AUTO = "auto"
+    SYNCHRONIZED = "synchronized"
+    ASYNCHRONIZED = "asynchronized"
+    LAZY = "lazy"
+
+
+class SoftmaxScheme(Enum):
+    """A scheme that was chosen, for one layer.
+
+    SYNCHRONIZED   the largest logit so far; partial results are rescaled and merged by log-sum-exp
+    ASYNCHRONIZED  a constant, so that nothing waits for a maximum; rows it does not suit are computed again
+                   (FlashDecoding++, arXiv:2311.01282)
+    LAZY           an earlier maximum, until it is exceeded by a factor of 2^8 in the exponential (FlashAttention-4)
+    """
+
+    SYNCHRONIZED = "synchronized"
+    ASYNCHRONIZED = "asynchronized"
+    LAZY = "lazy"
 
 
 class DataflowChoice(Enum):
@@ -64,12 +104,14 @@ class LoadConfig:
 class CacheConfig:
     """The paged KV cache.
 
-    block_size: tokens per block.
+    kv_cache_dtype: int8 takes about half the memory of bfloat16, and loses some precision.
+    block_size: tokens per block; native kernels pad it to a multiple of 16.
     kv_cache_bytes: memory for keys and values; None takes what `max_num_seqs` full contexts could use, at most
         `memory_fraction` of the memory free after the weights are loaded, within the cgroup's limit.
     num_blocks: overrides the budget; for tests and experiments.
     """
 
+    kv_cache_dtype: KvCacheDtype = KvCacheDtype.AUTO
     block_size: int = 16
     kv_cache_bytes: int | None = None
     memory_fraction: float = 0.5
@@ -114,6 +156,7 @@ class EngineConfig:
     load: LoadConfig
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    softmax: Softmax = Softmax.AUTO
     num_threads: int | None = None
     dataflow: DataflowChoice = DataflowChoice.MEASURED
 

@@ -1,13 +1,20 @@
 """Bytes a model keeps in memory."""
 
-from headrace.config import ModelConfig
+from headrace.config import KvCacheFormat, ModelConfig
+
+_ELEMENT_BYTES = {KvCacheFormat.FLOAT32: 4, KvCacheFormat.BFLOAT16: 2, KvCacheFormat.INT8: 1}
+_SCALE_BYTES = {KvCacheFormat.FLOAT32: 0, KvCacheFormat.BFLOAT16: 0, KvCacheFormat.INT8: 4}
 
 
-def kv_block_bytes(config: ModelConfig, block_size: int, element_bytes: int, num_layers: int | None = None) -> int:
-    """Keys and values of one block on all layers: 2 * layers * block_size * num_kv_heads * head_dim * element_bytes."""
+def kv_token_bytes(config: ModelConfig, cache_format: KvCacheFormat, num_layers: int | None = None) -> int:
+    """Keys and values of one token on all layers: 2 * layers * num_kv_heads * (head_dim * element_bytes + scale_bytes).
+
+    What attention reads. Kernels may take more memory, for padding: `Kernels.kv_cache_num_bytes`.
+    """
     layers = config.num_hidden_layers if num_layers is None else num_layers
     attention = config.attention
-    return 2 * layers * block_size * attention.num_kv_heads * attention.head_dim * element_bytes
+    head_bytes = attention.head_dim * _ELEMENT_BYTES[cache_format] + _SCALE_BYTES[cache_format]
+    return 2 * layers * attention.num_kv_heads * head_bytes
 
 
 def num_blocks_for(num_tokens: int, block_size: int) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from headrace.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from headrace.costs.memory import kv_block_bytes, num_blocks_for
+from headrace.costs.memory import num_blocks_for
 from headrace.errors import ConfigError, ContextLengthError
 
 
@@ -44,22 +44,21 @@ def resolve_max_model_len(config: SchedulerConfig, model: ModelConfig) -> int:
 
 def resolve_plan(
     config: EngineConfig,
-    model: ModelConfig,
     *,
     max_model_len: int,
-    element_bytes: int,
+    block_bytes: int,
     available_bytes: int,
     num_threads: int,
 ) -> EnginePlan:
     """Size the KV cache.
 
+    block_bytes: of one block on all layers, as the kernels lay it out.
     available_bytes: memory free for this process after the weights are loaded.
 
     Raises:
         ConfigError: the cache could not hold one sequence of a length that was asked for.
     """
     block_size = config.cache.block_size
-    block_bytes = kv_block_bytes(model, block_size, element_bytes)
     num_useful = config.scheduler.max_num_seqs * num_blocks_for(max_model_len, block_size)
     remarks: tuple[str, ...] = ()
     num_blocks = config.cache.num_blocks

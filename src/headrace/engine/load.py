@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from headrace.cache.kv_pool import KvPool
-from headrace.config import EngineConfig, ModelConfig
+from headrace.config import EngineConfig, KvCacheFormat, ModelConfig
 from headrace.engine.engine_plan import EnginePlan, resolve_max_model_len, resolve_plan
 from headrace.engine.executor import Executor
+from headrace.engine.kv_cache_spec import kv_block_bytes, kv_cache_spec, resolve_kv_cache_format
 from headrace.engine.runner import ModelRunner
 from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.engine.worker import Worker
@@ -42,6 +41,7 @@ class LoadedModel:
     executor: Executor
     kernels: Kernels
     formats: WeightFormats
+    kv_cache_format: KvCacheFormat
     linear_weights: LinearWeights
     tokenizer: Tokenizer | None
     tokenizer_error: str | None
@@ -72,14 +72,14 @@ def load_model(config: EngineConfig) -> LoadedModel:
 
     context = LayerContext(kernels=kernels, tp_group=OneRankGroup())
     decoder = _load_with_progress(source, context, formats, max_model_len, config.load.show_progress)
+    cache_format = resolve_kv_cache_format(config.cache, formats)
     linear_weights = LinearWeights.of((p.weight for p in decoder.linear_parameters()), formats.dtype)
     show_progress = config.load.show_progress
     prepare_dataflow(kernels, linear_weights, config.dataflow, num_threads, show_progress=show_progress)
     plan = resolve_plan(
         config,
-        source.config,
         max_model_len=max_model_len,
-        element_bytes=formats.dtype.itemsize,
+        block_bytes=kv_block_bytes(kernels, source.config, cache_format, config.cache.block_size),
         available_bytes=available_memory_bytes(),
         num_threads=num_threads,
     )
@@ -88,10 +88,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
         config=source.config,
         plan=plan,
         executor=Worker(
-            ModelRunner(decoder, _make_kv_pool(source.config, plan, formats.dtype), plan.max_model_len), eos_token_ids
+            ModelRunner(decoder, _make_kv_pool(kernels, source.config, plan, cache_format), plan.max_model_len),
+            eos_token_ids,
         ),
         kernels=kernels,
         formats=formats,
+        kv_cache_format=cache_format,
         linear_weights=linear_weights,
         tokenizer=tokenizer,
         tokenizer_error=tokenizer_error,
@@ -110,15 +112,9 @@ def _load_with_progress(
         return load_decoder(source, context, formats, max_model_len=max_model_len, progress=progress)
 
 
-def _make_kv_pool(config: ModelConfig, plan: EnginePlan, dtype: torch.dtype) -> KvPool:
-    return KvPool(
-        config,
-        num_layers=config.num_hidden_layers,
-        num_kv_heads=config.attention.num_kv_heads,
-        num_blocks=plan.num_blocks,
-        block_size=plan.cache.block_size,
-        dtype=dtype,
-    )
+def _make_kv_pool(kernels: Kernels, config: ModelConfig, plan: EnginePlan, cache_format: KvCacheFormat) -> KvPool:
+    spec = kv_cache_spec(config, cache_format, num_blocks=plan.num_blocks, block_size=plan.cache.block_size)
+    return KvPool(kernels, spec, num_layers=config.num_hidden_layers)
 
 
 def _load_tokenizer(folder: Path, *, is_required: bool) -> tuple[Tokenizer | None, str | None]:

@@ -38,7 +38,7 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, kv_pool: KvPool, max_model_len: int) -> None:
         self._decoder = decoder
         self._kv_pool = kv_pool
-        self._decode_step = DecodeStep(decoder.kernels, self._forward, kv_pool.block_size, max_model_len)
+        self._decode_step = DecodeStep(decoder.kernels, self._forward, kv_pool.spec.block_size, max_model_len)
 
     @property
     def decode_step(self) -> DecodeStep:
@@ -48,7 +48,7 @@ class ModelRunner:
         """Hidden states of all rows' tokens, laid end to end: [num_tokens, hidden_size]. Valid until the next run."""
         if len(rows) <= MAX_DECODE_STEP_SEQS and all(len(row.token_ids) == 1 for row in rows):
             return self._decode_step.run([(row.token_ids[0], row.start, row.block_table) for row in rows])
-        return self._forward(build_forward_batch(rows, self._kv_pool.block_size))
+        return self._forward(build_forward_batch(rows, self._kv_pool.spec.block_size))
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[num_rows, vocab_size] float32."""

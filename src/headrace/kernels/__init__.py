@@ -4,7 +4,15 @@ Layers get a `Kernels` from `dispatch.resolve_kernels` and call ops through it; 
 """
 
 from headrace.kernels.dispatch import KernelChoice, Kernels, OpChoice, kernel_choice_from, resolve_kernels
-from headrace.kernels.ops import AttentionSpec, Recording
+from headrace.kernels.kv_cache import (
+    DenseKvCache,
+    KvCache,
+    KvCacheSpec,
+    PackedKvCache,
+    QuantizedKvCache,
+    SoftmaxCounts,
+)
+from headrace.kernels.ops import AttentionSpec, Recording, SoftmaxSpec
 from headrace.kernels.weights import (
     QUANTIZATION_GROUP_SIZE,
     DenseWeight,
@@ -18,13 +26,20 @@ from headrace.kernels.weights import (
 __all__ = [
     "QUANTIZATION_GROUP_SIZE",
     "AttentionSpec",
+    "DenseKvCache",
     "DenseWeight",
     "KernelChoice",
     "Kernels",
+    "KvCache",
+    "KvCacheSpec",
     "OpChoice",
+    "PackedKvCache",
     "PackedWeight",
+    "QuantizedKvCache",
     "QuantizedWeight",
     "Recording",
+    "SoftmaxCounts",
+    "SoftmaxSpec",
     "Weight",
     "WeightBuilder",
     "kernel_choice_from",

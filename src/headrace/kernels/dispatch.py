@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 
+from headrace.config import SoftmaxScheme
 from headrace.errors import BackendUnavailable, ConfigError, nearest_name
 from headrace.kernels import ops, reference
 from headrace.kernels.dataflow import Dataflow
@@ -49,10 +50,13 @@ class Kernels:
     embedding: ops.EmbeddingOp
     rms_norm: ops.RmsNormOp
     layer_norm: ops.LayerNormOp
+    rotary_table: ops.RotaryTableOp
+    rotary_store_kv_: ops.RotaryStoreKvOp
     add_: ops.AddOp
-    rotary_: ops.RotaryOp
-    store_kv_: ops.StoreKvOp
     attention: ops.AttentionOp
+    make_kv_cache: ops.MakeKvCacheOp
+    kv_cache_num_bytes: ops.KvCacheNumBytesOp
+    read_kv: ops.ReadKvOp
     activation: ops.ActivationOp
     gated_activation: ops.ActivationOp
     route_experts: ops.RouteOp
@@ -65,6 +69,7 @@ class Kernels:
     record: ops.RecordOp
     machine: ops.MachineOps
     set_num_threads: ops.SetNumThreadsOp
+    softmax_schemes: tuple[SoftmaxScheme, ...]
     choices: tuple[OpChoice, ...]
     dataflow: Dataflow | None = None
     tuning_key: TuningKeyMaker | None = None
@@ -78,10 +83,13 @@ _OPS = (
     "embedding",
     "rms_norm",
     "layer_norm",
+    "rotary_table",
+    "rotary_store_kv_",
     "add_",
-    "rotary_",
-    "store_kv_",
     "attention",
+    "make_kv_cache",
+    "kv_cache_num_bytes",
+    "read_kv",
     "activation",
     "gated_activation",
     "route_experts",
@@ -152,12 +160,14 @@ def _reference_kernels(reason: str, instruction_set: str | None) -> Kernels:
         **implementations,
         machine=reference.MachineOps(),
         set_num_threads=torch.set_num_threads,
+        softmax_schemes=(SoftmaxScheme.SYNCHRONIZED,),
         choices=choices,
     )
 
 
 def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> Kernels:
-    """Ops on weights come as one set, because only they read packed weights; the others are the reference's."""
+    """Ops on weights come as one set, because only they read packed weights, and so do those on KV caches; the others
+    are the reference's."""
     target = instruction_set or cpu.best_target()
     reason_by_op = dict.fromkeys(_OPS, f"{reason}, but not for this op yet")
     implementations = {op: getattr(reference, op) for op in _OPS}
@@ -171,6 +181,7 @@ def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> K
         **(implementations | native),
         machine=cpu.MachineOps(target),
         set_num_threads=cpu.set_num_threads,
+        softmax_schemes=tuple(SoftmaxScheme),
         choices=choices,
         dataflow=dataflow,
         tuning_key=lambda num_threads: TuningKey(

@@ -7,8 +7,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from headrace.config import Activation, WeightFormat
+from headrace.config import Activation, SoftmaxScheme, WeightFormat
+from headrace.kernels.kv_cache import KvCache, KvCacheSpec
 from headrace.kernels.weights import Weight, WeightBuilder
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxSpec:
+    """How one layer's softmax finds its reference; see `SoftmaxScheme`.
+
+    unified_max: what the asynchronized scheme subtracts from logits, in natural logarithms (phi in the paper).
+    element_bounds: it then also asks of each logit that logit - unified_max lies strictly between these two, as the
+        paper does; None asks only that the row as a whole is sound.
+    """
+
+    scheme: SoftmaxScheme = SoftmaxScheme.SYNCHRONIZED
+    unified_max: float = 0.0
+    element_bounds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +37,7 @@ class AttentionSpec:
     softmax_scale: float
     sliding_window: int | None = None
     logit_soft_cap: float | None = None
+    softmax: SoftmaxSpec = SoftmaxSpec()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +80,41 @@ class AddOp(Protocol):
     def __call__(self, residual: Tensor, x: Tensor) -> None: ...
 
 
-class RotaryOp(Protocol):
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> None: ...
+class RotaryTableOp(Protocol):
+    def __call__(self, positions: Tensor, inv_freq: Tensor, amplitude: float) -> tuple[Tensor, Tensor]: ...
 
 
-class StoreKvOp(Protocol):
-    def __call__(self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None: ...
+class RotaryStoreKvOp(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: KvCache,
+        slot_mapping: Tensor,
+        cos_sin: tuple[Tensor, Tensor] | None,
+        *,
+        interleaved: bool = False,
+    ) -> None: ...
+
+
+class MakeKvCacheOp(Protocol):
+    def __call__(self, spec: KvCacheSpec) -> KvCache: ...
+
+
+class KvCacheNumBytesOp(Protocol):
+    def __call__(self, spec: KvCacheSpec) -> int: ...
+
+
+class ReadKvOp(Protocol):
+    def __call__(self, kv_cache: KvCache, slots: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class AttentionOp(Protocol):
     def __call__(
         self,
         query: Tensor,
-        kv_cache: Tensor,
+        kv_cache: KvCache,
         block_tables: Tensor,
         context_lens: Tensor,
         cu_seqlens_q: Tensor,

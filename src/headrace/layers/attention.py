@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headrace.batch import ForwardBatch
 from headrace.config import LayerConfig, ModelConfig
-from headrace.kernels import AttentionSpec
+from headrace.kernels import AttentionSpec, KvCache
 from headrace.layers.context import LayerContext
 from headrace.layers.linear import ColumnParallelLinear, OutputPart, RowParallelLinear
 from headrace.layers.norm import RmsNorm
@@ -57,17 +57,16 @@ class Attention:
         self.k_norm = RmsNorm(f"{prefix}.k_norm", self._head_dim, config.norm, context) if attention.qk_norm else None
 
     def __call__(
-        self, hidden_states: Tensor, batch: ForwardBatch, kv_cache: Tensor, cos_sin: tuple[Tensor, Tensor] | None
+        self, hidden_states: Tensor, batch: ForwardBatch, kv_cache: KvCache, cos_sin: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """Shapes: hidden_states [num_tokens, hidden_size], returned alike; kv_cache: this layer's."""
         heads = self.qkv(hidden_states).view(len(hidden_states), -1, self._head_dim)
         query, key, value = torch.split(heads, self._split, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        if cos_sin is not None:
-            self._kernels.rotary_(query, *cos_sin, interleaved=self._interleaved)
-            self._kernels.rotary_(key, *cos_sin, interleaved=self._interleaved)
-        self._kernels.store_kv_(key, value, kv_cache, batch.slot_mapping)
+        self._kernels.rotary_store_kv_(
+            query, key, value, kv_cache, batch.slot_mapping, cos_sin, interleaved=self._interleaved
+        )
         attended = self._kernels.attention(
             query, kv_cache, batch.block_tables, batch.context_lens, batch.cu_seqlens_q, self._spec
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.config import RopeConfig, RopeScaling, RopeType
+from headrace.layers.context import LayerContext
 
 
 class RotaryTable:
@@ -19,14 +20,14 @@ class RotaryTable:
     max_model_len, and unscaled if that is within the original length.
     """
 
-    def __init__(self, config: RopeConfig, max_model_len: int) -> None:
+    def __init__(self, config: RopeConfig, max_model_len: int, context: LayerContext) -> None:
+        self._kernels = context.kernels
         self.inv_freq = scaled_inv_freq(config, max_model_len)
         self.amplitude = 1.0 if config.scaling is None else amplitude(config.scaling)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each [num_tokens, rotary_dim / 2] float32."""
-        angles = positions.float()[:, None] * self.inv_freq
-        return angles.cos() * self.amplitude, angles.sin() * self.amplitude
+        return self._kernels.rotary_table(positions, self.inv_freq, self.amplitude)
 
 
 def scaled_inv_freq(config: RopeConfig, max_model_len: int) -> Tensor:

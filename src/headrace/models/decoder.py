@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headrace.batch import ForwardBatch
 from headrace.config import LayerConfig, ModelConfig, NormPlacement, RopeConfig
-from headrace.kernels import Kernels
+from headrace.kernels import Kernels, KvCache
 from headrace.layers.attention import Attention
 from headrace.layers.context import LayerContext
 from headrace.layers.embedding import LmHead, TokenEmbedding
@@ -87,7 +87,7 @@ class DecoderLayer:
         )
 
     def __call__(
-        self, stream: ResidualStream, batch: ForwardBatch, kv_cache: Tensor, cos_sin: tuple[Tensor, Tensor] | None
+        self, stream: ResidualStream, batch: ForwardBatch, kv_cache: KvCache, cos_sin: tuple[Tensor, Tensor] | None
     ) -> None:
         self.attention_residual(stream, lambda x: self.attention(x, batch, kv_cache, cos_sin))
         self.mlp_residual(stream, self.mlp)
@@ -126,14 +126,14 @@ class Decoder:
         self.norm = make_norm("model.norm", config.hidden_size, config.norm, context) if has_norm else None
         self.lm_head = LmHead(config, self.embedding, context) if is_last else None
         ropes = {layer.rope for layer in self.layers if layer.rope is not None}
-        self._rotary = {rope: RotaryTable(rope, max_model_len) for rope in ropes}
+        self._rotary = {rope: RotaryTable(rope, max_model_len, context) for rope in ropes}
 
     def embed(self, batch: ForwardBatch) -> Tensor:
         """First stage: [num_tokens, hidden_size]."""
         assert self.embedding is not None, "only the first stage embeds"
         return self.embedding(batch.input_ids, batch.positions)
 
-    def run_layers(self, hidden_states: Tensor, batch: ForwardBatch, kv_caches: Sequence[Tensor]) -> Tensor:
+    def run_layers(self, hidden_states: Tensor, batch: ForwardBatch, kv_caches: Sequence[KvCache]) -> Tensor:
         """This stage's layers: [num_tokens, hidden_size] in, changed, and out; kv_caches: one per local layer, written
         to."""
         cos_sin: dict[RopeConfig | None, tuple[Tensor, Tensor] | None] = {None: None}

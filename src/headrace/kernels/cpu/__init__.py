@@ -7,10 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from headrace.kernels.cpu.activation import Activate
+from headrace.kernels.cpu.attention import Attention
+from headrace.kernels.cpu.kv_cache import kv_cache_num_bytes, make_kv_cache, read_kv
 from headrace.kernels.cpu.linear import Embedding, Linear
 from headrace.kernels.cpu.machine_ops import MachineOps
 from headrace.kernels.cpu.norm import Norm
 from headrace.kernels.cpu.packing import make_weight_builder, weight_num_bytes
+from headrace.kernels.cpu.rotary import RotaryStoreKv, RotaryTable
 from headrace.kernels.cpu.sampling import Sampling
 from headrace.kernels.cpu.stream import Stream
 from headrace.kernels.cpu.targets import best_target, kernels_digest, set_num_threads, supported_targets
@@ -18,16 +21,22 @@ from headrace.kernels.dataflow import Dataflow
 
 __all__ = [
     "Activate",
+    "Attention",
     "Embedding",
     "Linear",
     "MachineOps",
     "Norm",
+    "RotaryStoreKv",
+    "RotaryTable",
     "Sampling",
     "Stream",
     "best_target",
     "kernels_digest",
+    "kv_cache_num_bytes",
+    "make_kv_cache",
     "make_ops",
     "make_weight_builder",
+    "read_kv",
     "set_num_threads",
     "supported_targets",
     "weight_num_bytes",
@@ -50,6 +59,12 @@ def make_ops(target: str, dataflow: Dataflow) -> dict[str, Callable[..., Any]]:
         "rms_norm": norm.rms_norm,
         "layer_norm": norm.layer_norm,
         "add_": norm.add_,
+        "rotary_table": RotaryTable(stream),
+        "rotary_store_kv_": RotaryStoreKv(target, stream),
+        "attention": Attention(target, stream),
+        "make_kv_cache": make_kv_cache,
+        "kv_cache_num_bytes": kv_cache_num_bytes,
+        "read_kv": read_kv,
         "activation": activate.activation,
         "gated_activation": activate.gated_activation,
         "argmax": sampling.argmax,

@@ -1,14 +1,15 @@
 """Every op in plain torch, accumulated in float32: the definition that other implementations are tested against."""
 
 from headrace.kernels.reference.activation import activation, gated_activation
-from headrace.kernels.reference.attention import attention, store_kv_
+from headrace.kernels.reference.attention import attention
+from headrace.kernels.reference.kv_cache import kv_cache_num_bytes, make_kv_cache, read_kv, rotary_store_kv_
 from headrace.kernels.reference.linear import embedding, linear, linear_int8_activations
 from headrace.kernels.reference.machine_ops import MachineOps
 from headrace.kernels.reference.moe import route_experts
 from headrace.kernels.reference.norm import add_, layer_norm, rms_norm
 from headrace.kernels.reference.quantize import dequantize, quantize_activations, quantize_rows
 from headrace.kernels.reference.record import record
-from headrace.kernels.reference.rotary import rotary_
+from headrace.kernels.reference.rotary import rotary_, rotary_table
 from headrace.kernels.reference.sampling import argmax, log_sum_exp, top_k
 from headrace.kernels.reference.weight_builder import make_weight_builder, weight_num_bytes
 
@@ -21,18 +22,22 @@ __all__ = [
     "dequantize",
     "embedding",
     "gated_activation",
+    "kv_cache_num_bytes",
     "layer_norm",
     "linear",
     "linear_int8_activations",
     "log_sum_exp",
+    "make_kv_cache",
     "make_weight_builder",
     "quantize_activations",
     "quantize_rows",
+    "read_kv",
     "record",
     "rms_norm",
     "rotary_",
+    "rotary_store_kv_",
+    "rotary_table",
     "route_experts",
-    "store_kv_",
     "top_k",
     "weight_num_bytes",
 ]

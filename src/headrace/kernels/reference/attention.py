@@ -3,29 +3,19 @@
 import torch
 from torch import Tensor
 
-from headrace.errors import ShapeError
+from headrace.config import SoftmaxScheme
+from headrace.errors import KernelError, ShapeError
+from headrace.kernels.kv_cache import KvCache
 from headrace.kernels.ops import AttentionSpec
+from headrace.kernels.reference.kv_cache import read_kv
 
 _MAX_SCORE_ELEMENTS = 16 * 2**20
 """Scores held at once; longer prefills go through in tiles of query rows (64 MiB of float32)."""
 
 
-def store_kv_(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write each token's key and value to its slot.
-
-    Shapes:
-        key, value:   [num_tokens, num_kv_heads, head_dim]
-        kv_cache:     [2, num_blocks, block_size, num_kv_heads, head_dim]
-        slot_mapping: [num_tokens] int64, block_id * block_size + offset
-    """
-    slots = kv_cache.flatten(1, 2)
-    slots[0].index_copy_(0, slot_mapping, key.to(kv_cache.dtype))
-    slots[1].index_copy_(0, slot_mapping, value.to(kv_cache.dtype))
-
-
 def attention(
     query: Tensor,
-    kv_cache: Tensor,
+    kv_cache: KvCache,
     block_tables: Tensor,
     context_lens: Tensor,
     cu_seqlens_q: Tensor,
@@ -38,15 +28,17 @@ def attention(
 
     Shapes:
         query:        [num_tokens, num_heads, head_dim]
-        kv_cache:     [2, num_blocks, block_size, num_kv_heads, head_dim]
         block_tables: [num_seqs, max_blocks_per_seq] int32; entries past the context are never read
         context_lens: [num_seqs] int32, >= new tokens of the sequence
         cu_seqlens_q: [num_seqs + 1] int32
         returns:      like query, same dtype; accumulated in float32
     Raises:
         ShapeError: num_heads is not a multiple of num_kv_heads.
+        KernelError: another softmax scheme than the synchronized one, which this is with a single partial result.
     """
-    num_heads, num_kv_heads = query.shape[1], kv_cache.shape[3]
+    if spec.softmax.scheme is not SoftmaxScheme.SYNCHRONIZED:
+        raise KernelError(f"the reference has no {spec.softmax.scheme.value} softmax; allowed: synchronized")
+    num_heads, num_kv_heads = query.shape[1], kv_cache.spec.num_kv_heads
     if num_heads % num_kv_heads:
         raise ShapeError(f"{num_heads} query heads cannot share {num_kv_heads} KV heads evenly")
     out = torch.empty_like(query)
@@ -61,10 +53,10 @@ def attention(
     return out
 
 
-def _attend(query: Tensor, kv_cache: Tensor, block_table: Tensor, visible: int, spec: AttentionSpec) -> Tensor:
+def _attend(query: Tensor, kv_cache: KvCache, block_table: Tensor, visible: int, spec: AttentionSpec) -> Tensor:
     """Attention of the last `len(query)` of `visible` tokens of one sequence."""
     num_queries, head_dim = query.shape[0], query.shape[2]
-    num_kv_heads = kv_cache.shape[3]
+    num_kv_heads = kv_cache.spec.num_kv_heads
     first_position = visible - num_queries
     first_key = 0 if spec.sliding_window is None else max(0, first_position - spec.sliding_window + 1)
     key, value = _gather(kv_cache, block_table, first_key, visible)
@@ -81,14 +73,13 @@ def _attend(query: Tensor, kv_cache: Tensor, block_table: Tensor, visible: int, 
     return out.view(num_kv_heads, num_queries, -1, head_dim).transpose(0, 1).reshape(query.shape).to(query.dtype)
 
 
-def _gather(kv_cache: Tensor, block_table: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def _gather(kv_cache: KvCache, block_table: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Keys and values of positions start to stop: two tensors [num_kv_heads, stop - start, head_dim] float32."""
-    block_size = kv_cache.shape[2]
-    first_block = start // block_size
-    blocks = block_table[first_block : (stop + block_size - 1) // block_size].long()
-    rows = kv_cache[:, blocks].flatten(1, 2)[:, start - first_block * block_size : stop - first_block * block_size]
-    key, value = rows.float().transpose(1, 2)
-    return key, value
+    block_size = kv_cache.spec.block_size
+    positions = torch.arange(start, stop)
+    slots = block_table[positions // block_size].long() * block_size + positions % block_size
+    key, value = read_kv(kv_cache, slots)
+    return key.transpose(0, 1), value.transpose(0, 1)
 
 
 def _mask(first_position: int, num_queries: int, first_key: int, stop: int, window: int | None) -> Tensor:

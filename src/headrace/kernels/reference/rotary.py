@@ -3,6 +3,18 @@
 from torch import Tensor
 
 
+def rotary_table(positions: Tensor, inv_freq: Tensor, amplitude: float) -> tuple[Tensor, Tensor]:
+    """amplitude * cos and sin of position * inv_freq, the product rounded to float32.
+
+    Shapes:
+        positions: [num_tokens] int64
+        inv_freq:  [half] float32
+        returns:   two tensors [num_tokens, half] float32
+    """
+    angles = positions.float()[:, None] * inv_freq
+    return angles.cos() * amplitude, angles.sin() * amplitude
+
+
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> None:
     """Rotate pairs of the first 2 * half entries of each head, in place (RoFormer, arXiv:2104.09864).
 

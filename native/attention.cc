@@ -1,0 +1,215 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "targets.h"
+#include "thread_pool.h"
+
+namespace headrace {
+namespace {
+
+// Work is counted in rows times positions, where reading keys and values costs as much as kReadingRows rows more.
+constexpr int64_t kReadingRows = 8;
+// Work below which a second thread costs more than it saves: some microseconds.
+constexpr int64_t kMinParallelWork = 4096;
+// Pieces for each thread, so that the last ones to end do not leave the others waiting long.
+constexpr int64_t kPiecesPerThread = 4;
+
+// A tile of rows, the splits they see and how many pieces these are cut into. With more than one piece, each split's
+// partial result goes to partials, and whoever ends the last piece merges them.
+struct TileWork {
+  RowTile tile;
+  Range splits;
+  int64_t cost;
+  int num_pieces;
+  int64_t partials;  // offset in floats
+};
+
+struct Piece {
+  int32_t work;
+  int32_t index;
+};
+
+// What one call computes. Kept by the calling thread, so that memory is allocated only when a call is larger than all
+// before it.
+struct Schedule {
+  std::vector<TileWork> works;
+  std::vector<Piece> pieces;
+  std::unique_ptr<std::atomic<int>[]> unfinished;  // pieces of each work
+  size_t unfinished_capacity = 0;
+  int64_t partial_floats = 0;
+};
+
+class Scratch {
+ public:
+  char* Get(int64_t num_bytes) {
+    if (num_bytes > capacity_) {
+      memory_.reset();
+      capacity_ = 0;
+      num_bytes = RoundUp(num_bytes, 4096);
+      memory_.reset(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(num_bytes))));
+      if (memory_ == nullptr) throw std::bad_alloc();
+      capacity_ = num_bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  int64_t capacity_ = 0;
+};
+
+void CheckSequence(const AttentionCall& call, int64_t seq) {
+  const KvShape& shape = call.layout.shape;
+  const int64_t begin = call.cu_seqlens_q[seq], end = call.cu_seqlens_q[seq + 1], length = call.context_lens[seq];
+  const int64_t num_blocks = (length + shape.block_size - 1) / shape.block_size;
+  if (begin < 0 || begin > end || end > call.num_tokens || end - begin > length || num_blocks > call.max_blocks_per_seq) {
+    throw std::out_of_range("sequence " + std::to_string(seq) + " has rows " + std::to_string(begin) + " to " +
+                            std::to_string(end) + " of " + std::to_string(call.num_tokens) + ", a context of " +
+                            std::to_string(length) + " and room for " +
+                            std::to_string(call.max_blocks_per_seq * shape.block_size));
+  }
+  // Blocks before the window may have been given back; those are not read.
+  const int32_t* table = call.block_tables + seq * call.max_blocks_per_seq;
+  const int64_t position = length - (end - begin);
+  const int64_t first = position < call.sliding_window ? 0 : (position - call.sliding_window + 1) / shape.block_size;
+  int32_t least = 0, largest = 0;
+  for (int64_t i = first; i < num_blocks && begin < end; ++i) {
+    least = std::min(least, table[i]);
+    largest = std::max(largest, table[i]);
+  }
+  if (least < 0 || largest >= shape.num_blocks) {
+    throw std::out_of_range("sequence " + std::to_string(seq) + " has block " +
+                            std::to_string(least < 0 ? least : largest) + " of a cache with " +
+                            std::to_string(shape.num_blocks));
+  }
+}
+
+TileWork MakeWork(const AttentionCall& call, const RowTile& tile) {
+  const Row first = RowAt(call, tile, tile.rows.begin), last = RowAt(call, tile, tile.rows.end - 1);
+  const int64_t num_rows = tile.rows.end - tile.rows.begin;
+  return {tile, VisibleSplits(call, tile), (last.end - first.begin) * (num_rows + kReadingRows), 1, 0};
+}
+
+void CutIntoPieces(const AttentionCall& call, int num_threads, Schedule& schedule) {
+  int64_t total = 0;
+  for (const TileWork& work : schedule.works) total += work.cost;
+  const int64_t target = total / (num_threads * kPiecesPerThread) + 1;
+  const int64_t max_pieces = call.max_pieces > 0 ? call.max_pieces : INT32_MAX;
+  schedule.partial_floats = 0;
+  schedule.pieces.clear();
+  for (TileWork& work : schedule.works) {
+    const int64_t num_splits = work.splits.end - work.splits.begin;
+    const int64_t wanted = num_threads > 1 ? (work.cost + target - 1) / target : 1;
+    work.num_pieces = static_cast<int>(std::min({num_splits, wanted, max_pieces}));
+    if (work.num_pieces == 1) continue;
+    work.partials = schedule.partial_floats;
+    schedule.partial_floats += num_splits * PartialFloats(call.layout, work.tile.rows.end - work.tile.rows.begin);
+  }
+  // Long pieces first.
+  for (const bool is_long : {true, false}) {
+    for (size_t i = 0; i < schedule.works.size(); ++i) {
+      const TileWork& work = schedule.works[i];
+      if ((work.cost / work.num_pieces > target / 2) != is_long) continue;
+      for (int index = 0; index < work.num_pieces; ++index) schedule.pieces.push_back({static_cast<int32_t>(i), index});
+    }
+  }
+  if (schedule.works.size() > schedule.unfinished_capacity) {
+    schedule.unfinished_capacity = schedule.works.size();
+    schedule.unfinished = std::make_unique<std::atomic<int>[]>(schedule.unfinished_capacity);
+  }
+  for (size_t i = 0; i < schedule.works.size(); ++i) {
+    schedule.unfinished[i].store(schedule.works[i].num_pieces, std::memory_order_relaxed);
+  }
+}
+
+void ListWorks(const AttentionCall& call, Schedule& schedule) {
+  schedule.works.clear();
+  const int64_t group = call.num_heads / call.layout.shape.num_kv_heads;
+  for (int64_t seq = 0; seq < call.num_seqs; ++seq) {
+    CheckSequence(call, seq);
+    const int64_t num_rows = (call.cu_seqlens_q[seq + 1] - call.cu_seqlens_q[seq]) * group;
+    // The last rows see the most: they come first.
+    for (int64_t end = num_rows; end > 0; end = (end - 1) / kTileRows * kTileRows) {
+      for (int64_t kv_head = 0; kv_head < call.layout.shape.num_kv_heads; ++kv_head) {
+        schedule.works.push_back(MakeWork(call, {seq, kv_head, {(end - 1) / kTileRows * kTileRows, end}}));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+Row RowAt(const AttentionCall& call, const RowTile& tile, int64_t row) {
+  const int64_t group = call.num_heads / call.layout.shape.num_kv_heads;
+  const int64_t first = call.cu_seqlens_q[tile.seq], num_new = call.cu_seqlens_q[tile.seq + 1] - first;
+  const int64_t position = call.context_lens[tile.seq] - num_new + row / group;
+  const int64_t begin = position < call.sliding_window ? 0 : position - call.sliding_window + 1;
+  const Range panels = {call.layout.PanelOf(begin), call.layout.PanelOf(position) + 1};
+  return {first + row / group, tile.kv_head * group + row % group, begin, position + 1, panels};
+}
+
+Range VisiblePanels(const AttentionCall& call, const RowTile& tile) {
+  return {RowAt(call, tile, tile.rows.begin).panels.begin, RowAt(call, tile, tile.rows.end - 1).panels.end};
+}
+
+Range VisibleSplits(const AttentionCall& call, const RowTile& tile) {
+  const Range panels = VisiblePanels(call, tile);
+  return {SplitOf(panels.begin / kTilePanels), SplitOf((panels.end - 1) / kTilePanels) + 1};
+}
+
+void Attention(Target target, const AttentionCall& call) {
+  if (call.num_heads % call.layout.shape.num_kv_heads != 0) {
+    throw std::invalid_argument("query heads must be a multiple of KV heads");
+  }
+  thread_local Schedule schedule;
+  thread_local Scratch partial_memory, workspace_memory;
+  const AttentionKernels& kernels = HEADRACE_CHOOSE(target, kAttention);
+  ListWorks(call, schedule);
+  if (schedule.works.empty()) return;
+  int64_t total = 0;
+  for (const TileWork& work : schedule.works) total += work.cost;
+  const std::shared_ptr<ThreadPool> pool = Pool();
+  const int num_threads = total < kMinParallelWork ? 1 : pool->num_threads();
+  CutIntoPieces(call, num_threads, schedule);
+  auto* partials = reinterpret_cast<float*>(partial_memory.Get(schedule.partial_floats * sizeof(float)));
+  const int64_t workspace_bytes = kernels.workspace_bytes(call);
+  char* workspaces = workspace_memory.Get(num_threads * workspace_bytes);
+  std::atomic<size_t> next_piece{0};
+  Schedule& work_list = schedule;  // of this thread, for the others
+  const auto work_on = [&](int thread) {
+    char* workspace = workspaces + thread * workspace_bytes;
+    for (size_t i; (i = next_piece.fetch_add(1, std::memory_order_relaxed)) < work_list.pieces.size();) {
+      const Piece& piece = work_list.pieces[i];
+      const TileWork& work = work_list.works[piece.work];
+      if (work.num_pieces == 1) {
+        kernels.attend(call, work.tile, workspace);
+        continue;
+      }
+      const Range splits = Part(work.splits, piece.index, work.num_pieces);
+      const int64_t floats = PartialFloats(call.layout, work.tile.rows.end - work.tile.rows.begin);
+      float* first = partials + work.partials;
+      kernels.attend_splits(call, work.tile, splits, first + (splits.begin - work.splits.begin) * floats, workspace);
+      if (work_list.unfinished[piece.work].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        kernels.merge(call, work.tile, first, workspace);
+      }
+    }
+  };
+  if (num_threads == 1) {
+    work_on(0);
+  } else {
+    pool->Run(work_on);
+  }
+}
+
+}  // namespace headrace

@@ -1,0 +1,92 @@
+// The panels of one tile, found through the block table.
+
+namespace headrace {
+namespace HEADRACE_TARGET {
+namespace {
+
+// Panels between one that is read and the one asked for meanwhile: hardware prefetches within a page, and a panel often
+// ends one.
+constexpr int kPanelsAhead = 4;
+
+// keys and values point to the first vector; what follows in the order of reading lies behind the tile's own panels, so
+// that keys[i + kPanelsAhead] is what is worth asking for while keys[i] is read: after the keys the values, after the
+// values the keys of the next tile.
+struct TilePanels {
+  int64_t first;  // of the sequence
+  int count;
+  bool has_gaps;  // blocks end in a panel of fewer than 16 positions
+  int64_t begin[kTilePanels];  // first position
+  int size[kTilePanels];       // positions
+  const uint8_t* keys[kTilePanels + kPanelsAhead];
+  const uint8_t* values[kTilePanels + kPanelsAhead];
+  const float* scales[kTilePanels];  // int8: of keys, then of values
+};
+
+// Lanes [begin, end) of a panel.
+struct Lanes {
+  int begin;
+  int end;
+  bool IsFull() const { return begin == 0 && end == kPanelPositions; }
+};
+
+inline const uint8_t* PanelAddress(const AttentionCall& call, const RowTile& tile, int64_t panel) {
+  const int64_t per_block = call.layout.panels_per_block;
+  const int64_t block = call.block_tables[tile.seq * call.max_blocks_per_seq + panel / per_block];
+  return call.cache + call.layout.PanelOffset(block, tile.kv_head, panel % per_block);
+}
+
+// The panels of a tile that the rows, whose panels end at `end`, may see.
+inline TilePanels FindPanels(const AttentionCall& call, const RowTile& tile, int64_t tile_index, int64_t end) {
+  const KvLayout& layout = call.layout;
+  TilePanels panels;
+  panels.first = tile_index * kTilePanels;
+  panels.count = static_cast<int>(end - panels.first < kTilePanels ? end - panels.first : kTilePanels);
+  panels.has_gaps = layout.shape.block_size % kPanelPositions != 0;
+  for (int i = 0; i < panels.count + kPanelsAhead; ++i) {
+    const int64_t panel = panels.first + i;
+    const uint8_t* address = panel < end ? PanelAddress(call, tile, panel) : panels.keys[i - 1];
+    panels.keys[i] = address;
+    if (i >= panels.count) continue;
+    const int64_t in_block = panel % layout.panels_per_block * kPanelPositions;
+    const int64_t size = layout.shape.block_size - in_block;
+    panels.begin[i] = panel / layout.panels_per_block * layout.shape.block_size + in_block;
+    panels.size[i] = static_cast<int>(size < kPanelPositions ? size : kPanelPositions);
+    panels.values[i] = address + layout.value_offset;
+    panels.scales[i] = reinterpret_cast<const float*>(address + layout.scale_offset);
+  }
+  for (int i = 0; i < kPanelsAhead; ++i) {
+    panels.values[panels.count + i] = panels.keys[panels.count + i];
+    panels.keys[panels.count + i] = panels.values[i < panels.count ? i : panels.count - 1];
+  }
+  return panels;
+}
+
+inline Lanes VisibleLanes(const TilePanels& panels, int i, const Row& row) {
+  const int64_t size = panels.size[i];
+  const int64_t begin = row.begin - panels.begin[i], end = row.end - panels.begin[i];
+  return {static_cast<int>(begin < 0 ? 0 : begin < size ? begin : size),
+          static_cast<int>(end < 0 ? 0 : end < size ? end : size)};
+}
+
+// Panels of the tile, counted from its first, that a row sees; empty (0, 0) if none.
+inline Range VisiblePanels(const TilePanels& panels, const Row& row) {
+  const int64_t begin = row.panels.begin > panels.first ? row.panels.begin - panels.first : 0;
+  const int64_t last = row.panels.end - panels.first;
+  const int64_t end = last < panels.count ? last : panels.count;
+  return begin < end ? Range{begin, end} : Range{0, 0};
+}
+
+// The part of a row's visible panels whose 16 positions it all sees; none where blocks have gaps.
+inline Range FullPanels(const TilePanels& panels, const Row& row, Range visible) {
+  if (panels.has_gaps || visible.begin == visible.end) return {visible.begin, visible.begin};
+  Range full = visible;
+  if (!VisibleLanes(panels, static_cast<int>(full.begin), row).IsFull()) ++full.begin;
+  if (full.begin < full.end && !VisibleLanes(panels, static_cast<int>(full.end - 1), row).IsFull()) --full.end;
+  return full;
+}
+
+inline void Prefetch(const uint8_t* address) { __builtin_prefetch(address); }
+
+}  // namespace
+}  // namespace HEADRACE_TARGET
+}  // namespace headrace

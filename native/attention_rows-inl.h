@@ -1,0 +1,198 @@
+// The rows of a tile: what they see, their queries as the kernels read them, and their results so far.
+
+namespace headrace {
+namespace HEADRACE_TARGET {
+namespace {
+
+// Rows whose scores and products are computed together: as many as their accumulators fit the registers.
+constexpr int kBlockRows = kFloatRows;
+constexpr int kTilePositions = kTilePanels * kPanelPositions;
+
+// Running results of every row: the reference m, the sum and o, unnormalized.
+struct State {
+  float* m;
+  float* sum;  // kLanes for each row within a split, else one
+  float* o;    // o_stride for each row
+};
+
+// A thread's memory, cut into parts.
+struct Workspace {
+  Row* rows;
+  char* query;          // query_bytes for each row
+  float* query_scale;   // int8: log2(e) * softmax_scale * the scale of the row's query
+  int32_t* query_start; // int8: -offset * sum of the query, upper and lower bits joined
+  float* t;             // [kBlockRows][kTilePositions]
+  char* p;              // [kBlockRows], p_bytes each
+  float* p_scale;       // int8: [kBlockRows]
+  State split;
+  State total;
+};
+
+// Entries of the query are padded like those of a key.
+inline int64_t QueryEntries(const KvLayout& layout) {
+  return layout.key_vectors * VectorColumns(layout.shape.format);
+}
+
+inline int64_t QueryBytes(const KvLayout& layout) {
+  switch (layout.shape.format) {
+    case Format::kFloat32:
+      return QueryEntries(layout) * static_cast<int64_t>(sizeof(float));
+    case Format::kBfloat16:
+      return QueryEntries(layout) * static_cast<int64_t>(sizeof(Bf16X));
+    case Format::kInt8:
+    case Format::kInt4:
+      break;
+  }
+  return 2 * QueryEntries(layout);  // upper and lower bits
+}
+
+inline int64_t ProbabilityBytes(Format format) {
+  switch (format) {
+    case Format::kFloat32:
+      return kTilePositions * static_cast<int64_t>(sizeof(float));
+    case Format::kBfloat16:
+      return kTilePositions * static_cast<int64_t>(sizeof(Bf16X));
+    case Format::kInt8:
+    case Format::kInt4:
+      break;
+  }
+  return 2 * kTilePositions;
+}
+
+inline int64_t OutputStride(const KvLayout& layout) { return layout.value_chunks * kLanes; }
+
+// Cuts memory into parts aligned to 64 bytes; with no memory it only adds them up.
+class Cutter {
+ public:
+  explicit Cutter(char* memory) : memory_(memory) {}
+  template <class T>
+  T* Cut(int64_t count) {
+    T* part = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + num_bytes_);
+    num_bytes_ += RoundUp(count * static_cast<int64_t>(sizeof(T)), 64);
+    return part;
+  }
+  int64_t num_bytes() const { return num_bytes_; }
+
+ private:
+  char* memory_;
+  int64_t num_bytes_ = 0;
+};
+
+inline Workspace CutWorkspace(const KvLayout& layout, Cutter& cutter) {
+  Workspace w;
+  w.rows = cutter.Cut<Row>(kTileRows);
+  w.query = cutter.Cut<char>(kTileRows * QueryBytes(layout));
+  w.query_scale = cutter.Cut<float>(kTileRows);
+  w.query_start = cutter.Cut<int32_t>(kTileRows);
+  w.t = cutter.Cut<float>(kBlockRows * kTilePositions);
+  w.p = cutter.Cut<char>(kBlockRows * ProbabilityBytes(layout.shape.format));
+  w.p_scale = cutter.Cut<float>(kBlockRows);
+  w.split = {cutter.Cut<float>(kTileRows), cutter.Cut<float>(kTileRows * kLanes),
+             cutter.Cut<float>(kTileRows * OutputStride(layout))};
+  w.total = {cutter.Cut<float>(kTileRows), cutter.Cut<float>(kTileRows),
+             cutter.Cut<float>(kTileRows * OutputStride(layout))};
+  return w;
+}
+
+inline int64_t WorkspaceBytes(const AttentionCall& call) {
+  Cutter cutter(nullptr);
+  CutWorkspace(call.layout, cutter);
+  return cutter.num_bytes();
+}
+
+inline float ToFloat32(float value) { return value; }
+inline float ToFloat32(uint16_t value) { return FromBfloat16(value); }
+
+template <class X, class Out>
+void ExpandQuery(const X* x, int64_t head_dim, int64_t num_entries, Out* out) {
+  if constexpr (sizeof(X) == sizeof(Out)) {
+    memcpy(out, x, head_dim * sizeof(X));
+  } else if constexpr (sizeof(Out) == 2) {
+    for (int64_t d = 0; d < head_dim; ++d) out[d] = ToBfloat16(x[d]);
+  } else {
+    for (int64_t d = 0; d < head_dim; ++d) out[d] = ToFloat32(x[d]);
+  }
+  for (int64_t d = head_dim; d < num_entries; ++d) out[d] = 0;
+}
+
+// q = scale * (128 * high + low) with high in [-127, 127] and low in [-64, 63]. Returns scale; NaN for a query with NaN
+// or infinity.
+constexpr float kLargestQuery = 127 * 128 + 63;
+
+template <class X>
+float SplitQuery(const X* x, int64_t head_dim, int64_t num_entries, int8_t* high, int8_t* low, int32_t* start) {
+  uint32_t largest_bits = 0;
+  for (int64_t d = 0; d < head_dim; ++d) {
+    const uint32_t bits = Bits(ToFloat32(x[d])) & 0x7fffffff;
+    largest_bits = bits > largest_bits ? bits : largest_bits;
+  }
+  constexpr uint32_t kInfinity = 0x7f800000;
+  constexpr float kSmallestScale = 0x1p-126f;
+  memset(high, 0, num_entries);
+  memset(low, 0, num_entries);
+  *start = 0;
+  if (largest_bits >= kInfinity) return FromBits(0x7fc00000);
+  const float scale = FromBits(largest_bits) / kLargestQuery;
+  if (scale < kSmallestScale) return 0.0f;
+  const float inverse = 1.0f / scale;
+  int32_t high_sum = 0, low_sum = 0;
+  for (int64_t d = 0; d < head_dim; ++d) {
+    // Adding 1.5 * 2^23 rounds; its bits then count up from those of that number.
+    constexpr float kShift = 12582912.0f;
+    const int32_t whole = static_cast<int32_t>(Bits(ToFloat32(x[d]) * inverse + kShift) - Bits(kShift));
+    const int32_t upper = (whole + 64) >> 7;
+    high[d] = static_cast<int8_t>(upper);
+    low[d] = static_cast<int8_t>(whole - 128 * upper);
+    high_sum += upper;
+    low_sum += whole - 128 * upper;
+  }
+  *start = -kInt8Offset * (128 * high_sum + low_sum);
+  return scale;
+}
+
+template <class X>
+void PrepareQuery(const AttentionCall& call, const X* x, int64_t i, const Workspace& w) {
+  const int64_t head_dim = call.layout.shape.head_dim, num_entries = QueryEntries(call.layout);
+  char* out = w.query + i * QueryBytes(call.layout);
+  switch (call.layout.shape.format) {
+    case Format::kFloat32:
+      return ExpandQuery(x, head_dim, num_entries, reinterpret_cast<float*>(out));
+    case Format::kBfloat16:
+      return ExpandQuery(x, head_dim, num_entries, reinterpret_cast<Bf16X*>(out));
+    case Format::kInt8:
+    case Format::kInt4:
+      break;
+  }
+  auto* high = reinterpret_cast<int8_t*>(out);
+  w.query_scale[i] = SplitQuery(x, head_dim, num_entries, high, high + num_entries, w.query_start + i);
+}
+
+// Fills w.rows. Rows of one token differ in their head only.
+void FindRows(const AttentionCall& call, const RowTile& tile, const Workspace& w) {
+  const int64_t group = call.num_heads / call.layout.shape.num_kv_heads;
+  const int64_t num_rows = tile.rows.end - tile.rows.begin;
+  for (int64_t i = 0; i < num_rows;) {
+    w.rows[i] = RowAt(call, tile, tile.rows.begin + i);
+    const int64_t end = i + (tile.kv_head + 1) * group - w.rows[i].head;
+    for (++i; i < end && i < num_rows; ++i) {
+      w.rows[i] = w.rows[i - 1];
+      ++w.rows[i].head;
+    }
+  }
+}
+
+void PrepareRows(const AttentionCall& call, const RowTile& tile, const Workspace& w) {
+  FindRows(call, tile, w);
+  for (int64_t i = 0; i < tile.rows.end - tile.rows.begin; ++i) {
+    const int64_t offset = w.rows[i].token * call.query_stride + w.rows[i].head * call.layout.shape.head_dim;
+    if (call.dtype == DType::kFloat32) {
+      PrepareQuery(call, static_cast<const float*>(call.query) + offset, i, w);
+    } else {
+      PrepareQuery(call, static_cast<const uint16_t*>(call.query) + offset, i, w);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace HEADRACE_TARGET
+}  // namespace headrace

@@ -1,0 +1,180 @@
+// t = log2(e) * soft_cap(softmax_scale * q k) for a block of rows and the panels of a tile.
+//
+// As in linear_target.cc, a tile of the product is kRows rows of q times kPanels panels of keys, one vector of
+// accumulators for each pair; lanes are positions. Whatever the tile, a score is one chain over head_dim, ascending.
+
+namespace headrace {
+namespace HEADRACE_TARGET {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+
+struct Float32Keys {
+  using X = float;
+  static constexpr int kColumns = VectorColumns(Format::kFloat32);
+  using Step = F32x16;
+  static Step LoadStep(const uint8_t* from) { return Load(reinterpret_cast<const float*>(from)); }
+  static F32x16 MulAddStep(const F32x16& acc, const Step& k, const X* q) { return MulAdd(k, Broadcast(*q), acc); }
+};
+
+struct Bfloat16Keys {
+  using X = Bf16X;
+  static constexpr int kColumns = VectorColumns(Format::kBfloat16);
+  using Step = Bf16Step;
+  static Step LoadStep(const uint8_t* from) { return LoadBf16(from); }
+  static F32x16 MulAddStep(const F32x16& acc, const Step& k, const X* q) { return MulAddBf16(acc, k, q); }
+};
+
+// A product times this is t, or with a soft cap what the hyperbolic tangent is taken of.
+inline float ScoreScale(const AttentionCall& call) {
+  return call.has_soft_cap ? call.score_scale / call.soft_cap : call.score_scale * kLog2E;
+}
+
+// First row of a block and first panel of a tile of the product; t as in Workspace, from the block's first row and the
+// tile's first panel on.
+struct ScoreTile {
+  const AttentionCall& call;
+  const Workspace& workspace;
+  const TilePanels& panels;
+  float scale;
+  int64_t row;
+  int panel;
+  float* t;
+};
+
+template <class Keys, int kRows, int kPanels>
+void FloatScores(const ScoreTile& at) {
+  using X = typename Keys::X;
+  const int64_t num_vectors = at.call.layout.key_vectors, row_bytes = QueryBytes(at.call.layout);
+  const char* query = at.workspace.query + at.row * row_bytes;
+  const uint8_t* const* keys = at.panels.keys + at.panel;
+  F32x16 acc[kRows][kPanels];
+  UnrollPairs<kRows, kPanels>([&](auto r, auto p) HEADRACE_LAMBDA { acc[r][p] = Broadcast(0.0f); });
+  for (int64_t i = 0; i < num_vectors; ++i) {
+    typename Keys::Step step[kPanels];
+    Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
+      Prefetch(keys[p + kPanelsAhead] + i * kVectorBytes);
+      step[p] = Keys::LoadStep(keys[p] + i * kVectorBytes);
+    });
+    UnrollPairs<kRows, kPanels>([&](auto r, auto p) HEADRACE_LAMBDA {
+      const X* x = reinterpret_cast<const X*>(query + r * row_bytes) + i * Keys::kColumns;
+      acc[r][p] = Keys::MulAddStep(acc[r][p], step[p], x);
+    });
+  }
+  const F32x16 scale = Broadcast(at.scale);
+  float* t = at.t;
+  UnrollPairs<kRows, kPanels>([&](auto r, auto p) HEADRACE_LAMBDA {
+    Store(t + r * kTilePositions + p * kPanelPositions, Mul(acc[r][p], scale));
+  });
+}
+
+// The same with integers: upper and lower bits of the query are two products, joined and scaled.
+template <int kRows, int kPanels>
+void IntScores(const ScoreTile& at) {
+  const int64_t num_vectors = at.call.layout.key_vectors, low_offset = QueryEntries(at.call.layout);
+  const int64_t row_bytes = QueryBytes(at.call.layout);
+  const auto* query = reinterpret_cast<const int8_t*>(at.workspace.query + at.row * row_bytes);
+  const uint8_t* const* keys = at.panels.keys + at.panel;
+  I32x16 high[kRows][kPanels], low[kRows][kPanels];
+  UnrollPairs<kRows, kPanels>([&](auto r, auto p) HEADRACE_LAMBDA {
+    high[r][p] = BroadcastInt(0);
+    low[r][p] = BroadcastInt(at.workspace.query_start[at.row + r]);
+  });
+  for (int64_t i = 0; i < num_vectors; ++i) {
+    Int8Step step[kPanels];
+    Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
+      Prefetch(keys[p + kPanelsAhead] + i * kVectorBytes);
+      step[p] = LoadInt8(keys[p] + i * kVectorBytes);
+    });
+    UnrollPairs<kRows, kPanels>([&](auto r, auto p) HEADRACE_LAMBDA {
+      const int8_t* q = query + r * row_bytes + i * VectorColumns(Format::kInt8);
+      high[r][p] = DotInt8(high[r][p], step[p], q);
+      low[r][p] = DotInt8(low[r][p], step[p], q + low_offset);
+    });
+  }
+  float* t = at.t;
+  const float* query_scale = at.workspace.query_scale + at.row;
+  Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
+    const F32x16 key_scale = Load(at.panels.scales[at.panel + p]);
+    Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
+      const F32x16 scale = Mul(key_scale, Broadcast(query_scale[r] * at.scale));
+      Store(t + r * kTilePositions + p * kPanelPositions, Mul(ToFloat(Join(high[r][p], low[r][p])), scale));
+    });
+  });
+}
+
+// A tile of the product for each number of rows.
+using ScoreFunction = void (*)(const ScoreTile& at);
+
+template <class Keys, int kPanels, class Rows>
+struct FloatScoreTable;
+template <class Keys, int kPanels, int... kRows>
+struct FloatScoreTable<Keys, kPanels, std::integer_sequence<int, kRows...>> {
+  static constexpr ScoreFunction functions[] = {&FloatScores<Keys, kRows + 1, kPanels>...};
+};
+
+template <int kPanels, class Rows>
+struct IntScoreTable;
+template <int kPanels, int... kRows>
+struct IntScoreTable<kPanels, std::integer_sequence<int, kRows...>> {
+  static constexpr ScoreFunction functions[] = {&IntScores<kRows + 1, kPanels>...};
+};
+
+struct ScoreFunctions {
+  const ScoreFunction* wide;    // kFloatPanels panels at a time
+  const ScoreFunction* narrow;  // one
+  int max_rows;
+};
+
+// Integers need two accumulators for each pair.
+constexpr int kIntScoreRows = kBlockRows / 2;
+
+inline ScoreFunctions ScoreFunctionsOf(Format format) {
+  using Rows = std::make_integer_sequence<int, kBlockRows>;
+  using IntRows = std::make_integer_sequence<int, kIntScoreRows>;
+  constexpr int kPanels = kFloatPanels;
+  switch (format) {
+    case Format::kFloat32:
+      return {FloatScoreTable<Float32Keys, kPanels, Rows>::functions, FloatScoreTable<Float32Keys, 1, Rows>::functions,
+              kBlockRows};
+    case Format::kBfloat16:
+      return {FloatScoreTable<Bfloat16Keys, kPanels, Rows>::functions,
+              FloatScoreTable<Bfloat16Keys, 1, Rows>::functions, kBlockRows};
+    case Format::kInt8:
+    case Format::kInt4:
+      break;
+  }
+  return {IntScoreTable<kPanels, IntRows>::functions, IntScoreTable<1, IntRows>::functions, kIntScoreRows};
+}
+
+// t = cap * tanh(t), cap in base 2.
+void CapScores(const AttentionCall& call, float* t, int num_rows, Range range) {
+  const F32x16 cap = Broadcast(call.soft_cap * kLog2E);
+  for (int r = 0; r < num_rows; ++r, t += kTilePositions) {
+    for (int64_t i = range.begin * kPanelPositions; i < range.end * kPanelPositions; i += kPanelPositions) {
+      Store(t + i, Mul(cap, Tanh(Load(t + i))));
+    }
+  }
+}
+
+// t of num_rows rows from `row` on, for the panels of a range. What the rows do not see is computed too, and not used.
+void ComputeScores(const AttentionCall& call, const Workspace& w, const TilePanels& panels, int64_t row, int num_rows,
+                   Range range) {
+  const ScoreFunctions functions = ScoreFunctionsOf(call.layout.shape.format);
+  const float scale = ScoreScale(call);
+  for (int r = 0; r < num_rows; r += functions.max_rows) {
+    const int count = num_rows - r < functions.max_rows ? num_rows - r : functions.max_rows;
+    for (int64_t panel = range.begin; panel < range.end;) {
+      const bool is_wide = panel + kFloatPanels <= range.end;
+      float* t = w.t + r * kTilePositions + panel * kPanelPositions;
+      const ScoreTile at = {call, w, panels, scale, row + r, static_cast<int>(panel), t};
+      (is_wide ? functions.wide : functions.narrow)[count - 1](at);
+      panel += is_wide ? kFloatPanels : 1;
+    }
+  }
+  if (call.has_soft_cap) CapScores(call, w.t, num_rows, range);
+}
+
+}  // namespace
+}  // namespace HEADRACE_TARGET
+}  // namespace headrace

@@ -1,0 +1,246 @@
+// The attention kernels of one target. Compiled once for each, with that target's flags.
+#include "attention.h"
+
+#include <cmath>
+
+#include "simd/simd-inl.h"
+
+#include "exp2-inl.h"
+
+#include "unroll-inl.h"
+
+#include "attention_rows-inl.h"
+
+#include "attention_panels-inl.h"
+
+#include "attention_scores-inl.h"
+
+#include "attention_softmax-inl.h"
+
+#include "attention_values-inl.h"
+
+namespace headrace {
+namespace HEADRACE_TARGET {
+namespace {
+
+// One block of rows over one tile: scores, probabilities, products. first and count: of the workspace's rows.
+void AttendBlock(const AttentionCall& call, const Workspace& w, const TilePanels& panels, int first, int count) {
+  Range visible[kBlockRows];
+  // Rows are in order of their tokens, so those that see nothing of this tile lie before or behind the others.
+  while (count > 0 && VisiblePanels(panels, w.rows[first]).end == 0) ++first, --count;
+  while (count > 0 && VisiblePanels(panels, w.rows[first + count - 1]).end == 0) --count;
+  if (count == 0) return;
+  Range all = {kTilePanels, 0};
+  for (int r = 0; r < count; ++r) {
+    visible[r] = VisiblePanels(panels, w.rows[first + r]);
+    if (visible[r].begin < all.begin) all.begin = visible[r].begin;
+    if (visible[r].end > all.end) all.end = visible[r].end;
+  }
+  ComputeScores(call, w, panels, first, count, all);
+  const KvLayout& layout = call.layout;
+  const int64_t p_bytes = ProbabilityBytes(layout.shape.format), o_stride = OutputStride(layout);
+  for (int r = 0; r < count;) {
+    int end = r + 1;
+    while (end < count && visible[end].begin == visible[r].begin && visible[end].end == visible[r].end) ++end;
+    const int i = first + r;
+    ComputeProbabilities(call, panels,
+                         {w.t + r * kTilePositions, w.p + r * p_bytes, w.p_scale + r, p_bytes, visible[r], w.rows + i,
+                          w.split.m + i, w.split.sum + i * kLanes, w.split.o + i * o_stride, o_stride, end - r});
+    r = end;
+  }
+  const BlockRows block = {w.p, w.split.o + first * o_stride, count};
+  switch (layout.shape.format) {
+    case Format::kFloat32:
+      return FloatValues<Float32Values>(call, panels, block, w.rows + first, visible);
+    case Format::kBfloat16:
+      return FloatValues<Bfloat16Values>(call, panels, block, w.rows + first, visible);
+    case Format::kInt8:
+    case Format::kInt4:
+      return IntValues(call, panels, block, w.p, w.p_scale, visible);
+  }
+}
+
+float FirstReference(const AttentionCall& call) {
+  return call.scheme == SoftmaxScheme::kAsynchronized ? call.unified_max.value : -kInfinity;
+}
+
+// All rows over the tiles of one split, into w.split.
+void AttendSplit(const AttentionCall& call, const RowTile& tile, const Workspace& w, int64_t split) {
+  const int num_rows = static_cast<int>(tile.rows.end - tile.rows.begin);
+  const int64_t end = VisiblePanels(call, tile).end;
+  for (int i = 0; i < num_rows; ++i) w.split.m[i] = FirstReference(call);
+  memset(w.split.sum, 0, num_rows * kLanes * sizeof(float));
+  memset(w.split.o, 0, num_rows * OutputStride(call.layout) * sizeof(float));
+  for (int64_t t = SplitBegin(split); t < SplitBegin(split + 1) && t * kTilePanels < end; ++t) {
+    const TilePanels panels = FindPanels(call, tile, t, end);
+    for (int first = 0; first < num_rows; first += kBlockRows) {
+      AttendBlock(call, w, panels, first, num_rows - first < kBlockRows ? num_rows - first : kBlockRows);
+    }
+  }
+}
+
+bool SeesSplit(const Row& row, int64_t split) {
+  return row.panels.begin < SplitBegin(split + 1) * kTilePanels && SplitBegin(split) * kTilePanels < row.panels.end;
+}
+
+// Adds a split's result to the row's; the first one is taken as it is.
+void MergeSplit(const AttentionCall& call, const Workspace& w, int i, bool is_first, float m, float sum,
+                const float* o) {
+  const int64_t o_stride = OutputStride(call.layout);
+  float* total = w.total.o + i * o_stride;
+  if (is_first) {
+    w.total.m[i] = m;
+    w.total.sum[i] = sum;
+    memcpy(total, o, o_stride * sizeof(float));
+    return;
+  }
+  float scale_total = 1, scale_split = 1;
+  if (call.scheme == SoftmaxScheme::kAsynchronized) {
+    w.total.m[i] += m;  // NaN where either is marked
+  } else {
+    const float larger = m > w.total.m[i] ? m : w.total.m[i];
+    scale_total = Exp2Of(w.total.m[i] - Reference(larger));
+    scale_split = Exp2Of(m - Reference(larger));
+    w.total.m[i] = larger;
+  }
+  w.total.sum[i] = w.total.sum[i] * scale_total + sum * scale_split;
+  for (int64_t d = 0; d < o_stride; d += kLanes) {
+    const F32x16 scaled = Mul(Load(total + d), Broadcast(scale_total));
+    Store(total + d, MulAdd(Load(o + d), Broadcast(scale_split), scaled));
+  }
+}
+
+void StoreAs(float* to, const F32x16& a) { Store(to, a); }
+void StoreAs(uint16_t* to, const F32x16& a) { StoreBf16(to, a); }
+
+template <class Out>
+void WriteRow(const float* o, float sum, int64_t head_dim, Out* out) {
+  const F32x16 inverse = Broadcast(1.0f / sum);
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    const F32x16 normalized = Mul(Load(o + d), inverse);
+    if (d + kLanes <= head_dim) {
+      StoreAs(out + d, normalized);
+    } else {
+      Out lanes[kLanes];
+      StoreAs(lanes, normalized);
+      memcpy(out + d, lanes, (head_dim - d) * sizeof(Out));
+    }
+  }
+}
+
+// The largest sum whose inverse is a normal number.
+constexpr float kLargestSum = 0x1p126f;
+
+// See UnifiedMax. Infinity and NaN times 0 are NaN, which no sum loses.
+bool IsSound(const AttentionCall& call, const Workspace& w, int i) {
+  const int64_t o_stride = OutputStride(call.layout);
+  const float sum = w.total.sum[i];
+  F32x16 zero = Mul(Broadcast(w.total.m[i]), Broadcast(0.0f));
+  for (int64_t d = 0; d < call.layout.shape.head_dim; d += kLanes) {
+    zero = MulAdd(Load(w.total.o + i * o_stride + d), Broadcast(0.0f), zero);
+  }
+  const float smallest = call.layout.shape.format == Format::kInt8 ? 0x1p-64f : 0x1p-102f;
+  const auto num_keys = static_cast<float>(w.rows[i].end - w.rows[i].begin);
+  return SumLanes(zero) == 0 && sum >= num_keys * smallest && sum <= kLargestSum;
+}
+
+void Attend(const AttentionCall& call, const RowTile& tile, const Workspace& w);
+
+// Divides and writes every row; those that the unified maximum did not suit are computed again.
+void Finish(const AttentionCall& call, const RowTile& tile, const Workspace& w) {
+  const int num_rows = static_cast<int>(tile.rows.end - tile.rows.begin);
+  const bool is_checked = call.scheme == SoftmaxScheme::kAsynchronized;
+  bool is_unsound[kTileRows] = {};
+  int64_t num_unsound = 0;
+  for (int i = 0; i < num_rows; ++i) {
+    is_unsound[i] = is_checked && !IsSound(call, w, i);
+    num_unsound += is_unsound[i];
+    if (is_unsound[i]) continue;
+    const int64_t head_dim = call.layout.shape.head_dim;
+    const int64_t offset = (w.rows[i].token * call.num_heads + w.rows[i].head) * head_dim;
+    const float* o = w.total.o + i * OutputStride(call.layout);
+    if (call.dtype == DType::kFloat32) {
+      WriteRow(o, w.total.sum[i], head_dim, static_cast<float*>(call.out) + offset);
+    } else {
+      WriteRow(o, w.total.sum[i], head_dim, static_cast<uint16_t*>(call.out) + offset);
+    }
+  }
+  if (is_checked) {
+    call.counters->rows.fetch_add(num_rows, std::memory_order_relaxed);
+    call.counters->recomputed_rows.fetch_add(num_unsound, std::memory_order_relaxed);
+  }
+  AttentionCall again = call;
+  again.scheme = SoftmaxScheme::kSynchronized;
+  for (int i = 0; i < num_rows && num_unsound > 0; ++i) {
+    const int64_t row = tile.rows.begin + i;
+    if (is_unsound[i]) Attend(again, {tile.seq, tile.kv_head, {row, row + 1}}, w);
+  }
+}
+
+void MergeSplits(const AttentionCall& call, const RowTile& tile, const Workspace& w, int64_t split, bool* is_merged) {
+  const int num_rows = static_cast<int>(tile.rows.end - tile.rows.begin);
+  for (int i = 0; i < num_rows; ++i) {
+    if (!SeesSplit(w.rows[i], split)) continue;
+    MergeSplit(call, w, i, !is_merged[i], w.split.m[i], SumLanes(Load(w.split.sum + i * kLanes)),
+               w.split.o + i * OutputStride(call.layout));
+    is_merged[i] = true;
+  }
+}
+
+void Attend(const AttentionCall& call, const RowTile& tile, const Workspace& w) {
+  PrepareRows(call, tile, w);
+  bool is_merged[kTileRows] = {};
+  const Range splits = VisibleSplits(call, tile);
+  for (int64_t split = splits.begin; split < splits.end; ++split) {
+    AttendSplit(call, tile, w, split);
+    MergeSplits(call, tile, w, split, is_merged);
+  }
+  Finish(call, tile, w);
+}
+
+Workspace WorkspaceIn(const AttentionCall& call, char* memory) {
+  Cutter cutter(memory);
+  return CutWorkspace(call.layout, cutter);
+}
+
+void AttendRows(const AttentionCall& call, const RowTile& tile, char* workspace) {
+  Attend(call, tile, WorkspaceIn(call, workspace));
+}
+
+void AttendSplits(const AttentionCall& call, const RowTile& tile, Range splits, float* partials, char* workspace) {
+  const Workspace w = WorkspaceIn(call, workspace);
+  PrepareRows(call, tile, w);
+  const int64_t num_rows = tile.rows.end - tile.rows.begin, o_stride = OutputStride(call.layout);
+  for (int64_t split = splits.begin; split < splits.end; ++split, partials += PartialFloats(call.layout, num_rows)) {
+    AttendSplit(call, tile, w, split);
+    for (int64_t i = 0; i < num_rows; ++i) partials[num_rows + i] = SumLanes(Load(w.split.sum + i * kLanes));
+    memcpy(partials, w.split.m, num_rows * sizeof(float));
+    memcpy(partials + 2 * num_rows, w.split.o, num_rows * o_stride * sizeof(float));
+  }
+}
+
+void Merge(const AttentionCall& call, const RowTile& tile, const float* partials, char* workspace) {
+  const Workspace w = WorkspaceIn(call, workspace);
+  const int num_rows = static_cast<int>(tile.rows.end - tile.rows.begin);
+  const int64_t o_stride = OutputStride(call.layout);
+  bool is_merged[kTileRows] = {};
+  FindRows(call, tile, w);
+  const Range splits = VisibleSplits(call, tile);
+  for (int64_t split = splits.begin; split < splits.end; ++split, partials += PartialFloats(call.layout, num_rows)) {
+    for (int i = 0; i < num_rows; ++i) {
+      if (!SeesSplit(w.rows[i], split)) continue;
+      const float* o = partials + 2 * num_rows + i * o_stride;
+      MergeSplit(call, w, i, !is_merged[i], partials[i], partials[num_rows + i], o);
+      is_merged[i] = true;
+    }
+  }
+  Finish(call, tile, w);
+}
+
+}  // namespace
+
+extern const AttentionKernels kAttention;
+const AttentionKernels kAttention = {&WorkspaceBytes, &AttendRows, &AttendSplits, &Merge};
+
+}  // namespace HEADRACE_TARGET
+}  // namespace headrace

@@ -1,0 +1,132 @@
+"""Rotary position embedding and the write of new keys and values (native/rotary.h)."""
+
+import torch
+from torch import Tensor
+
+from headrace import _native
+from headrace.errors import KernelError, ShapeError
+from headrace.kernels.cpu.dtypes import DTYPES
+from headrace.kernels.cpu.kv_cache import packed
+from headrace.kernels.cpu.stream import Stream
+from headrace.kernels.cpu.targets import check_target
+from headrace.kernels.kv_cache import KvCache
+
+
+class RotaryTable:
+    """`reference.rotary_table`; the same bits on every machine."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def __call__(self, positions: Tensor, inv_freq: Tensor, amplitude: float) -> tuple[Tensor, Tensor]:
+        """amplitude * cos and sin of position * inv_freq, the product rounded to float32.
+
+        Shapes:
+            positions: [num_tokens] int64
+            inv_freq:  [half] float32
+            returns:   two tensors [num_tokens, half] float32
+        """
+        if positions.dtype != torch.int64 or inv_freq.dtype != torch.float32:
+            raise KernelError(
+                f"positions are {positions.dtype} and inv_freq {inv_freq.dtype}; allowed: int64 and float32"
+            )
+        positions, inv_freq = positions.contiguous(), inv_freq.contiguous()
+        shape = len(positions), len(inv_freq)
+        cos, sin = (self._stream.empty(shape, torch.float32) for _ in range(2))
+        _native.rotary_table(
+            self._stream.native,
+            positions.data_ptr(),
+            len(positions),
+            inv_freq.data_ptr(),
+            len(inv_freq),
+            amplitude,
+            cos.data_ptr(),
+            sin.data_ptr(),
+        )
+        return cos, sin
+
+
+class RotaryStoreKv:
+    """`reference.rotary_store_kv_` on one instruction set; the same bits on all of them.
+
+    Raises:
+        BackendUnavailable: an instruction set this machine cannot run.
+    """
+
+    def __init__(self, target: str, stream: Stream) -> None:
+        check_target(target)
+        self._stream = stream
+        self._native = _native.StoreKv(target)
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: KvCache,
+        slot_mapping: Tensor,
+        cos_sin: tuple[Tensor, Tensor] | None,
+        *,
+        interleaved: bool = False,
+    ) -> None:
+        """
+        Shapes:
+            query:        [num_tokens, num_heads, head_dim] float32 or bfloat16, rotated in place
+            key, value:   [num_tokens, num_kv_heads, head_dim], dtype of query
+            slot_mapping: [num_tokens] int64
+            cos, sin:     [num_tokens, half] float32
+        Raises:
+            ShapeError: tensors that do not fit together or the cache.
+            KernelError: dtypes that do not.
+            IndexError: a slot the cache has not; nothing is written then.
+        """
+        kv_cache = packed(kv_cache)
+        num_tokens, half = len(query), 0 if cos_sin is None else cos_sin[0].shape[-1]
+        _check(query, key, value, kv_cache.spec.num_kv_heads, kv_cache.spec.head_dim, half)
+        if not is_by_token(query):
+            raise ShapeError(f"query has strides {query.stride()}; the heads of a token must lie side by side")
+        key, value = by_token(key), by_token(value)
+        slot_mapping = slot_mapping.contiguous()
+        cos, sin = (None, None) if cos_sin is None else (cos_sin[0].contiguous(), cos_sin[1].contiguous())
+        self._native.run(
+            self._stream.native,
+            kv_cache.cache,
+            DTYPES[query.dtype],
+            num_tokens,
+            query.shape[1],
+            query.data_ptr(),
+            query.stride(0),
+            key.data_ptr(),
+            key.stride(0),
+            value.data_ptr(),
+            value.stride(0),
+            0 if cos is None else cos.data_ptr(),
+            0 if sin is None else sin.data_ptr(),
+            half,
+            interleaved,
+            slot_mapping.data_ptr(),
+        )
+
+
+def is_by_token(x: Tensor) -> bool:
+    """Whether each token's heads lie side by side: [num_tokens, num_heads, head_dim] with any stride between tokens."""
+    return x.stride(2) == 1 and x.stride(1) == x.shape[2]
+
+
+def by_token(x: Tensor) -> Tensor:
+    return x if is_by_token(x) else x.contiguous()
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, num_kv_heads: int, head_dim: int, half: int) -> None:
+    expected = len(query), num_kv_heads, head_dim
+    if key.shape != expected or value.shape != expected or query.shape[2] != head_dim:
+        raise ShapeError(
+            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not fit a cache of "
+            f"{num_kv_heads} KV heads of {head_dim}"
+        )
+    if 2 * half > head_dim:
+        raise ShapeError(f"{half} rotary pairs do not fit a head of {head_dim}")
+    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
+        raise KernelError(
+            f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; allowed: all float32 or all bfloat16"
+        )

@@ -1,0 +1,131 @@
+"""A request's tokens and log probabilities are the same, to the last bit, whatever else the engine does meanwhile.
+
+Log probabilities are compared as floats, not within a tolerance: one different rounding anywhere in the model shows.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+from checkpoints import BY_NAME, HAS_NATIVE
+
+from headrace import LLM, SamplingParams
+from headrace.demo_model import demo_model_path
+from headrace.engine import runner
+
+pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the reference kernels promise no such thing")
+
+MAX_TOKENS = 12
+FORMATS = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "quantize": "int8"},
+    "int4": {"dtype": "bfloat16", "quantize": "int4"},
+    "float32-int4": {"dtype": "float32", "quantize": "int4"},
+}
+FAMILIES = ("llama", "gemma2", "opt", "mixtral")
+
+Result = tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]
+"""Output tokens, their log probabilities, and those of the prompt's tokens."""
+
+
+def prompts() -> list[dict]:
+    """Lengths around a block of 16 tokens and beyond 64, two with the same first 40 tokens; ids of any vocabulary."""
+    first = [7 + (i * 13) % 190 for i in range(100)]
+    lengths = ((0, 1), (3, 15), (5, 16), (8, 17), (0, 40), (0, 41), (20, 73))
+    return [{"prompt_token_ids": first[offset : offset + length]} for offset, length in lengths]
+
+
+def params(*, scores_prompt: bool) -> SamplingParams:
+    # Prompt log probabilities need every position computed, so they are left out where the cache is to be hit.
+    return SamplingParams(
+        temperature=1.0,
+        seed=5,
+        max_tokens=MAX_TOKENS,
+        ignore_eos=True,
+        logprobs=0,
+        prompt_logprobs=0 if scores_prompt else None,
+    )
+
+
+def results(llm: LLM, which: list[dict], *, scores_prompt: bool = True) -> list[Result]:
+    return [
+        (
+            tuple(output.outputs[0].token_ids),
+            tuple(next(iter(position.values())).logprob for position in output.outputs[0].logprobs),
+            tuple(next(iter(p.values())).logprob for p in output.prompt_logprobs or () if p is not None),
+        )
+        for output in llm.generate(which, params(scores_prompt=scores_prompt))
+    ]
+
+
+def make_llm(folder: Path, **settings) -> LLM:
+    return LLM(folder, **{"num_threads": 2, "max_model_len": 100, **settings})
+
+
+@cache
+def alone(folder: Path, weights: str) -> tuple[Result, ...]:
+    """Each prompt by itself, in one chunk, with nothing cached."""
+    llm = make_llm(folder, enable_prefix_caching=False, **FORMATS[weights])
+    return tuple(results(llm, [prompt])[0] for prompt in prompts())
+
+
+@pytest.fixture(scope="module", params=("demo", *FAMILIES))
+def folder(request, tmp_path_factory) -> Path:
+    if request.param == "demo":
+        return demo_model_path()
+    path = tmp_path_factory.mktemp(request.param)
+    BY_NAME[request.param].write(path)
+    return path
+
+
+@pytest.fixture(params=FORMATS)
+def weights(request) -> str:
+    return request.param
+
+
+def test_in_a_full_batch(folder, weights):
+    assert results(make_llm(folder, **FORMATS[weights]), prompts()) == list(alone(folder, weights))
+
+
+def test_in_chunks_between_the_tokens_of_others(folder, weights):
+    """A budget of 9 tokens a step cuts prompts at places that are no multiple of anything."""
+    llm = make_llm(folder, max_num_batched_tokens=9, max_num_seqs=5, enable_prefix_caching=False, **FORMATS[weights])
+    assert results(llm, prompts()) == list(alone(folder, weights))
+
+
+def test_after_a_prefix_hit(folder, weights):
+    llm = make_llm(folder, **FORMATS[weights])
+    expected = [(tokens, logprobs, ()) for tokens, logprobs, _ in alone(folder, weights)]
+    assert results(llm, prompts(), scores_prompt=False) == expected
+    assert results(llm, prompts(), scores_prompt=False) == expected
+    assert llm.engine.metrics().prefix_hit_tokens > 0
+
+
+def test_after_a_preemption(folder, weights):
+    llm = make_llm(folder, num_blocks=7, max_model_len=90, enable_prefix_caching=False, **FORMATS[weights])
+    assert results(llm, prompts()) == list(alone(folder, weights))
+    assert llm.engine.metrics().num_preemptions > 0
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_on_another_number_of_threads(folder, weights, num_threads):
+    llm = make_llm(folder, **{**FORMATS[weights], "num_threads": num_threads})
+    assert results(llm, prompts()) == list(alone(folder, weights))
+
+
+@pytest.mark.parametrize("dataflow", ["gemv", "flat_gemm", "gemm"])
+def test_with_every_linear_layer_on_one_implementation(folder, weights, dataflow):
+    assert results(make_llm(folder, dataflow=dataflow, **FORMATS[weights]), prompts()) == list(alone(folder, weights))
+
+
+def test_step_by_step_instead_of_replayed(folder, weights, monkeypatch):
+    monkeypatch.setattr(runner, "MAX_DECODE_STEP_SEQS", 0)
+    assert results(make_llm(folder, **FORMATS[weights]), prompts()) == list(alone(folder, weights))
+
+
+def test_decode_steps_of_a_dense_model_are_replayed():
+    """Otherwise the test above compares a thing with itself."""
+    llm = make_llm(demo_model_path())
+    results(llm, prompts())
+    assert llm.engine.model.executor.decode_step.obstacle is None
