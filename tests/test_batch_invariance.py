@@ -15,7 +15,7 @@ from headrace.engine import runner
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the reference kernels promise no such thing")
 
-MAX_TOKENS = 12
+MAX_TOKENS = 26
 FORMATS = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
@@ -103,7 +103,7 @@ def test_after_a_prefix_hit(folder, weights):
 
 
 def test_after_a_preemption(folder, weights):
-    llm = make_llm(folder, num_blocks=7, max_model_len=90, enable_prefix_caching=False, **FORMATS[weights])
+    llm = make_llm(folder, num_blocks=9, enable_prefix_caching=False, **FORMATS[weights])
     assert results(llm, prompts()) == list(alone(folder, weights))
     assert llm.engine.metrics().num_preemptions > 0
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.engine.block_table import BlockTable
+from headrace.engine.decode_step import DecodeStep
 from headrace.engine.logprobs import prompt_logprobs
 from headrace.engine.plan import NewSequence, PromptLogprobs, ScheduledChunk, StepPlan, StepResult
 from headrace.engine.runner import ModelRunner, Row
@@ -47,6 +48,10 @@ class Worker:
         self._sampler = Sampler()
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[int, _WorkerSequence] = {}
+
+    @property
+    def decode_step(self) -> DecodeStep:
+        return self._runner.decode_step
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
