@@ -3,19 +3,23 @@
     python -m scripts.demo_model.evaluate --json runs/evaluation.json
     python -m scripts.demo_model.formats --json runs/formats.json
     headrace bench --json > runs/bench.json
+    python -m bench.compare comparison.toml --json runs/peers.json
     python -m scripts.readme_tables
 
-A table stands between `<!-- name -->` and `<!-- /name -->`; everything else in the README is left as it is.
+A table stands between `<!-- name -->` and `<!-- /name -->`; everything else in the README is left as it is, and so is a
+table whose command has not been run.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from bench.report import table as peers
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -67,11 +71,22 @@ def fill(text: str, name: str, table: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text)
 
 
+TABLES: dict[str, Callable[[Any], str]] = {
+    "evaluation": evaluation,
+    "formats": formats,
+    "bench": bench,
+    "peers": peers,
+}
+
+
 def main() -> None:
     text = README.read_text(encoding="utf-8")
-    for name, render in {"evaluation": evaluation, "formats": formats, "bench": bench}.items():
-        data = json.loads((RUNS / f"{name}.json").read_text(encoding="utf-8"))
-        text = fill(text, name, render(data))
+    for name, render in TABLES.items():
+        file = RUNS / f"{name}.json"
+        if file.exists():
+            text = fill(text, name, render(json.loads(file.read_text(encoding="utf-8"))))
+        else:
+            print(f"{file.relative_to(ROOT)} is not there; its table stays as it is")
     README.write_text(text, encoding="utf-8")
 
 
