@@ -67,9 +67,10 @@ void KvCache::Read(int64_t slot, int64_t kv_head, float* key, float* value) cons
   const uint8_t* panel =
       memory_.get() + layout_.PanelOffset(slot / shape.block_size, kv_head, offset / kPanelPositions);
   const auto* scales = reinterpret_cast<const float*>(panel + layout_.scale_offset);
+  const int columns = VectorColumns(shape.format);
   for (int64_t d = 0; d < shape.head_dim; ++d) {
-    const uint8_t* k = panel + layout_.KeyOffset(lane, d);
-    const uint8_t* v = panel + layout_.ValueOffset(lane, d);
+    const uint8_t* k = panel + layout_.KeyOffset(lane, d, columns);
+    const uint8_t* v = panel + layout_.ValueOffset(lane, d, columns);
     switch (shape.format) {
       case Format::kFloat32:
         memcpy(key + d, k, sizeof(float));

@@ -59,13 +59,12 @@ struct KvLayout {
   int64_t PanelOf(int64_t position) const {
     return position / shape.block_size * panels_per_block + position % shape.block_size / kPanelPositions;
   }
-  // Bytes from the start of a panel to entry d of the key or value in a lane.
-  int64_t KeyOffset(int64_t lane, int64_t d) const {
-    const int64_t columns = VectorColumns(shape.format);
+  // Bytes from the start of a panel to entry d of the key or value in a lane. columns is that of the format; where it is
+  // a constant, so are the divisors.
+  int64_t KeyOffset(int64_t lane, int64_t d, int columns) const {
     return d / columns * kVectorBytes + lane * 4 + d % columns * (4 / columns);
   }
-  int64_t ValueOffset(int64_t lane, int64_t d) const {
-    const int64_t columns = VectorColumns(shape.format);
+  int64_t ValueOffset(int64_t lane, int64_t d, int columns) const {
     const int64_t vector = d / kLanes * chunk_vectors + lane / columns;
     return value_offset + vector * kVectorBytes + d % kLanes * 4 + lane % columns * (4 / columns);
   }

@@ -1,27 +1,18 @@
 #include "rotary.h"
 
 #include <cmath>
-#include <memory>
 #include <stdexcept>
 #include <string>
 
+#include "parallel.h"
 #include "targets.h"
-#include "thread_pool.h"
 
 namespace headrace {
 namespace {
 
 // Entries, and angles, below which a second thread costs more than it saves.
-constexpr int64_t kMinParallelEntries = 1 << 15;
+constexpr int64_t kMinParallelEntries = 1 << 12;
 constexpr int64_t kMinParallelAngles = 1 << 9;
-
-template <class Task>
-void ForTokens(int64_t num_tokens, bool is_parallel, const Task& task) {
-  if (!is_parallel) return task(Range{0, num_tokens});
-  const std::shared_ptr<ThreadPool> pool = Pool();
-  const int num_threads = pool->num_threads();
-  pool->Run([&](int thread) { task(Part({0, num_tokens}, thread, num_threads)); });
-}
 
 }  // namespace
 
@@ -36,12 +27,14 @@ void RotateAndStoreKv(Target target, const StoreKvCall& call) {
   }
   const RotaryKernels& kernels = HEADRACE_CHOOSE(target, kRotary);
   const int64_t num_entries = call.num_tokens * (call.num_heads + 2 * shape.num_kv_heads) * shape.head_dim;
-  ForTokens(call.num_tokens, num_entries >= kMinParallelEntries,
-            [&](Range tokens) { kernels.rotate_and_store(call, tokens); });
+  RunParts(call.num_tokens > 1 && num_entries >= kMinParallelEntries, [&](int part, int num_parts) {
+    kernels.rotate_and_store(call, Part({0, call.num_tokens}, part, num_parts));
+  });
 }
 
 void RotaryTable(const RotaryTableCall& call) {
-  ForTokens(call.num_tokens, call.num_tokens * call.half >= kMinParallelAngles, [&](Range tokens) {
+  RunParts(call.num_tokens * call.half >= kMinParallelAngles, [&](int part, int num_parts) {
+    const Range tokens = Part({0, call.num_tokens}, part, num_parts);
     for (int64_t token = tokens.begin; token < tokens.end; ++token) {
       const auto position = static_cast<float>(call.positions[token]);
       for (int64_t i = 0; i < call.half; ++i) {

@@ -72,16 +72,17 @@ void StoreInt8(const KvLayout& layout, const float* key, const float* value, int
   for (int64_t d = 0; d < layout.shape.head_dim; ++d) {
     const int32_t k = key_inverse > 0 ? Quantized(key[d], key_inverse) : 0;
     const int32_t v = value_inverse > 0 ? Quantized(value[d], value_inverse) : 0;
-    panel[layout.KeyOffset(lane, d)] = static_cast<uint8_t>(k + kInt8Bias);
-    panel[layout.ValueOffset(lane, d)] = static_cast<uint8_t>(v);
+    panel[layout.KeyOffset(lane, d, VectorColumns(Format::kInt8))] = static_cast<uint8_t>(k + kInt8Bias);
+    panel[layout.ValueOffset(lane, d, VectorColumns(Format::kInt8))] = static_cast<uint8_t>(v);
   }
 }
 
 template <class T>
 void StoreFloat(const KvLayout& layout, const float* key, const float* value, int64_t lane, uint8_t* panel) {
+  constexpr int kColumns = 4 / sizeof(T);
   for (int64_t d = 0; d < layout.shape.head_dim; ++d) {
-    FromFloat32(key[d], reinterpret_cast<T*>(panel + layout.KeyOffset(lane, d)));
-    FromFloat32(value[d], reinterpret_cast<T*>(panel + layout.ValueOffset(lane, d)));
+    FromFloat32(key[d], reinterpret_cast<T*>(panel + layout.KeyOffset(lane, d, kColumns)));
+    FromFloat32(value[d], reinterpret_cast<T*>(panel + layout.ValueOffset(lane, d, kColumns)));
   }
 }
 
