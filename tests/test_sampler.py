@@ -390,7 +390,7 @@ def test_largest_is_the_same_wherever_it_is_looked_for(dtype) -> None:
     logits[1, 7] = math.nan
     logits[2, 8:10] = math.inf
     logits[3] = -math.inf
-    on_host, on_device = _largest_on_host(logits), _largest_on_device(logits)
+    on_host, on_device = _largest_on_host(map(float32_row, logits)), _largest_on_device(logits)
     assert [i for i, _ in on_host] == [i for i, _ in on_device]
     np.testing.assert_array_equal([x for _, x in on_host], [x for _, x in on_device])
 

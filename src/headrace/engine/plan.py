@@ -3,11 +3,11 @@
 A rank keeps the tokens, block table and sampling settings of each live sequence, so a plan carries only what changed.
 Nothing here is decided by a rank: whoever holds the same plans in the same order holds the same state.
 
-What is made for every sequence of every step is a named tuple, which costs a third of a frozen dataclass.
+What is made at every step is a named tuple, which costs a third of a frozen dataclass.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 from headrace.config import SamplingParams
@@ -39,8 +39,7 @@ class ScheduledChunk(NamedTuple):
     samples: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """One step: what the last one sampled, sequences that left and that enter, and chunks in batch order.
 
     sampled: the last step's (sequence id, token id) of sequences that go on. A rank learns every token from here, so
@@ -121,10 +120,9 @@ class PromptLogprobs:
     rows: tuple[tuple[TokenLogprob, ...], ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
+class StepResult(NamedTuple):
     """failed: why no token could be sampled, by sequence id."""
 
     sampled: tuple[SampledToken, ...]
-    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
-    failed: Mapping[int, str] = field(default_factory=dict)
+    prompt_logprobs: tuple[PromptLogprobs, ...]
+    failed: Mapping[int, str]

@@ -54,6 +54,9 @@ class ModelRunner:
         """[num_rows, vocab_size] float32."""
         return self._decoder.compute_logits(hidden_states)
 
+    # Not around a whole step: a replayed one has nothing that torch could track, and entering the mode costs as much as
+    # several ops do.
+    @torch.inference_mode()
     def _forward(self, batch: ForwardBatch) -> Tensor:
         return self._decoder.run_layers(self._decoder.embed(batch), batch, self._kv_pool.layers)
 

@@ -10,11 +10,12 @@ several times faster than torch's on a CPU. Logits on a GPU come to the host for
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from headrace.config import SamplingParams
@@ -88,19 +89,23 @@ class Sampler:
         Raises:
             ShapeError: logits and rows do not pair up.
         """
-        _check_shapes(logits, rows)
-        if logits.requires_grad:
+        view = _float32_view(logits)
+        if view is None:
             logits = logits.detach()
+            _check_dtype(logits)
+        _check_shape(tuple(logits.shape) if view is None else view.shape, len(rows))
+        largest = _largest(logits) if view is None else _largest_on_host(view)
         self._counts = {row.seq_id: self._counts_of(row) for row in rows if row.params.has_penalties}
         sampled: list[SampledToken] = []
         failed: dict[int, str] = {}
-        for index, (row, (token_id, largest)) in enumerate(zip(rows, _largest(logits), strict=True)):
+        for index, (row, (token_id, logit)) in enumerate(zip(rows, largest, strict=True)):
             try:
-                _check_finite(largest, "")
+                _check_finite(logit, "")
                 if row.takes_largest:
                     sampled.append(SampledToken(seq_id=row.seq_id, token_id=token_id))
                 else:
-                    sampled.append(self._sample_row(float32_row(logits[index]), row))
+                    host_row = float32_row(logits[index]) if view is None else view[index]
+                    sampled.append(self._sample_row(host_row, row))
             except KernelError as error:
                 failed[row.seq_id] = f"no token for sequence {row.seq_id}: {error}"
         return SampleOutcome(sampled=tuple(sampled), failed=failed)
@@ -133,15 +138,25 @@ class Sampler:
         return TokenCounts(row.prompt_token_ids, row.output_token_ids, row.params.repetition_penalty != 1)
 
 
+def _float32_view(logits: Tensor) -> npt.NDArray[np.float32] | None:
+    """The logits as numpy sees them; None where rows must be fetched or converted, or where autograd tracks them.
+
+    Trying is one call of torch, where asking for device, dtype and gradients first would be four.
+    """
+    try:
+        view = logits.numpy()
+    except (TypeError, RuntimeError):
+        return None
+    return view if view.dtype == np.float32 else None
+
+
 def _largest(logits: Tensor) -> list[tuple[int, float]]:
     """Each row's largest logit and its first id. NaN counts as largest, so one look finds every unusable row."""
-    return _largest_on_host(logits) if logits.is_cpu else _largest_on_device(logits)
+    return _largest_on_host(map(float32_row, logits)) if logits.is_cpu else _largest_on_device(logits)
 
 
-def _largest_on_host(logits: Tensor) -> list[tuple[int, float]]:
-    # One view in numpy is several times cheaper than a torch tensor for each row.
-    host_rows = logits.numpy() if logits.dtype is torch.float32 else [float32_row(row) for row in logits]
-    return [(i := int(row.argmax()), float(row[i])) for row in host_rows]
+def _largest_on_host(rows: Iterable[Row]) -> list[tuple[int, float]]:
+    return [(i := int(row.argmax()), float(row[i])) for row in rows]
 
 
 def _largest_on_device(logits: Tensor) -> list[tuple[int, float]]:
@@ -156,9 +171,11 @@ def _check_finite(largest: float, when: str) -> None:
         raise KernelError(explain_not_finite(largest) + when)
 
 
-def _check_shapes(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
-    shape = logits.shape
-    if len(shape) != 2 or shape[0] != len(rows) or shape[1] == 0:
-        raise ShapeError(f"logits are {tuple(shape)} for {len(rows)} sequences; want [num_rows, vocab_size]")
+def _check_dtype(logits: Tensor) -> None:
     if not logits.dtype.is_floating_point:
         raise ShapeError(f"logits are {logits.dtype}; want a float dtype")
+
+
+def _check_shape(shape: tuple[int, ...], num_rows: int) -> None:
+    if len(shape) != 2 or shape[0] != num_rows or shape[1] == 0:
+        raise ShapeError(f"logits are {shape} for {num_rows} sequences; want [num_rows, vocab_size]")

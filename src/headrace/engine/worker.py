@@ -6,7 +6,6 @@ A worker decides nothing. Whoever feeds it the same plans gets the same tokens, 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from headrace.engine.block_table import BlockTable
@@ -53,7 +52,6 @@ class Worker:
     def decode_step(self) -> DecodeStep:
         return self._runner.decode_step
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run a step: take in the last one's tokens, forget who left, meet who is new, run every chunk, sample where a
         chunk asks for it."""
@@ -64,7 +62,7 @@ class Worker:
         for new in plan.new:
             self._sequences[new.seq_id] = self._sequence(new)
         if not plan.chunks:
-            return StepResult(sampled=())
+            return StepResult(sampled=(), prompt_logprobs=(), failed={})
         hidden_states = self._runner.run([self._row(chunk) for chunk in plan.chunks])
         return self._sample(plan, hidden_states)
 
