@@ -13,7 +13,7 @@ namespace headrace {
 namespace {
 
 // Bytes of activations that a block of rows may have, so that they stay in an L2 cache beside the panels passing by.
-constexpr int64_t kBlockBytes = 512 * 1024;
+constexpr int64_t kBlockBytes = 256 * 1024;
 // Multiplications below which a second thread costs more than it saves: a few microseconds of work.
 constexpr int64_t kMinParallelWork = 1 << 17;
 

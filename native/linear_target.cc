@@ -5,15 +5,14 @@
 // panels:
 //
 //               panel p (16 outputs)   panel p + 1
-//     x row m   [ acc[0][0] ........ ] [ acc[0][1] ........ ]     acc[r][p] += broadcast(x[m + r][k]) * W[p][k][lane]
-//     x row m+1 [ acc[1][0] ........ ] [ acc[1][1] ........ ]
+//     x row m   [ acc[0][0] ........ ] [ acc[1][0] ........ ]     acc[p][r] += broadcast(x[m + r][k]) * W[p][k][lane]
+//     x row m+1 [ acc[0][1] ........ ] [ acc[1][1] ........ ]
 //
 // With floating point two panels share the loads of x. With integers one panel leaves registers for a whole group's
 // unpacked weights, and for twice as many rows to share them.
 #include "linear.h"
 
 #include <algorithm>
-#include <type_traits>
 #include <utility>
 
 #include "simd/simd-inl.h"
@@ -76,48 +75,48 @@ struct TilePlace {
   int64_t x_row_bytes;
 };
 
-inline float BiasAt(const LinearCall& call, int64_t n) {
-  if (call.dtype == DType::kFloat32) return static_cast<const float*>(call.bias)[n];
-  return FromBfloat16(static_cast<const uint16_t*>(call.bias)[n]);
+inline F32x16 LoadBias(const LinearCall& call, int64_t n, int64_t num_lanes) {
+  float wide[kLanes] = {};
+  uint16_t narrow[kLanes] = {};
+  if (call.dtype == DType::kFloat32) {
+    memcpy(wide, static_cast<const float*>(call.bias) + n, num_lanes * sizeof(float));
+    return LoadAsFloat32(wide);
+  }
+  memcpy(narrow, static_cast<const uint16_t*>(call.bias) + n, num_lanes * sizeof(uint16_t));
+  return LoadAsFloat32(narrow);
 }
 
+inline void StoreAs(float* to, const F32x16& a) { Store(to, a); }
+inline void StoreAs(uint16_t* to, const F32x16& a) { StoreBfloat16(to, a); }
+
 // The end of every chain: scale the row, add the bias, round, store the lanes that exist.
-template <class Out, class NumLanes>
-void StoreLanes(const LinearCall& call, int64_t row, int64_t n, NumLanes num_lanes, F32x16 acc) {
-  if (call.bias != nullptr) {
-    float bias[kLanes] = {};
-    for (int64_t i = 0; i < num_lanes; ++i) bias[i] = BiasAt(call, n + i);
-    acc = Add(acc, Load(bias));
-  }
+template <class Out, int kRows>
+void StoreRows(const LinearCall& call, int64_t row, int64_t panel, const F32x16 (&acc)[kRows]) {
+  const int64_t n = panel * kLanes;
+  const int64_t num_lanes = std::min<int64_t>(call.weight.rows - n, kLanes);
+  const bool is_scaled = IsQuantized(call.weight.format), has_bias = call.bias != nullptr;
+  const F32x16 scale = is_scaled ? Load(call.weight.row_scales + n) : Broadcast(1.0f);
+  const F32x16 bias = has_bias ? LoadBias(call, n, num_lanes) : Broadcast(0.0f);
+  Out lanes[kLanes];
   Out* out = static_cast<Out*>(call.out) + row * call.weight.rows + n;
-  float lanes[kLanes];
-  Store(lanes, acc);
-  for (int64_t i = 0; i < num_lanes; ++i) {
-    if constexpr (sizeof(Out) == sizeof(float)) {
-      out[i] = lanes[i];
+  for (int r = 0; r < kRows; ++r, out += call.weight.rows) {
+    F32x16 sum = is_scaled ? Mul(acc[r], scale) : acc[r];
+    if (has_bias) sum = Add(sum, bias);
+    if (num_lanes == kLanes) {
+      StoreAs(out, sum);
     } else {
-      out[i] = ToBfloat16(lanes[i]);
+      StoreAs(lanes, sum);
+      memcpy(out, lanes, num_lanes * sizeof(Out));
     }
   }
 }
 
-template <class Out>
-void StoreOutput(const LinearCall& call, int64_t row, int64_t panel, F32x16 acc) {
-  const int64_t n = panel * kLanes;
-  if (IsQuantized(call.weight.format)) acc = Mul(acc, Load(call.weight.row_scales + n));
-  // With a number of lanes that is known, compilers make vectors of the loops.
-  if (call.weight.rows - n >= kLanes) {
-    StoreLanes<Out>(call, row, n, std::integral_constant<int64_t, kLanes>(), acc);
-  } else {
-    StoreLanes<Out>(call, row, n, call.weight.rows - n, acc);
-  }
-}
-
-inline void StoreOutput(const LinearCall& call, int64_t row, int64_t panel, const F32x16& acc) {
+template <int kRows>
+void StoreRows(const LinearCall& call, int64_t row, int64_t panel, const F32x16 (&acc)[kRows]) {
   if (call.out_dtype == DType::kFloat32) {
-    StoreOutput<float>(call, row, panel, acc);
+    StoreRows<float>(call, row, panel, acc);
   } else {
-    StoreOutput<uint16_t>(call, row, panel, acc);
+    StoreRows<uint16_t>(call, row, panel, acc);
   }
 }
 
@@ -126,9 +125,9 @@ void FloatTile(const LinearCall& call, const TilePlace& at) {
   using X = typename Kernel::X;
   const PackedView& weight = call.weight;
   const uint8_t* w = weight.weights + at.panel * weight.panel_bytes;
-  F32x16 acc[kRows][kPanels];
-  for (int r = 0; r < kRows; ++r) {
-    for (int p = 0; p < kPanels; ++p) acc[r][p] = Broadcast(0.0f);
+  F32x16 acc[kPanels][kRows];
+  for (int p = 0; p < kPanels; ++p) {
+    for (int r = 0; r < kRows; ++r) acc[p][r] = Broadcast(0.0f);
   }
   for (int64_t k = 0; k < weight.padded_columns; k += Kernel::kColumns) {
     typename Kernel::Step step[kPanels];
@@ -138,13 +137,11 @@ void FloatTile(const LinearCall& call, const TilePlace& at) {
     }
     for (int r = 0; r < kRows; ++r) {
       const X* x_row = reinterpret_cast<const X*>(at.x + r * at.x_row_bytes) + k;
-      for (int p = 0; p < kPanels; ++p) acc[r][p] = Kernel::MulAddStep(acc[r][p], step[p], x_row);
+      for (int p = 0; p < kPanels; ++p) acc[p][r] = Kernel::MulAddStep(acc[p][r], step[p], x_row);
     }
     w += kVectorBytes;
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int p = 0; p < kPanels; ++p) StoreOutput(call, at.row + r, at.panel + p, acc[r][p]);
-  }
+  for (int p = 0; p < kPanels; ++p) StoreRows(call, at.row, at.panel + p, acc[p]);
 }
 
 // A group's weights of one panel, unpacked once for all rows, or anew for each where registers are few.
@@ -206,7 +203,7 @@ void IntTile(const LinearCall& call, const TilePlace& at) {
     w_scales += kLanes;
     x += kRows * kGroupRowBytes;
   }
-  for (int r = 0; r < kRows; ++r) StoreOutput(call, at.row + r, at.panel, acc[r]);
+  StoreRows(call, at.row, at.panel, acc);
 }
 
 using Tile = void (*)(const LinearCall& call, const TilePlace& at);

@@ -49,6 +49,18 @@ inline void Store(float* to, const F32x16& a) {
   _mm256_storeu_ps(to, a.half[0]);
   _mm256_storeu_ps(to + 8, a.half[1]);
 }
+inline __m256i RoundToBfloat16(__m256 a) {
+  const __m256i bits = _mm256_castps_si256(a);
+  const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), last);
+  const __m256i quiet_nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet_nan, is_nan), 16);
+}
+inline void StoreBfloat16(uint16_t* to, const F32x16& a) {
+  const __m256i words = _mm256_packus_epi32(RoundToBfloat16(a.half[0]), RoundToBfloat16(a.half[1]));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(words, _MM_SHUFFLE(3, 1, 2, 0)));
+}
 inline F32x16 Add(const F32x16& a, const F32x16& b) {
   return {{_mm256_add_ps(a.half[0], b.half[0]), _mm256_add_ps(a.half[1], b.half[1])}};
 }

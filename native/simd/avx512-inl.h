@@ -25,7 +25,7 @@ namespace HEADRACE_TARGET {
 constexpr int kFloatRows = 8;
 constexpr int kFloatPanels = 2;
 constexpr int kIntRows = 16;
-constexpr int kIntRowsAtOnce = 4;  // as many chains of dot products as hide an instruction's latency
+constexpr int kIntRowsAtOnce = 5;  // as many chains of dot products as hide an instruction's latency
 constexpr bool kKeepsGroup = true;
 constexpr int kInt8Offset = 128;
 constexpr int kInt4Offset = 8;
@@ -43,6 +43,15 @@ inline F32x16 LoadBfloat16(const uint16_t* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 inline void Store(float* to, F32x16 a) { _mm512_storeu_ps(to, a); }
+// To nearest, ties to even; NaN stays NaN (ToBfloat16). The instruction for it would flush subnormals.
+inline void StoreBfloat16(uint16_t* to, F32x16 a) {
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  const __m512i result = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x00400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
+}
 inline F32x16 Add(F32x16 a, F32x16 b) { return _mm512_add_ps(a, b); }
 inline F32x16 Sub(F32x16 a, F32x16 b) { return _mm512_sub_ps(a, b); }
 inline F32x16 Mul(F32x16 a, F32x16 b) { return _mm512_mul_ps(a, b); }

@@ -44,6 +44,9 @@ inline F32x16 LoadBfloat16(const uint16_t* from) {
   return MakeF32([&](int i) { return FromBfloat16(from[i]); });
 }
 inline void Store(float* to, const F32x16& a) { memcpy(to, a.lane, sizeof a.lane); }
+inline void StoreBfloat16(uint16_t* to, const F32x16& a) {
+  for (int i = 0; i < 16; ++i) to[i] = ToBfloat16(a.lane[i]);
+}
 inline F32x16 Add(const F32x16& a, const F32x16& b) {
   return MakeF32([&](int i) { return a.lane[i] + b.lane[i]; });
 }
