@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "parallel.h"
 #include "targets.h"
+#include "thread_pool.h"
 
 namespace headrace {
 namespace {

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "float_bits.h"
-#include "parallel.h"
+#include "thread_pool.h"
 
 namespace headrace {
 namespace {

@@ -1,13 +1,11 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 
-#include "parallel.h"
+#include "scratch.h"
 #include "targets.h"
+#include "thread_pool.h"
 
 namespace headrace {
 namespace {
@@ -16,24 +14,6 @@ namespace {
 constexpr int64_t kBlockBytes = 256 * 1024;
 // Multiplications below which a second thread costs more than it saves: a few microseconds of work.
 constexpr int64_t kMinParallelWork = 1 << 17;
-
-// Memory of the calling thread that grows to the largest request and is kept for the next one.
-char* Scratch(size_t num_bytes) {
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<char, Free> memory;
-  thread_local size_t capacity = 0;
-  if (num_bytes > capacity) {
-    memory.reset();
-    capacity = 0;
-    num_bytes = static_cast<size_t>(RoundUp(static_cast<int64_t>(num_bytes), 4096));
-    memory.reset(static_cast<char*>(std::aligned_alloc(64, num_bytes)));
-    if (memory == nullptr) throw std::bad_alloc();
-    capacity = num_bytes;
-  }
-  return memory.get();
-}
 
 int64_t TilesPerBlock(Arm arm, RowTiles tiles, const Activations& activations) {
   if (arm != Arm::kGemm) return tiles.num_tiles;

@@ -5,7 +5,7 @@
 //
 //   float32    acc = fma(x[k], w[k], acc), k ascending
 //   bfloat16   the same for pairs (or the machine's dot product of two), x and w in bfloat16, acc in float32
-//   int8, int4 x is quantized by row and group of 32 with scales that are powers of two (quantize-inl.h). Then for each
+//   int8, int4 x is quantized by row and group of 32 with scales that are powers of two (prepare-inl.h). Then for each
 //              group, ascending, acc = fma(float(sum of q_x q_w) * scale_x, scale_w, acc), sum and product exact;
 //              out = acc * row_scale. A group of x with NaN, infinity or a magnitude of 2^111 makes its row NaN.
 //   then       acc + bias, rounded once to the type of out.
@@ -17,6 +17,7 @@
 #include "dtype.h"
 #include "packed_matrix.h"
 #include "range.h"
+#include "rows_view.h"
 #include "target.h"
 
 namespace headrace {

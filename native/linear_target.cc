@@ -17,7 +17,8 @@
 
 #include "simd/simd-inl.h"
 
-#include "quantize-inl.h"
+#include "load-inl.h"
+#include "prepare-inl.h"
 
 namespace headrace {
 namespace HEADRACE_TARGET {
@@ -85,9 +86,6 @@ inline F32x16 LoadBias(const LinearCall& call, int64_t n, int64_t num_lanes) {
   memcpy(narrow, static_cast<const uint16_t*>(call.bias) + n, num_lanes * sizeof(uint16_t));
   return LoadAsFloat32(narrow);
 }
-
-inline void StoreAs(float* to, const F32x16& a) { Store(to, a); }
-inline void StoreAs(uint16_t* to, const F32x16& a) { StoreBfloat16(to, a); }
 
 // The end of every chain: scale the row, add the bias, round, store the lanes that exist.
 template <class Out, int kRows>

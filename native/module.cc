@@ -9,6 +9,7 @@
 #include "linear.h"
 #include "packed_matrix.h"
 #include "peaks.h"
+#include "quantize_rows.h"
 #include "stream.h"
 #include "target.h"
 #include "thread_pool.h"
@@ -24,12 +25,20 @@ std::vector<std::string> Names(bool is_only_supported) {
   return names;
 }
 
-void WriteRows(PackedMatrix& matrix, int64_t row, int64_t num_rows, uintptr_t block) {
-  matrix.WriteRows(row, num_rows, Pointer<const void>(block));
+bool WriteRows(PackedMatrix& matrix, const std::string& target, int64_t row, DType dtype, int64_t num_rows,
+               uintptr_t x, int64_t x_stride) {
+  return matrix.WriteRows(TargetFromName(target), row, {dtype, num_rows, Pointer<const void>(x), x_stride});
 }
 
 void WriteQuantizedRows(PackedMatrix& matrix, int64_t row, int64_t num_rows, uintptr_t values, uintptr_t scales) {
-  matrix.WriteQuantizedRows(row, num_rows, Pointer<const void>(values), Pointer<const float>(scales));
+  matrix.WriteQuantizedRows(row, num_rows, Pointer<const uint8_t>(values),
+                            Pointer<const float>(scales));
+}
+
+bool QuantizeRowsByName(const std::string& target, Format format, DType dtype, int64_t num_rows, int64_t columns,
+                        uintptr_t x, int64_t x_stride, uintptr_t values, uintptr_t scales) {
+  return QuantizeRows(TargetFromName(target), format, {dtype, num_rows, Pointer<const void>(x), x_stride}, columns,
+                      Pointer<uint8_t>(values), Pointer<float>(scales));
 }
 
 void RunEmbedding(Stream& stream, const PackedMatrix& matrix, DType dtype, int64_t num_rows, uintptr_t ids, int64_t offset,
@@ -73,13 +82,20 @@ void DefineTypes(nb::module_& m) {
 void DefineMatrix(nb::module_& m) {
   nb::class_<PackedMatrix>(m, "PackedMatrix")
       .def(nb::init<Format, int64_t, int64_t>(), nb::arg("weight_format"), nb::arg("rows"), nb::arg("columns"))
-      .def("write_rows", &WriteRows, nb::arg("row"), nb::arg("num_rows"), nb::arg("block_ptr"), Unlocked())
+      .def("write_rows", &WriteRows, nb::arg("target"), nb::arg("row"), nb::arg("dtype"), nb::arg("num_rows"),
+           nb::arg("x_ptr"), nb::arg("x_stride"), Unlocked())
       .def("write_quantized_rows", &WriteQuantizedRows, nb::arg("row"), nb::arg("num_rows"), nb::arg("values_ptr"),
            nb::arg("scales_ptr"), Unlocked());
   m.def(
       "packed_bytes",
       [](Format format, int64_t rows, int64_t columns) { return PackedLayout(format, rows, columns).num_bytes; },
       nb::arg("weight_format"), nb::arg("rows"), nb::arg("columns"));
+}
+
+void DefineQuantizeRows(nb::module_& m) {
+  m.def("quantize_rows", &QuantizeRowsByName, nb::arg("target"), nb::arg("weight_format"), nb::arg("dtype"),
+        nb::arg("num_rows"), nb::arg("columns"), nb::arg("x_ptr"), nb::arg("x_stride"), nb::arg("values_ptr"),
+        nb::arg("scales_ptr"), Unlocked());
 }
 
 void DefineLinear(nb::module_& m) {
@@ -111,6 +127,7 @@ void DefinePeaks(nb::module_& m) {
 NB_MODULE(_native, m) {
   DefineTypes(m);
   DefineMatrix(m);
+  DefineQuantizeRows(m);
   DefineLinear(m);
   DefinePeaks(m);
   DefineAttention(m);

@@ -1,7 +1,7 @@
 #include "norm.h"
 
-#include "parallel.h"
 #include "targets.h"
+#include "thread_pool.h"
 
 namespace headrace {
 namespace {

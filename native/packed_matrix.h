@@ -25,6 +25,9 @@
 #include <memory>
 
 #include "float_bits.h"
+#include "range.h"
+#include "rows_view.h"
+#include "target.h"
 
 namespace headrace {
 
@@ -103,18 +106,18 @@ static inline int Int4At(const uint8_t* lane, int64_t k) {
   return ((lane[Int4Byte(k)] >> Int4Shift(k)) & 15) - kInt4Bias;
 }
 
-// Owns a packed matrix; all zero until rows are written, by one thread at a time.
+// Owns a packed matrix; all zero until rows are written, by one caller at a time.
 class PackedMatrix {
  public:
   PackedMatrix(Format format, int64_t rows, int64_t columns);
 
   const PackedLayout& layout() const { return layout_; }
 
-  // Store rows [row, row + num_rows) of a contiguous [num_rows, columns] block of the format's own type.
-  void WriteRows(int64_t row, int64_t num_rows, const void* block);
-  // The same for rows already quantized. values: int8 [num_rows, columns], or int4 pairs as q + 8,
-  // [num_rows, ceil(columns / 2)], the lower column in the low nibble. scales: [num_rows, ceil(columns / 32)].
-  void WriteQuantizedRows(int64_t row, int64_t num_rows, const void* values, const float* scales);
+  // Store rows [row, row + x.num_rows) of floating point, rounding or quantizing them if the format says so; all threads
+  // of the pool take part. Integers are those of QuantizeRows. False if they are to be and x holds NaN or infinity.
+  bool WriteRows(Target target, int64_t row, const RowsView& x);
+  // The same for rows already quantized, as QuantizeRows writes them.
+  void WriteQuantizedRows(int64_t row, int64_t num_rows, const uint8_t* values, const float* scales);
 
   PackedView view() const {
     return {layout_.format,     layout_.rows,        layout_.columns, layout_.padded_columns,
@@ -129,7 +132,12 @@ class PackedMatrix {
   };
 
   uint8_t* Lane(int64_t row) const { return memory_.get() + row / kLanes * layout_.panel_bytes + row % kLanes * 4; }
+  // Stores rows of one panel, each in its format's type, filled up to padded_columns: integers as signed bytes.
+  void PackRows(int64_t row, int64_t num_rows, const uint8_t* const* from);
   void WriteScales(int64_t row, const float* scales);
+  // write(part of the rows, none of which shares a panel with another part), in parallel.
+  template <class Write>
+  void ForEachPanel(int64_t row, int64_t num_rows, const Write& write);
 
   PackedLayout layout_;
   std::unique_ptr<uint8_t, Unmap> memory_;

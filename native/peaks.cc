@@ -35,7 +35,9 @@ double MeasureReadBytesPerSecond(Target target, int64_t buffer_bytes, int num_pa
   const std::unique_ptr<float[]> row(new float[kChunkBytes / 64]);
   std::fill_n(row.get(), kChunkBytes / 64, 1.0f);
   const PackedLayout& layout = buffer.layout();
-  for (int64_t p = 0; p < layout.num_panels; ++p) buffer.WriteRows(p * kLanes, 1, row.get());
+  for (int64_t p = 0; p < layout.num_panels; ++p) {
+    buffer.WriteRows(target, p * kLanes, {DType::kFloat32, 1, row.get(), layout.columns});
+  }
   const std::shared_ptr<ThreadPool> pool = Pool();
   const int num_threads = pool->num_threads();
   const double seconds = BestSeconds(*pool, num_passes, [&](int thread) {

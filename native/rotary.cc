@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "parallel.h"
 #include "targets.h"
+#include "thread_pool.h"
 
 namespace headrace {
 namespace {

@@ -4,8 +4,8 @@
 #include <utility>
 #include <vector>
 
-#include "parallel.h"
 #include "targets.h"
+#include "thread_pool.h"
 
 namespace headrace {
 namespace {

@@ -48,13 +48,7 @@ Weight MakeFloatWeight(Format format) {
   Weight weight = {PackedMatrix(format, kOutputs, kInputs), {}};
   const std::vector<float> values = Random(kOutputs * kInputs, 1);
   weight.exact.assign(values.begin(), values.end());
-  if (format == Format::kFloat32) {
-    weight.packed.WriteRows(0, kOutputs, values.data());
-  } else {
-    std::vector<uint16_t> halves;
-    for (const float value : values) halves.push_back(ToBfloat16(value));
-    weight.packed.WriteRows(0, kOutputs, halves.data());
-  }
+  weight.packed.WriteRows(BestTarget(), 0, {DType::kFloat32, kOutputs, values.data(), kInputs});
   return weight;
 }
 

@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "norm.h"
 #include "peaks.h"
+#include "quantize_rows.h"
 #include "rotary.h"
 #include "sampling.h"
 
@@ -17,6 +18,7 @@
   extern const LinearKernels kLinear;         \
   extern const NormKernels kNorm;             \
   extern const PeakKernels kPeaks;            \
+  extern const QuantizeKernels kQuantize;     \
   extern const RotaryKernels kRotary;         \
   extern const SamplingKernels kSampling;     \
   }

@@ -71,6 +71,15 @@ class Barrier {
 // another thread is inside a kernel is as safe, because nothing of the parent's pool is touched in the child.
 std::shared_ptr<ThreadPool> Pool();
 
+// task(part, num_parts) once for each part: on the threads of the pool, or on the calling one alone.
+template <class Task>
+void RunParts(bool is_parallel, const Task& task) {
+  if (!is_parallel) return task(0, 1);
+  const std::shared_ptr<ThreadPool> pool = Pool();
+  const int num_threads = pool->num_threads();
+  pool->Run([&](int thread) { task(thread, num_threads); });
+}
+
 // A kernel that runs meanwhile ends on the pool it began on. Throws std::invalid_argument if not positive.
 void SetNumThreads(int num_threads);
 int NumThreads();

@@ -498,7 +498,7 @@ class TestContract:
         """Only they read packed weights."""
         kernels = resolve_kernels(KernelChoice.AUTO)
         chosen = {choice.op for choice in kernels.explain() if choice.implementation == "cpu"}
-        assert chosen >= {"linear", "embedding", "make_weight_builder", "weight_num_bytes"}
+        assert chosen >= {"linear", "embedding", "make_weight_builder", "quantize_rows", "weight_num_bytes"}
         assert {c.implementation for c in resolve_kernels(KernelChoice.REFERENCE).explain()} == {"reference"}
 
     def test_without_the_native_module(self) -> None:

@@ -117,6 +117,16 @@ inline uint32_t LargestBits(const F32x16& a, const F32x16& b) {
   four = _mm_max_epu32(four, _mm_shuffle_epi32(four, _MM_SHUFFLE(2, 3, 0, 1)));
   return static_cast<uint32_t>(_mm_cvtsi128_si32(four));
 }
+inline uint32_t EqualLanes(const F32x16& a, __m256i magnitude) {
+  const __m256i low = _mm256_cmpeq_epi32(Magnitudes(a.half[0]), magnitude);
+  const __m256i high = _mm256_cmpeq_epi32(Magnitudes(a.half[1]), magnitude);
+  const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(low)) | _mm256_movemask_ps(_mm256_castsi256_ps(high)) << 8;
+  return static_cast<uint32_t>(mask);
+}
+inline int FirstOfMagnitude(const F32x16& a, const F32x16& b, uint32_t bits) {
+  const __m256i wanted = _mm256_set1_epi32(static_cast<int>(bits));
+  return __builtin_ctz(EqualLanes(a, wanted) | EqualLanes(b, wanted) << 16);
+}
 // Eight at a time as 16-bit integers, those of the lower and the upper 128 bits taking turns by fours.
 inline __m256i RoundToWords(const F32x16& a, float factor) {
   const F32x16 scaled = Mul(a, Broadcast(factor));

@@ -97,6 +97,13 @@ inline uint32_t LargestBits(F32x16 a, F32x16 b) {
   const __m512i largest = _mm512_max_epu32(_mm512_castps_si512(_mm512_abs_ps(a)), _mm512_castps_si512(_mm512_abs_ps(b)));
   return _mm512_reduce_max_epu32(largest);
 }
+// The first of those 32 values whose magnitude has these bits; there must be one.
+inline int FirstOfMagnitude(F32x16 a, F32x16 b, uint32_t bits) {
+  const __m512i wanted = _mm512_set1_epi32(static_cast<int>(bits));
+  const uint32_t first = _mm512_cmpeq_epi32_mask(_mm512_castps_si512(_mm512_abs_ps(a)), wanted);
+  const uint32_t second = _mm512_cmpeq_epi32_mask(_mm512_castps_si512(_mm512_abs_ps(b)), wanted);
+  return __builtin_ctz(first | second << 16);
+}
 // a and b times a factor, to the nearest integer, ties to even, clamped to -127 .. 127: the values of q[0..31], whose
 // sum is returned.
 inline int32_t RoundToBytes(F32x16 a, F32x16 b, float factor, int8_t* q) {

@@ -99,6 +99,11 @@ inline uint32_t LargestBits(const F32x16& a, const F32x16& b) {
   }
   return largest;
 }
+inline int FirstOfMagnitude(const F32x16& a, const F32x16& b, uint32_t bits) {
+  int i = 0;
+  while ((Bits(i < 16 ? a.lane[i] : b.lane[i - 16]) & 0x7fffffff) != bits) ++i;
+  return i;
+}
 // Adding 1.5 * 2^23, whose last place is 1, rounds.
 inline int32_t RoundToBytes(const F32x16& a, const F32x16& b, float factor, int8_t* q) {
   constexpr float kRound = 12582912.0f;

@@ -4,6 +4,7 @@ Importing this package imports the native module; where that fails, `kernels.dis
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from headrace.kernels.cpu.activation import Activate
@@ -12,7 +13,7 @@ from headrace.kernels.cpu.kv_cache import kv_cache_num_bytes, make_kv_cache, rea
 from headrace.kernels.cpu.linear import Embedding, Linear
 from headrace.kernels.cpu.machine_ops import MachineOps
 from headrace.kernels.cpu.norm import Norm
-from headrace.kernels.cpu.packing import make_weight_builder, weight_num_bytes
+from headrace.kernels.cpu.packing import make_weight_builder, quantize_rows, weight_num_bytes
 from headrace.kernels.cpu.rotary import RotaryStoreKv, RotaryTable
 from headrace.kernels.cpu.sampling import Sampling
 from headrace.kernels.cpu.stream import Stream
@@ -36,6 +37,7 @@ __all__ = [
     "make_kv_cache",
     "make_ops",
     "make_weight_builder",
+    "quantize_rows",
     "read_kv",
     "set_num_threads",
     "supported_targets",
@@ -70,7 +72,8 @@ def make_ops(target: str, dataflow: Dataflow) -> dict[str, Callable[..., Any]]:
         "argmax": sampling.argmax,
         "log_sum_exp": sampling.log_sum_exp,
         "top_k": sampling.top_k,
-        "make_weight_builder": make_weight_builder,
+        "make_weight_builder": partial(make_weight_builder, target=target),
+        "quantize_rows": partial(quantize_rows, target=target),
         "weight_num_bytes": weight_num_bytes,
         "record": stream.record,
     }

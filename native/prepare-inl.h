@@ -4,11 +4,6 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-inline float ToFloat32(float value) { return value; }
-inline float ToFloat32(uint16_t value) { return FromBfloat16(value); }
-inline F32x16 LoadAsFloat32(const float* from) { return Load(from); }
-inline F32x16 LoadAsFloat32(const uint16_t* from) { return LoadBfloat16(from); }
-
 // Quantizes a group: scale = 2^(floor(log2(max|x|)) - 6), q = round(x / scale), ties to even, clamped to -127 .. 127.
 // These are the blocks of MXINT8 (OCP Microscaling Formats 1.0): dividing by a power of two is exact, and so is
 // multiplying with one, which spares the inner loops a rounding and an instruction. Groups below 2^-120 count as zeros;
