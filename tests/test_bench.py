@@ -229,3 +229,30 @@ class TestLimits:
         assert (found.read_buffer_bytes, found.num_threads) == (2**20, 3)
         assert found.best_gops == max(found.multiply_gops.values())
         assert len(heard) == 1 + len({linear, WeightFormat.BFLOAT16, WeightFormat.FLOAT32})
+
+
+def test_bench_kernels_puts_every_kernel_beside_its_limit(capsys):
+    arguments = ["--shape", "smollm-135m", "--formats", "int4", "--rows", "1", "3", "--contexts", "40", "--json"]
+    assert main(["bench", "kernels", *arguments, "--threads", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(f["layer"], f["num_rows"]) for f in report["linear"]][:4] == [("qkv", 1), ("qkv", 3), ("o", 1), ("o", 3)]
+    assert {f["out_features"] for f in report["linear"]} == {960, 576, 3072, 32000}
+    for figure in report["linear"] + report["attention"]:
+        limits = report["limits"]
+        by_bytes_s = figure["num_bytes"] / limits["read_bytes_per_s"]
+        assert figure["floor_s"] >= by_bytes_s * 0.999
+        assert figure["share"] == pytest.approx(figure["floor_s"] / figure["seconds"])
+    assert {f["num_new"] for f in report["attention"]} == {1, 512}
+
+
+def test_bench_kernels_as_tables(capsys):
+    assert main(["bench", "kernels", "--shape", "smollm-135m", "--formats", "int8", "--rows", "2", "--contexts"]) == 0
+    out = capsys.readouterr().out
+    assert "M = 2" in out
+    assert "gate_up" in out
+    assert "attention" not in out
+
+
+def test_bench_kernels_refuses_sizes_below_one(capsys):
+    assert main(["bench", "kernels", "--rows", "0"]) == 2
+    assert "--rows" in capsys.readouterr().err

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from headrace.cli.options import DEMO, add_model_options, make_llm
+from headrace.cli.progress_line import progress_line
 from headrace.cli.terminal import is_watched
 from headrace.errors import ConfigError
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     llm = make_llm(args, show_progress=is_watched() and not is_silent, require_tokenizer=False)
     engine = llm.engine
     settings, remarks = resolve_settings(args, engine.model.plan)
-    with _progress(is_shown=not is_silent) as on_start:
+    with progress_line(is_shown=not is_silent) as on_start:
         speed = measure_speed(engine, settings, on_start)
         peak_bytes = peak_memory_bytes()
         limits = measure_limits(engine.model.kernels, engine.model.formats, engine.model.plan.num_threads, on_start)
@@ -148,21 +148,3 @@ def _check_positive(args: argparse.Namespace) -> None:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and number < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {number}; it must be at least 1")
-
-
-@contextmanager
-def _progress(*, is_shown: bool) -> Iterator[Callable[[str], None]]:
-    """A line that says what is being measured; only where a person sees it."""
-    if not is_shown or not is_watched():
-        yield _ignore
-        return
-    from rich.console import Console
-    from rich.live import Live
-
-    # Drawn when something begins and not in between: a spinner's thread would take time from what is measured.
-    with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
-        yield lambda text: live.update(text, refresh=True)
-
-
-def _ignore(_: str) -> None:
-    pass

@@ -46,6 +46,7 @@ def kernels_digest() -> str:
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Threads of the native pool and of torch, which runs the other ops, for the whole process."""
+    """Threads of the native pool, for the whole process. Torch, which is left the small things, gets one: a second pool
+    would fight for the same cores."""
     _native.set_num_threads(num_threads)
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(1)

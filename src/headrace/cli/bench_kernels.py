@@ -1,0 +1,133 @@
+"""`headrace bench kernels`: the kernels alone, beside this machine's limits."""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from headrace.cli.progress_line import progress_line
+from headrace.cli.terminal import aligned
+from headrace.config import KvCacheFormat, WeightFormat
+from headrace.errors import ConfigError
+from headrace.machine import cpu_limits, cpu_name
+
+if TYPE_CHECKING:
+    from headrace.bench.kernels import AttentionFigure, KernelLimits, LinearFigure
+
+_SHAPES = ("tinyllama-1.1b", "smollm-135m", "llama2-7b")
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+_CONTEXTS = (512, 4096, 32768)
+_PREFILL = 512
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Each time is the best of several calls, on weights and caches too large for any cache of the machine. Its\n"
+        "limit is the time to read the weights, or the keys and values, once, or the time to do the multiplications,\n"
+        "whichever is longer; memory bandwidth (huge pages, several streams) and peaks are measured in the same run."
+    )
+    parser.add_argument(
+        "--shape", choices=_SHAPES, default=_SHAPES[0], help="sizes of the layers (default: %(default)s)"
+    )
+    formats = [weight_format.value for weight_format in WeightFormat]
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        choices=formats,
+        default=formats,
+        metavar="FORMAT",
+        help=f"of weights: {', '.join(formats)}",
+    )
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=_ROWS, metavar="M", help="rows that a layer multiplies at once"
+    )
+    parser.add_argument(
+        "--contexts", type=int, nargs="*", default=_CONTEXTS, metavar="N", help="contexts to decode from"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the CPUs this process may use)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    if min([*args.rows, *args.contexts, args.threads or 1]) < 1:
+        raise ConfigError("--rows, --contexts and --threads must be at least 1")
+    # From here on torch is needed.
+    import torch
+
+    from headrace.bench.kernels import SHAPES, measure_attention, measure_kernel_limits, measure_linears
+    from headrace.kernels import kernel_choice_from, resolve_kernels
+
+    kernels, shape = resolve_kernels(kernel_choice_from()), SHAPES[args.shape]
+    num_threads = args.threads or cpu_limits().num_threads
+    kernels.set_num_threads(num_threads)
+    weight_formats = [WeightFormat(name) for name in args.formats]
+    lengths = [(n, 1) for n in args.contexts] + ([(_PREFILL, _PREFILL)] if args.contexts else [])
+    with progress_line(is_shown=not args.json) as on_start, torch.inference_mode():
+        on_start("limits")
+        limits = measure_kernel_limits(kernels)
+        linears = list(measure_linears(kernels, shape, weight_formats, args.rows, limits, on_start))
+        cache_formats = (KvCacheFormat.BFLOAT16, KvCacheFormat.INT8)
+        attention = list(measure_attention(kernels, shape, cache_formats, lengths, limits, on_start))
+    if args.json:
+        print(json.dumps(_json(args.shape, num_threads, limits, linears, attention), allow_nan=False))
+    else:
+        print("\n".join(_text(args.shape, num_threads, limits, linears, attention)))
+    return 0
+
+
+def _text(
+    shape: str,
+    num_threads: int,
+    limits: "KernelLimits",
+    linears: "Sequence[LinearFigure]",
+    attention: "Sequence[AttentionFigure]",
+) -> Iterator[str]:
+    peaks = ", ".join(f"{f.value} {ops / 1e9:.0f}" for f, ops in limits.ops_per_s.items())
+    yield f"{cpu_name()}, {num_threads} threads, {shape}: read {limits.read_bytes_per_s / 1e9:.1f} GB/s, Gop/s {peaks}"
+    yield ""
+    yield "linear layers: microseconds (share of the limit) for M rows"
+    rows = list(dict.fromkeys(figure.num_rows for figure in linears))
+    table = [["format", "layer", "[N, K]", *(f"M = {m}" for m in rows)]]
+    for start in range(0, len(linears), len(rows)):
+        figures = linears[start : start + len(rows)]
+        first = figures[0]
+        name = [first.weight_format.value, first.layer, f"[{first.out_features}, {first.in_features}]"]
+        table.append([*name, *(f"{f.seconds * 1e6:.0f} ({f.share:.0%})" for f in figures)])
+    yield from aligned(table, num_left=3)
+    if not attention:
+        return
+    yield ""
+    yield "attention: microseconds (share of the limit) by softmax scheme"
+    schemes = list(dict.fromkeys(figure.scheme for figure in attention))
+    table = [["cache", "tokens", *(scheme.value for scheme in schemes)]]
+    for start in range(0, len(attention), len(schemes)):
+        group = attention[start : start + len(schemes)]
+        what = f"{'decode from' if group[0].num_new == 1 else 'prefill of'} {group[0].context_len}"
+        table.append([group[0].cache_format.value, what, *(f"{f.seconds * 1e6:.0f} ({f.share:.0%})" for f in group)])
+    yield from aligned(table, num_left=2)
+
+
+def _json(
+    shape: str,
+    num_threads: int,
+    limits: "KernelLimits",
+    linears: "Sequence[LinearFigure]",
+    attention: "Sequence[AttentionFigure]",
+) -> dict[str, Any]:
+    return {
+        "shape": shape,
+        "threads": num_threads,
+        "cpu": cpu_name(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "limits": {
+            "read_bytes_per_s": limits.read_bytes_per_s,
+            "ops_per_s": {f.value: ops for f, ops in limits.ops_per_s.items()},
+        },
+        "linear": [asdict(f) | {"weight_format": f.weight_format.value, "share": f.share} for f in linears],
+        "attention": [
+            asdict(f) | {"cache_format": f.cache_format.value, "scheme": f.scheme.value, "share": f.share}
+            for f in attention
+        ],
+    }
