@@ -428,3 +428,12 @@ def copy_model(tmp_path: Path) -> Path:
 
 def edit_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["float32", "bfloat16", "int8"])
+def test_kv_cache_of_another_type_answers_alike(kv_cache_dtype: str) -> None:
+    llm = LLM(demo_model_path(), kv_cache_dtype=kv_cache_dtype, num_threads=1)
+    output = llm.chat([{"role": "user", "content": "What is the largest ocean?"}], SamplingParams(temperature=0))[0]
+    assert text_of(output) == "The largest ocean is the Pacific Ocean."
+    with pytest.raises(ConfigError, match="kv_cache_dtype is 'int9'; did you mean 'int8'"):
+        LLM(demo_model_path(), kv_cache_dtype="int9")

@@ -12,6 +12,7 @@ from headrace.config import (
     DataflowChoice,
     Dtype,
     EngineConfig,
+    KvCacheDtype,
     LoadConfig,
     Quantize,
     SamplingParams,
@@ -33,6 +34,7 @@ _ENGINE_SETTINGS = (
     "num_threads",
     "block_size",
     "kv_cache_bytes",
+    "kv_cache_dtype",
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_model_len",
@@ -102,6 +104,12 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         metavar="BYTES",
         help="memory for keys and values, such as 512MiB or 1.5GB (default: what --max-num-seqs full contexts need, "
         f"at most {CacheConfig.memory_fraction:.0%} of free memory)".replace("%", "%%"),
+    )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=_values(KvCacheDtype),
+        help="type of keys and values in the cache; int8 takes half the memory of bfloat16 and is a little less exact "
+        f"(default: {CacheConfig.kv_cache_dtype.value}, that of the activations)",
     )
     group.add_argument(
         "--max-num-seqs",
@@ -184,11 +192,17 @@ def engine_config(args: argparse.Namespace, *, show_progress: bool) -> EngineCon
             quantize=Quantize(args.quantize),
             show_progress=show_progress,
         ),
-        cache=CacheConfig(**_given(args, tuple(CacheConfig.__dataclass_fields__))),
+        cache=CacheConfig(**_cache_settings(_given(args, tuple(CacheConfig.__dataclass_fields__)))),
         scheduler=SchedulerConfig(**_given(args, tuple(SchedulerConfig.__dataclass_fields__))),
         num_threads=args.num_threads,
         dataflow=DataflowChoice(args.dataflow),
     )
+
+
+def _cache_settings(given: dict[str, Any]) -> dict[str, Any]:
+    if "kv_cache_dtype" in given:
+        given["kv_cache_dtype"] = KvCacheDtype(given["kv_cache_dtype"])
+    return given
 
 
 def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from headrace.config import (
     DataflowChoice,
     Dtype,
     EngineConfig,
+    KvCacheDtype,
     LoadConfig,
     Quantize,
     SamplingParams,
@@ -286,6 +287,8 @@ def _engine_config(load: LoadConfig, settings: dict[str, Any]) -> EngineConfig:
     for name in settings:
         if name not in allowed:
             raise ConfigError(f"LLM has no setting '{name}'; {nearest_name(name, allowed)}")
+    if "kv_cache_dtype" in settings:
+        settings = settings | {"kv_cache_dtype": _member(KvCacheDtype, "kv_cache_dtype", settings["kv_cache_dtype"])}
     return EngineConfig(
         load=load,
         cache=CacheConfig(**{k: v for k, v in settings.items() if k in cache_fields}),
