@@ -1,6 +1,7 @@
-// Not ops of a stream: their results are read by the host at once.
+// Argmax is an op of a stream, as the last one of a greedy step. The others' results are read by the host at once.
 #include "bind.h"
 #include "sampling.h"
+#include "stream.h"
 
 namespace headrace {
 namespace {
@@ -9,17 +10,19 @@ LogitsView View(uintptr_t logits, int64_t num_rows, int64_t row_stride, int64_t 
   return {Pointer<const float>(logits), num_rows, row_stride, vocab_size};
 }
 
+void RunArgmax(Stream& stream, Target target, uintptr_t logits, int64_t num_rows, int64_t row_stride,
+               int64_t vocab_size, uintptr_t ids, uintptr_t values) {
+  const LogitsView view = View(logits, num_rows, row_stride, vocab_size);
+  stream.Run("argmax", [target, view, ids, values] {
+    Argmax(target, view, Pointer<int64_t>(ids), Pointer<float>(values));
+  });
+}
+
 }  // namespace
 
 void DefineSampling(nb::module_& m) {
-  m.def(
-      "argmax",
-      [](Target target, uintptr_t logits, int64_t num_rows, int64_t row_stride, int64_t vocab_size, uintptr_t ids,
-         uintptr_t values) {
-        Argmax(target, View(logits, num_rows, row_stride, vocab_size), Pointer<int64_t>(ids), Pointer<float>(values));
-      },
-      nb::arg("target"), nb::arg("logits_ptr"), nb::arg("num_rows"), nb::arg("row_stride"), nb::arg("vocab_size"),
-      nb::arg("ids_ptr"), nb::arg("values_ptr"), Unlocked());
+  m.def("argmax", &RunArgmax, nb::arg("stream"), nb::arg("target"), nb::arg("logits_ptr"), nb::arg("num_rows"),
+        nb::arg("row_stride"), nb::arg("vocab_size"), nb::arg("ids_ptr"), nb::arg("values_ptr"), Unlocked());
   m.def(
       "log_sum_exp",
       [](Target target, uintptr_t logits, int64_t num_rows, int64_t row_stride, int64_t vocab_size, uintptr_t out) {

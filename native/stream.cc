@@ -8,6 +8,16 @@ namespace headrace {
 namespace {
 
 constexpr size_t kAlignment = 64;
+constexpr size_t kMinLargeBytes = 256 * 1024;
+
+// Large buffers are powers of two, so that batches of nearly the same size take the same ones. Pages that are never
+// written to take no memory.
+size_t RoundedSize(size_t num_bytes) {
+  size_t size = (num_bytes / kAlignment + 1) * kAlignment;
+  if (size < kMinLargeBytes) return size;
+  for (size = kMinLargeBytes; size < num_bytes;) size *= 2;
+  return size;
+}
 
 }  // namespace
 
@@ -15,7 +25,7 @@ void Arena::Release::operator()(void* memory) const { std::free(memory); }
 
 // The smallest free buffer that is large enough.
 void* Arena::Allocate(size_t num_bytes) {
-  num_bytes = (num_bytes / kAlignment + 1) * kAlignment;
+  num_bytes = RoundedSize(num_bytes);
   const std::lock_guard<std::mutex> lock(mutex_);
   Buffer* best = nullptr;
   for (Buffer& buffer : buffers_) {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from headrace.batch import ForwardBatch
 from headrace.cache.kv_pool import KvPool
 from headrace.config import Dtype, KvCacheFormat, LoadConfig, Quantize
-from headrace.engine.runner import Row, build_forward_batch
+from headrace.engine.rows import Row, build_forward_batch
 from headrace.kernels import KernelChoice, Kernels, KvCacheSpec, kernel_choice_from, resolve_kernels
 from headrace.layers.context import LayerContext
 from headrace.models.decoder import Decoder

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from headrace import LLM, RequestOutput, SamplingParams
 from headrace.demo_model import demo_model_path
 from headrace.engine.plan import SampledToken, StepPlan, StepResult
-from headrace.engine.runner import Row
+from headrace.engine.rows import Row
 from headrace.engine.sampler import SampleOutcome, SamplingRow
 from headrace.errors import CheckpointError, ConfigError, ContextLengthError, RequestError
 
@@ -404,7 +404,7 @@ def test_plans_are_data_that_any_rank_can_run(monkeypatch: pytest.MonkeyPatch) -
 
 
 class OnlyZeros:
-    def sample(self, logits: torch.Tensor, rows: list[SamplingRow]) -> SampleOutcome:
+    def sample(self, logits: torch.Tensor, rows: list[SamplingRow], largest: object) -> SampleOutcome:
         return SampleOutcome(sampled=tuple(SampledToken(seq_id=r.seq_id, token_id=0) for r in rows), failed={})
 
 

@@ -20,10 +20,11 @@ from transformers import (
 
 from headrace.config import SamplingParams
 from headrace.engine.draw import _first_above, draw_token, largest_tokens
+from headrace.engine.logits import Largest, largest_on_device, largest_on_host
 from headrace.engine.logprobs import float32_row, prompt_logprobs
 from headrace.engine.penalties import TokenCounts
 from headrace.engine.random_stream import uniform_at
-from headrace.engine.sampler import SampleOutcome, Sampler, SamplingRow, _largest_on_device, _largest_on_host
+from headrace.engine.sampler import SampleOutcome, Sampler, SamplingRow
 from headrace.errors import KernelError, ShapeError
 
 VOCAB_SIZES = (1, 2, 5, 64, 131, 257, 1000, 4099)
@@ -390,9 +391,19 @@ def test_largest_is_the_same_wherever_it_is_looked_for(dtype) -> None:
     logits[1, 7] = math.nan
     logits[2, 8:10] = math.inf
     logits[3] = -math.inf
-    on_host, on_device = _largest_on_host(map(float32_row, logits)), _largest_on_device(logits)
+    on_host, on_device = largest_on_host(map(float32_row, logits)), largest_on_device(logits)
     assert [i for i, _ in on_host] == [i for i, _ in on_device]
     np.testing.assert_array_equal([x for _, x in on_host], [x for _, x in on_device])
+
+
+def test_the_largest_may_be_known_already() -> None:
+    logits = torch.randn(7, 300, generator=torch.Generator().manual_seed(0))
+    logits[6, 5] = math.nan
+    rows = [make_row(i, output=[1], **p) for i, p in enumerate(MIXED[:6])] + [make_row(6)]
+    largest = Largest(logits.numpy().argmax(axis=1), logits.numpy().max(axis=1))
+    outcome = Sampler().sample(logits, rows, largest)
+    assert outcome == Sampler().sample(logits, rows)
+    assert outcome.failed.keys() == {6}
 
 
 @pytest.mark.gpu

@@ -192,6 +192,7 @@ def activation(
     out_ptr: int,
 ) -> None: ...
 def argmax(
+    stream: Stream,
     target: Target,
     logits_ptr: int,
     num_rows: int,

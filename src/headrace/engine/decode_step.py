@@ -5,40 +5,54 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from headrace.batch import ForwardBatch
 from headrace.costs.memory import num_blocks_for
+from headrace.engine.logits import Largest, Logits
+from headrace.engine.rows import Row
 from headrace.kernels import Kernels, Recording
 
 MAX_DECODE_STEP_SEQS = 64
 """Beyond so many sequences a step's arithmetic dwarfs what asking for its ops costs."""
 
-DecodeRow = tuple[int, int, NDArray[np.int32]]
-"""A token id, its position, and the blocks of its sequence."""
+_MAX_KEPT_LOGITS_BYTES = 64 * 2**20
+"""Logits are the one large output. Recordings of the head make room for each other within so many bytes, since one is
+made as quickly as it is run."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Recorded:
+class _Layers:
     recording: Recording
     hidden_states: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    recording: Recording
+    logits: Logits
+
+
 class DecodeStep:
     """Runs decode steps on input buffers that stay where they are, so that a step of a size met before can be replayed
-    as one call instead of being asked for op by op.
+    as two calls, for layers and head, instead of being asked for op by op.
 
     What a step computes does not depend on whether it is replayed.
 
-    forward: from a batch to hidden states [num_tokens, hidden_size].
+    forward: from a batch to hidden states [num_tokens, hidden_size]; head: from those to logits.
     """
 
     def __init__(
-        self, kernels: Kernels, forward: Callable[[ForwardBatch], Tensor], block_size: int, max_model_len: int
+        self,
+        kernels: Kernels,
+        forward: Callable[[ForwardBatch], Tensor],
+        head: Callable[[Tensor], Tensor],
+        block_size: int,
+        max_model_len: int,
     ) -> None:
         self._kernels = kernels
         self._forward = forward
+        self._head = head
         self._block_size = block_size
         width = num_blocks_for(max_model_len, block_size)
         self._input_ids = np.zeros(MAX_DECODE_STEP_SEQS, dtype=np.int64)
@@ -47,35 +61,70 @@ class DecodeStep:
         self._block_tables = np.full((MAX_DECODE_STEP_SEQS, width), -1, dtype=np.int32)
         self._context_lens = np.zeros(MAX_DECODE_STEP_SEQS, dtype=np.int32)
         self._cu_seqlens_q = np.arange(MAX_DECODE_STEP_SEQS + 1, dtype=np.int32)
-        self._recorded: dict[int, _Recorded] = {}
+        self._layers: dict[int, _Layers] = {}
+        self._heads: dict[int, _Head] = {}
 
     @property
     def obstacle(self) -> str | None:
         """What keeps steps from being replayed, once one has been tried."""
-        return next((step.recording.obstacle for step in self._recorded.values()), None)
+        tried = [step.recording for step in self._layers.values()]
+        tried += [head.recording for head in self._heads.values()]
+        return next((recording.obstacle for recording in tried if recording.obstacle), None)
 
-    def run(self, rows: Sequence[DecodeRow]) -> Tensor:
-        """Hidden states [num_seqs, hidden_size], valid until the next run of as many rows."""
+    def run(self, rows: Sequence[Row]) -> Tensor:
+        """Hidden states [num_seqs, hidden_size], valid until the next run."""
         self._fill(rows)
         num_seqs = len(rows)
-        recorded = self._recorded.get(num_seqs)
-        if recorded is None:
-            return self._record(num_seqs)
-        if recorded.recording.replay is None:
+        layers = self._layers.get(num_seqs)
+        if layers is None:
+            layers = self._layers[num_seqs] = self._record_layers(num_seqs)
+        elif layers.recording.replay is None:
             return self._forward(self._batch(num_seqs))
-        recorded.recording.replay()
-        return recorded.hidden_states
+        else:
+            layers.recording.replay()
+        return layers.hidden_states
 
-    def _record(self, num_seqs: int) -> Tensor:
+    def logits(self, hidden_states: Tensor) -> Logits | None:
+        """Logits of what the last run returned, valid until the next one; None of anything that was not replayed."""
+        num_seqs = len(hidden_states)
+        layers = self._layers.get(num_seqs)
+        if layers is None or layers.hidden_states is not hidden_states or layers.recording.replay is None:
+            return None
+        head = self._heads.get(num_seqs)
+        if head is None:
+            head = self._heads[num_seqs] = self._record_head(hidden_states)
+        elif head.recording.replay is None:
+            return None
+        else:
+            head.recording.replay()
+        return head.logits
+
+    def _record_layers(self, num_seqs: int) -> _Layers:
         batch = self._batch(num_seqs)
         hidden_states, recording = self._kernels.record(lambda: self._forward(batch))
-        self._recorded[num_seqs] = _Recorded(recording=recording, hidden_states=hidden_states)
-        return hidden_states
+        return _Layers(recording=recording, hidden_states=hidden_states)
 
-    def _fill(self, rows: Sequence[DecodeRow]) -> None:
+    def _record_head(self, hidden_states: Tensor) -> _Head:
+        def run() -> tuple[Tensor, Tensor, Tensor]:
+            logits = self._head(hidden_states)
+            return logits, *self._kernels.argmax(logits)
+
+        (logits, token_ids, largest), recording = self._kernels.record(run)
+        self._make_room(logits.nbytes)
+        return _Head(recording=recording, logits=Logits(logits, Largest(token_ids.numpy(), largest.numpy())))
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Forget the heads recorded first until another one fits."""
+        kept = sum(head.logits.logits.nbytes for head in self._heads.values())
+        for num_seqs in tuple(self._heads):
+            if kept + num_bytes <= _MAX_KEPT_LOGITS_BYTES:
+                return
+            kept -= self._heads.pop(num_seqs).logits.logits.nbytes
+
+    def _fill(self, rows: Sequence[Row]) -> None:
         size = self._block_size
-        for i, (token_id, position, block_table) in enumerate(rows):
-            self._input_ids[i] = token_id
+        for i, (token_ids, position, block_table) in enumerate(rows):
+            self._input_ids[i] = token_ids[0]
             self._positions[i] = position
             self._slot_mapping[i] = int(block_table[position // size]) * size + position % size
             self._block_tables[i, : len(block_table)] = block_table

@@ -10,21 +10,20 @@ several times faster than torch's on a CPU. Logits on a GPU come to the host for
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from headrace.config import SamplingParams
 from headrace.engine.draw import Row, draw_token
-from headrace.engine.logprobs import explain_not_finite, float32_row, token_logprobs
+from headrace.engine.logits import HostLogits, Largest
+from headrace.engine.logprobs import explain_not_finite, token_logprobs
 from headrace.engine.penalties import TokenCounts, add_bias_, forbid_, penalize_
 from headrace.engine.plan import SampledToken
 from headrace.engine.random_stream import uniform_at
-from headrace.errors import KernelError, ShapeError
+from headrace.errors import KernelError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,33 +78,33 @@ class Sampler:
     def __init__(self) -> None:
         self._counts: dict[int, TokenCounts] = {}
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SampleOutcome:
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], largest: Largest | None = None) -> SampleOutcome:
         """One token for each row; a row of NaN, +inf or nothing but -inf fails alone.
 
         Equal logits: the smallest id is taken when greedy, and is the more likely one to top_k and top_p.
+        largest: that of each row, if it is known already.
 
         Shapes:
             logits: [num_rows, vocab_size], any float dtype, any device; computed in float32, never written
         Raises:
             ShapeError: logits and rows do not pair up.
         """
-        view = _float32_view(logits)
-        if view is None:
-            logits = logits.detach()
-            _check_dtype(logits)
-        _check_shape(tuple(logits.shape) if view is None else view.shape, len(rows))
-        largest = _largest(logits) if view is None else _largest_on_host(view)
+        host = HostLogits(logits)
+        if largest is None:
+            host.check(len(rows))
+            candidates = host.largest()
+        else:
+            candidates = list(zip(largest.token_ids.tolist(), largest.logits.tolist(), strict=True))
         self._counts = {row.seq_id: self._counts_of(row) for row in rows if row.params.has_penalties}
         sampled: list[SampledToken] = []
         failed: dict[int, str] = {}
-        for index, (row, (token_id, logit)) in enumerate(zip(rows, largest, strict=True)):
+        for index, (row, (token_id, logit)) in enumerate(zip(rows, candidates, strict=True)):
             try:
                 _check_finite(logit, "")
                 if row.takes_largest:
                     sampled.append(SampledToken(seq_id=row.seq_id, token_id=token_id))
                 else:
-                    host_row = float32_row(logits[index]) if view is None else view[index]
-                    sampled.append(self._sample_row(host_row, row))
+                    sampled.append(self._sample_row(host.row(index), row))
             except KernelError as error:
                 failed[row.seq_id] = f"no token for sequence {row.seq_id}: {error}"
         return SampleOutcome(sampled=tuple(sampled), failed=failed)
@@ -138,44 +137,6 @@ class Sampler:
         return TokenCounts(row.prompt_token_ids, row.output_token_ids, row.params.repetition_penalty != 1)
 
 
-def _float32_view(logits: Tensor) -> npt.NDArray[np.float32] | None:
-    """The logits as numpy sees them; None where rows must be fetched or converted, or where autograd tracks them.
-
-    Trying is one call of torch, where asking for device, dtype and gradients first would be four.
-    """
-    try:
-        view = logits.numpy()
-    except (TypeError, RuntimeError):
-        return None
-    return view if view.dtype == np.float32 else None
-
-
-def _largest(logits: Tensor) -> list[tuple[int, float]]:
-    """Each row's largest logit and its first id. NaN counts as largest, so one look finds every unusable row."""
-    return _largest_on_host(map(float32_row, logits)) if logits.is_cpu else _largest_on_device(logits)
-
-
-def _largest_on_host(rows: Iterable[Row]) -> list[tuple[int, float]]:
-    return [(i := int(row.argmax()), float(row[i])) for row in rows]
-
-
-def _largest_on_device(logits: Tensor) -> list[tuple[int, float]]:
-    """Two small copies to the host; torch's argmax, too, documents that it gives the first of equals."""
-    token_ids = logits.argmax(dim=-1)
-    largest = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1)
-    return list(zip(token_ids.tolist(), largest.tolist(), strict=True))
-
-
 def _check_finite(largest: float, when: str) -> None:
     if not math.isfinite(largest):
         raise KernelError(explain_not_finite(largest) + when)
-
-
-def _check_dtype(logits: Tensor) -> None:
-    if not logits.dtype.is_floating_point:
-        raise ShapeError(f"logits are {logits.dtype}; want a float dtype")
-
-
-def _check_shape(shape: tuple[int, ...], num_rows: int) -> None:
-    if len(shape) != 2 or shape[0] != num_rows or shape[1] == 0:
-        raise ShapeError(f"logits are {shape} for {num_rows} sequences; want [num_rows, vocab_size]")

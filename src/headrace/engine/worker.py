@@ -12,7 +12,8 @@ from headrace.engine.block_table import BlockTable
 from headrace.engine.decode_step import DecodeStep
 from headrace.engine.logprobs import prompt_logprobs
 from headrace.engine.plan import NewSequence, PromptLogprobs, ScheduledChunk, StepPlan, StepResult
-from headrace.engine.runner import ModelRunner, Row
+from headrace.engine.rows import Row
+from headrace.engine.runner import ModelRunner
 from headrace.engine.sampler import Sampler, SamplingRow
 from headrace.errors import KernelError
 
@@ -108,9 +109,10 @@ class Worker:
         if not sampling:
             return StepResult(sampled=(), prompt_logprobs=tuple(prompts), failed=failed)
         # In a decode step every row is a last row.
-        if len(last_rows) < len(hidden_states):
+        if len(last_rows) < row:
             hidden_states = hidden_states[last_rows]
-        outcome = self._sampler.sample(self._runner.logits(hidden_states), sampling)
+        logits, largest = self._runner.logits(hidden_states)
+        outcome = self._sampler.sample(logits, sampling, largest)
         return StepResult(sampled=outcome.sampled, prompt_logprobs=tuple(prompts), failed={**outcome.failed, **failed})
 
     def _prompt_logprobs(
@@ -123,7 +125,7 @@ class Worker:
         found = []
         for offset in range(0, len(targets), _PROMPT_LOGITS_ROWS):
             part = targets[offset : offset + _PROMPT_LOGITS_ROWS]
-            logits = self._runner.logits(hidden_states[offset : offset + len(part)])
+            logits = self._runner.logits(hidden_states[offset : offset + len(part)]).logits
             rows = prompt_logprobs(logits, part, num_top)
             found.append(PromptLogprobs(seq_id=chunk.seq_id, start=chunk.start + offset + 1, rows=rows))
         return found

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from headrace.config import Activation, SoftmaxScheme, WeightFormat
 from headrace.kernels.kv_cache import KvCache, KvCacheSpec
 from headrace.kernels.weights import Weight, WeightBuilder
+
+T = TypeVar("T")
+"""What a recorded function returns: tensors, however they are put together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +160,7 @@ class WeightNumBytesOp(Protocol):
 
 
 class RecordOp(Protocol):
-    def __call__(self, forward: Callable[[], Tensor]) -> tuple[Tensor, Recording]: ...
+    def __call__(self, forward: Callable[[], T]) -> tuple[T, Recording]: ...
 
 
 class MachineOps(Protocol):

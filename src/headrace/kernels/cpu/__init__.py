@@ -54,7 +54,7 @@ def make_ops(target: str, dataflow: Dataflow) -> dict[str, Callable[..., Any]]:
         BackendUnavailable: an instruction set this build or this machine does not have.
     """
     stream = Stream()
-    norm, activate, sampling = Norm(target, stream), Activate(target, stream), Sampling(target)
+    norm, activate, sampling = Norm(target, stream), Activate(target, stream), Sampling(target, stream)
     return {
         "linear": Linear(target, stream, dataflow),
         "embedding": Embedding(stream),

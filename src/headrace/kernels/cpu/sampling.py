@@ -5,6 +5,7 @@ from torch import Tensor
 
 from headrace import _native
 from headrace.errors import ShapeError
+from headrace.kernels.cpu.stream import Stream
 from headrace.kernels.cpu.targets import native_target
 
 
@@ -12,14 +13,15 @@ class Sampling:
     """`argmax`, `log_sum_exp` and `top_k` of the reference, on one instruction set. Each row's answer depends on that
     row alone, to the bit."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, stream: Stream) -> None:
         self._target = native_target(target)
+        self._stream = stream
 
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         logits = _checked(logits)
         ids = torch.empty(len(logits), dtype=torch.int64)
         values = torch.empty(len(logits))
-        _native.argmax(self._target, *_view(logits), ids.data_ptr(), values.data_ptr())
+        _native.argmax(self._stream.native, self._target, *_view(logits), ids.data_ptr(), values.data_ptr())
         return ids, values
 
     def log_sum_exp(self, logits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headrace import _native
 from headrace.kernels.cpu.dtypes import DTYPES
-from headrace.kernels.ops import Recording
+from headrace.kernels.ops import Recording, T
 
 
 class Stream:
@@ -24,7 +24,7 @@ class Stream:
         out: Tensor = self.native.empty(list(shape), DTYPES[dtype])
         return out
 
-    def record(self, forward: Callable[[], Tensor]) -> tuple[Tensor, Recording]:
+    def record(self, forward: Callable[[], T]) -> tuple[T, Recording]:
         """Run `forward` and record the native ops it launches.
 
         Its result is at once valid. If torch computed something in between, the recording cannot be replayed and names

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 
-from torch import Tensor
-
-from headrace.kernels.ops import Recording
+from headrace.kernels.ops import Recording, T
 
 
-def record(forward: Callable[[], Tensor]) -> tuple[Tensor, Recording]:
+def record(forward: Callable[[], T]) -> tuple[T, Recording]:
     """Run `forward`; every op is torch's, so there is nothing to record."""
     return forward(), Recording(obstacle="the reference kernels are torch ops")

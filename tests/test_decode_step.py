@@ -1,0 +1,77 @@
+"""Decode steps replayed against the same computed op by op, with the native kernels."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_model import write_tiny_model
+
+from headrace import LLM
+from headrace.engine import decode_step as module
+from headrace.engine.rows import Row
+from headrace.engine.runner import ModelRunner
+
+pytest.importorskip("headrace.kernels.cpu", reason="the native module is not built", exc_type=ImportError)
+
+
+@pytest.fixture
+def runner(tmp_path) -> ModelRunner:
+    return LLM(str(write_tiny_model(tmp_path / "tiny")), num_blocks=32).engine.model.executor._runner
+
+
+def rows(num_seqs: int, position: int) -> list[Row]:
+    """Each sequence has a block of its own."""
+    return [Row([7 * i + position], position, np.array([i], dtype=np.int32)) for i in range(num_seqs)]
+
+
+def run(runner: ModelRunner, num_seqs: int, position: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    logits, largest = runner.logits(runner.run(rows(num_seqs, position)))
+    assert largest is not None
+    return logits.clone(), largest.token_ids.copy(), largest.logits.copy()
+
+
+def test_replayed_logits_are_those_of_the_head(runner) -> None:
+    for position in range(4):
+        for num_seqs in (1, 3, 2):
+            hidden_states = runner.run(rows(num_seqs, position))
+            expected = runner._decoder.compute_logits(hidden_states)
+            logits, largest = runner.logits(hidden_states)
+            assert torch.equal(logits, expected)
+            assert largest.token_ids.tolist() == expected.argmax(1).tolist()
+            assert largest.logits.tolist() == expected.max(1).values.tolist()
+    assert runner.decode_step.obstacle is None
+
+
+def test_rows_that_were_picked_out_are_computed_anew(runner) -> None:
+    whole = runner.logits(runner.run(rows(3, 0))).logits.clone()
+    logits, largest = runner.logits(runner.run(rows(3, 0))[[0, 2]])
+    assert largest is None
+    assert torch.equal(logits, whole[[0, 2]])
+
+
+def test_a_prompt_of_as_many_tokens_is_not_taken_for_the_last_step(runner) -> None:
+    run(runner, 3, 0)
+    hidden_states = runner.run([Row([1, 2, 3], 0, np.array([5], dtype=np.int32))])
+    logits, largest = runner.logits(hidden_states)
+    assert largest is None
+    assert torch.equal(logits, runner._decoder.compute_logits(hidden_states))
+
+
+def test_logits_of_many_sizes_are_kept_within_bounds(runner, monkeypatch) -> None:
+    """Recordings come and go with the size of the batch; what they compute stays."""
+    vocab_size = runner._decoder.config.vocab_size
+    monkeypatch.setattr(module, "_MAX_KEPT_LOGITS_BYTES", 5 * 4 * vocab_size)
+    first = {num_seqs: run(runner, num_seqs, 0) for num_seqs in (1, 2, 3, 4)}
+    for num_seqs in (4, 1, 3, 2, 2, 1):
+        for expected, found in zip(first[num_seqs], run(runner, num_seqs, 0), strict=True):
+            np.testing.assert_array_equal(expected, found)
+        kept = sum(head.logits.logits.shape[0] for head in runner.decode_step._heads.values())
+        assert kept <= 5
+
+
+def test_a_head_that_torch_takes_part_in_is_not_replayed(runner) -> None:
+    """Gemma 2 caps its logits in torch; its layers are replayed all the same."""
+    runner._decoder.lm_head._soft_cap = 2.0
+    capped = [runner.logits(runner.run(rows(2, position))).logits for position in range(3)]
+    assert all(logits.abs().max() <= 2.0 for logits in capped)
+    assert "torch" in runner.decode_step.obstacle
+    assert runner.logits(runner.run(rows(2, 3))).largest is None
