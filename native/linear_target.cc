@@ -24,14 +24,19 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-// How far ahead of a reader weights are asked for. Hardware prefetches too, but not far enough to hide memory behind
-// multiplications: measured on Zen 4, one stream asked for so early reads as fast as any number of streams. The end of
-// a panel asks for the beginning of the next one.
-constexpr int kPrefetchBytes = 4096;
+// How far ahead of a reader weights are asked for: from memory into L2, then from L2 into L1. Hardware prefetches too, but
+// not far enough to hide memory behind multiplications; and a line on its way from memory straight to L1 would hold one
+// of the few slots that x needs on its way from L2. Measured on Zen 4: one stream asked for so early reads as fast as
+// any number of streams, and in two steps flat products are up to a tenth faster than in one. The end of a panel asks
+// for the beginning of the next one.
+constexpr int kPrefetchL2Bytes = 6144;
+constexpr int kPrefetchL1Bytes = 768;
 
 // Past the end of a matrix this asks for nothing; prefetching does not fault.
 inline void Prefetch(const uint8_t* w) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(w) + kPrefetchBytes));
+  const auto address = reinterpret_cast<uintptr_t>(w);
+  __builtin_prefetch(reinterpret_cast<const void*>(address + kPrefetchL2Bytes), 0, 2);
+  __builtin_prefetch(reinterpret_cast<const void*>(address + kPrefetchL1Bytes), 0, 3);
 }
 
 struct Float32Kernel {
