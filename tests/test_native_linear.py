@@ -568,7 +568,7 @@ class TestThreads:
     def test_sizes_are_checked_and_kept(self) -> None:
         for num_threads in (1, 4, 2):
             cpu.set_num_threads(num_threads)
-            assert (_native.num_threads(), torch.get_num_threads()) == (num_threads, num_threads)
+            assert (_native.num_threads(), torch.get_num_threads()) == (num_threads, 1)
         with pytest.raises(ValueError, match="num_threads is 0"):
             _native.set_num_threads(0)
 
