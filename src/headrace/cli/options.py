@@ -17,6 +17,7 @@ from headrace.config import (
     Quantize,
     SamplingParams,
     SchedulerConfig,
+    Softmax,
 )
 from headrace.demo_model import demo_model_path
 
@@ -94,6 +95,13 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         default=EngineConfig.dataflow.value,
         help="how linear layers are computed: as measured on this machine (on first use of a model, for some seconds), "
         "by default, or always one way; the results are the same (default: %(default)s)",
+    )
+    group.add_argument(
+        "--softmax",
+        choices=_values(Softmax),
+        default=EngineConfig.softmax.value,
+        help="what attention subtracts from logits: their maximum, a constant (see `headrace calibrate`), or an "
+        "earlier maximum (default: %(default)s)",
     )
     group.add_argument(
         "--block-size", type=int, metavar="N", help=f"tokens per KV cache block (default: {CacheConfig.block_size})"
@@ -178,6 +186,7 @@ def make_llm(args: argparse.Namespace, *, show_progress: bool, require_tokenizer
         show_progress=show_progress,
         require_tokenizer=require_tokenizer,
         dataflow=args.dataflow,
+        softmax=args.softmax,
         **_given(args, _ENGINE_SETTINGS),
     )
 
@@ -194,6 +203,7 @@ def engine_config(args: argparse.Namespace, *, show_progress: bool) -> EngineCon
         ),
         cache=CacheConfig(**_cache_settings(_given(args, tuple(CacheConfig.__dataclass_fields__)))),
         scheduler=SchedulerConfig(**_given(args, tuple(SchedulerConfig.__dataclass_fields__))),
+        softmax=Softmax(args.softmax),
         num_threads=args.num_threads,
         dataflow=DataflowChoice(args.dataflow),
     )

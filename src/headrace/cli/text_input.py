@@ -17,7 +17,7 @@ def read_file(name: str) -> str:
     try:
         data = Path(name).read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read the prompt file '{name}': {error.strerror or error}") from None
+        raise ConfigError(f"cannot read '{name}': {error.strerror or error}") from None
     return check_text(_decode(data, f"'{name}'"), f"'{name}'")
 
 

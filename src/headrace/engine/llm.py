@@ -19,6 +19,7 @@ from headrace.config import (
     Quantize,
     SamplingParams,
     SchedulerConfig,
+    Softmax,
 )
 from headrace.engine.engine import Engine
 from headrace.engine.load import load_model
@@ -39,7 +40,8 @@ class LLM:
             print(output.outputs[0].text)
 
     model: a folder or a hub id. dtype: "auto", "float32" or "bfloat16". quantize: None, "int8" or "int4".
-    settings: any field of `CacheConfig` or `SchedulerConfig`, `num_threads`, and `dataflow` ("measured", "default").
+    settings: any field of `CacheConfig` or `SchedulerConfig`, `num_threads`, `dataflow` ("measured", "default") and
+        `softmax` ("auto", "synchronized", "asynchronized", "lazy").
 
     One thread at a time: its requests share one engine, which is driven by whoever waits for one of them.
 
@@ -283,7 +285,7 @@ class CompletionStream:
 def _engine_config(load: LoadConfig, settings: dict[str, Any]) -> EngineConfig:
     """Hand each setting to the config that has a field of its name."""
     cache_fields, scheduler_fields = CacheConfig.__dataclass_fields__, SchedulerConfig.__dataclass_fields__
-    allowed = {*cache_fields, *scheduler_fields, "num_threads", "dataflow"}
+    allowed = {*cache_fields, *scheduler_fields, "num_threads", "dataflow", "softmax"}
     for name in settings:
         if name not in allowed:
             raise ConfigError(f"LLM has no setting '{name}'; {nearest_name(name, allowed)}")
@@ -293,6 +295,7 @@ def _engine_config(load: LoadConfig, settings: dict[str, Any]) -> EngineConfig:
         load=load,
         cache=CacheConfig(**{k: v for k, v in settings.items() if k in cache_fields}),
         scheduler=SchedulerConfig(**{k: v for k, v in settings.items() if k in scheduler_fields}),
+        softmax=_member(Softmax, "softmax", settings.get("softmax", EngineConfig.softmax.value)),
         num_threads=settings.get("num_threads"),
         dataflow=_member(DataflowChoice, "dataflow", settings.get("dataflow", EngineConfig.dataflow.value)),
     )

@@ -1,7 +1,7 @@
 """From a model's name to a worker that can run plans."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from headrace.engine.engine_plan import EnginePlan, resolve_max_model_len, resol
 from headrace.engine.executor import Executor
 from headrace.engine.kv_cache_spec import kv_block_bytes, kv_cache_spec, resolve_kv_cache_format
 from headrace.engine.runner import ModelRunner
+from headrace.engine.softmax import resolve_softmax
 from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.engine.worker import Worker
 from headrace.errors import CheckpointError
@@ -52,8 +53,10 @@ class LoadedModel:
     load_s: float
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
+def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kernels] | None = None) -> LoadedModel:
     """Resolve the folder, load the weights, size the cache. Sets the thread count of the kernels for this process.
+
+    change_kernels: what the model calls instead of the ops themselves, to watch it at work.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -61,6 +64,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     """
     started_s = time.monotonic()
     kernels = resolve_kernels(kernel_choice_from())
+    if change_kernels is not None:
+        kernels = change_kernels(kernels)
     folder = resolve_model_folder(config.load.model, config.load.revision, config.load.show_progress)
     source = open_model(folder)
     formats = resolve_formats(source, config.load)
@@ -70,9 +75,17 @@ def load_model(config: EngineConfig) -> LoadedModel:
     num_threads = config.num_threads or cpu_limits().num_threads
     kernels.set_num_threads(num_threads)
 
-    context = LayerContext(kernels=kernels, tp_group=OneRankGroup())
-    decoder = _load_with_progress(source, context, formats, max_model_len, config.load.show_progress)
     cache_format = resolve_kv_cache_format(config.cache, formats)
+    softmax = resolve_softmax(
+        config.softmax,
+        kernels,
+        folder,
+        num_layers=source.config.num_hidden_layers,
+        max_model_len=max_model_len,
+        cache_format=cache_format,
+    )
+    context = LayerContext(kernels=kernels, tp_group=OneRankGroup(), softmax=softmax)
+    decoder = _load_with_progress(source, context, formats, max_model_len, config.load.show_progress)
     linear_weights = LinearWeights.of((p.weight for p in decoder.linear_parameters()), formats.dtype)
     show_progress = config.load.show_progress
     prepare_dataflow(kernels, linear_weights, config.dataflow, num_threads, show_progress=show_progress)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headrace.batch import ForwardBatch
 from headrace.config import LayerConfig, ModelConfig
-from headrace.kernels import AttentionSpec, KvCache
+from headrace.kernels import AttentionSpec, KvCache, SoftmaxSpec
 from headrace.layers.context import LayerContext
 from headrace.layers.linear import ColumnParallelLinear, OutputPart, RowParallelLinear
 from headrace.layers.norm import RmsNorm
@@ -21,7 +21,9 @@ class Attention:
     Query heads are split over the group; KV heads too, or repeated where there are more ranks than KV heads.
     """
 
-    def __init__(self, prefix: str, config: ModelConfig, layer: LayerConfig, context: LayerContext) -> None:
+    def __init__(
+        self, prefix: str, config: ModelConfig, layer: LayerConfig, softmax: SoftmaxSpec, context: LayerContext
+    ) -> None:
         attention, group = config.attention, context.tp_group
         check_heads_divide(attention.num_heads, attention.num_kv_heads, group.world_size)
         heads = shard_range(attention.num_heads, group.rank, group.world_size)
@@ -33,6 +35,7 @@ class Attention:
             softmax_scale=attention.softmax_scale,
             sliding_window=layer.sliding_window,
             logit_soft_cap=attention.logit_soft_cap,
+            softmax=softmax,
         )
         self._split = [len(heads), len(kv_heads), len(kv_heads)]
         self.qkv = ColumnParallelLinear(

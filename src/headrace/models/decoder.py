@@ -77,7 +77,7 @@ class DecoderLayer:
         prefix = f"model.layers.{index}"
         layer: LayerConfig = config.layers[index]
         self.rope = layer.rope
-        self.attention = Attention(f"{prefix}.self_attn", config, layer, context)
+        self.attention = Attention(f"{prefix}.self_attn", config, layer, context.layer_softmax(index), context)
         self.mlp = make_mlp(f"{prefix}.mlp", config, layer.moe, context)
         self.attention_residual = Residual(
             f"{prefix}.input_layernorm", f"{prefix}.post_self_attn_layernorm", config, context

@@ -1,0 +1,229 @@
+"""Runs text through a model and observes what its attention gives to the softmax."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from headrace.config import EngineConfig, SamplingParams, SoftmaxScheme
+from headrace.engine.engine import Engine
+from headrace.engine.load import LoadedModel, load_model
+from headrace.errors import ConfigError
+from headrace.kernels import AttentionSpec, Kernels, KvCache, Recording, SoftmaxCounts
+from headrace.models.softmax_calibration import LayerChoice, LogitRange, choose_layers
+
+_MAX_WINDOW_TOKENS = 2048
+"""Text goes through in pieces of a prompt each; its logits grow with the square of a piece."""
+
+_MAX_SCORE_ELEMENTS = 4 * 2**20
+"""Logits observed at once (16 MiB of float32)."""
+
+_TAIL = 0.00005
+"""Of all logits, outside the 99.99 % interval on either side."""
+
+_STEPS = 1024
+_LARGEST_BIN = 92 * _STEPS
+"""Logits are counted by asinh(logit) in steps of 1/1024: 0.001 near zero, 0.1 % of large ones, and all of float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """layers: what was observed; choices: what follows for the settings of this engine.
+
+    counts: of a second run with these choices; None if the kernels have no asynchronized softmax.
+    """
+
+    layers: tuple[LogitRange, ...]
+    choices: tuple[LayerChoice, ...]
+    counts: tuple[SoftmaxCounts, ...] | None
+    num_tokens: int
+
+
+class LogitObserver:
+    """Ranges of one layer's logits, over any number of calls."""
+
+    def __init__(self) -> None:
+        self._bins = torch.zeros(2 * _LARGEST_BIN + 1, dtype=torch.int64)
+        self._least = self._least_row_max = float("inf")
+        self._largest = self._largest_row_max = float("-inf")
+        self._largest_value = 0.0
+
+    def add(self, scores: Tensor, visible: Tensor, value: Tensor) -> None:
+        """Shapes: scores [num_rows, num_queries, num_keys] float32; visible [num_queries, num_keys] bool, a key at
+        least for each query; value: any.
+
+        Raises:
+            ConfigError: logits or values that are not finite.
+        """
+        seen = scores[:, visible].flatten()
+        row_max = scores.masked_fill(~visible, float("-inf")).amax(-1)
+        (least, largest), largest_value = (bound.item() for bound in seen.aminmax()), value.abs().max().item()
+        if not all(map(math.isfinite, (least, largest, largest_value))):
+            raise ConfigError("the model's attention logits or values are not finite; there is nothing to calibrate")
+        self._least, self._largest = min(self._least, least), max(self._largest, largest)
+        self._least_row_max = min(self._least_row_max, row_max.min().item())
+        self._largest_row_max = max(self._largest_row_max, row_max.max().item())
+        self._largest_value = max(self._largest_value, largest_value)
+        bins = torch.asinh(seen).mul_(_STEPS).round_().add_(_LARGEST_BIN).int()
+        self._bins += torch.bincount(bins, minlength=len(self._bins))
+
+    def result(self) -> LogitRange:
+        return LogitRange(
+            least=self._least,
+            low_quantile=self._quantile(_TAIL),
+            high_quantile=self._quantile(1 - _TAIL),
+            largest=self._largest,
+            least_row_max=self._least_row_max,
+            largest_row_max=self._largest_row_max,
+            largest_value=self._largest_value,
+        )
+
+    def _quantile(self, share: float) -> float:
+        total = self._bins.cumsum(0)
+        rank = torch.tensor(share * (int(total[-1]) - 1)).round().long() + 1
+        step = int(torch.searchsorted(total, rank)) - _LARGEST_BIN
+        value = torch.sinh(torch.tensor(step / _STEPS, dtype=torch.float64)).item()
+        return min(max(value, self._least), self._largest)
+
+
+class _ObservedAttention:
+    """The attention op, with an eye on its logits first and with chosen softmaxes later.
+
+    Layers are told apart by their KV caches, and in order because a first pass meets them so.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self.kv_caches: list[KvCache] = []
+        self.observers: list[LogitObserver] = []
+        self.choices: Sequence[LayerChoice] | None = None
+        self._layer_of: dict[int, int] = {}
+
+    def __call__(
+        self,
+        query: Tensor,
+        kv_cache: KvCache,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        layer = self._layer(kv_cache)
+        if self.choices is not None:
+            spec = replace(spec, softmax=self.choices[layer].softmax)
+        else:
+            bounds = cu_seqlens_q.tolist()
+            for i, context_len in enumerate(context_lens.tolist()):
+                rows = query[bounds[i] : bounds[i + 1]]
+                _observe(self.observers[layer], self._kernels, rows, kv_cache, block_tables[i], context_len, spec)
+        return self._kernels.attention(query, kv_cache, block_tables, context_lens, cu_seqlens_q, spec)
+
+    def _layer(self, kv_cache: KvCache) -> int:
+        if id(kv_cache) not in self._layer_of:
+            self._layer_of[id(kv_cache)] = len(self.kv_caches)
+            self.kv_caches.append(kv_cache)
+            self.observers.append(LogitObserver())
+        return self._layer_of[id(kv_cache)]
+
+
+def calibrate(
+    config: EngineConfig, texts: Sequence[str], *, on_progress: Callable[[int, int], None] | None = None
+) -> Calibration:
+    """Load a model, run the texts twice: to observe it, and with the softmaxes chosen from that.
+
+    on_progress: called with windows done and windows in all.
+
+    Raises:
+        ConfigError: no text.
+        CheckpointError: the model cannot be loaded, or has no tokenizer.
+    """
+    observed: list[_ObservedAttention] = []
+
+    def observe(kernels: Kernels) -> Kernels:
+        attention = _ObservedAttention(kernels)
+        observed.append(attention)
+        return replace(kernels, attention=attention, record=_run_unrecorded)
+
+    config = replace(
+        config,
+        load=replace(config.load, require_tokenizer=True),
+        cache=replace(config.cache, enable_prefix_caching=False),
+    )
+    model = load_model(config, change_kernels=observe)
+    [attention] = observed
+    windows = list(_windows(model, texts))
+    if not windows:
+        raise ConfigError("the calibration text is empty; give one of a thousand words or more")
+    can_choose = SoftmaxScheme.ASYNCHRONIZED in model.kernels.softmax_schemes
+    engine, num_runs = Engine(model), 2 if can_choose else 1
+
+    def run(start: int) -> None:
+        for i, window in enumerate(windows, start):
+            _run_window(engine, window)
+            if on_progress is not None:
+                on_progress(i + 1, num_runs * len(windows))
+
+    run(0)
+    layers = tuple(observer.result() for observer in attention.observers)
+    choices = choose_layers(layers, max_model_len=model.plan.max_model_len, cache_format=model.kv_cache_format)
+    counts = None
+    if can_choose:
+        before = [cache.softmax_counts() for cache in attention.kv_caches]
+        attention.choices = choices
+        run(len(windows))
+        after = [cache.softmax_counts() for cache in attention.kv_caches]
+        counts = tuple(
+            SoftmaxCounts(
+                num_rows=b.num_rows - a.num_rows, num_recomputed_rows=b.num_recomputed_rows - a.num_recomputed_rows
+            )
+            for a, b in zip(before, after, strict=True)
+        )
+    return Calibration(layers=layers, choices=choices, counts=counts, num_tokens=sum(map(len, windows)))
+
+
+def _windows(model: LoadedModel, texts: Sequence[str]) -> Iterator[list[int]]:
+    assert model.tokenizer is not None, "it was required"
+    size = max(1, min(_MAX_WINDOW_TOKENS, model.plan.max_model_len - 1))
+    for text in texts:
+        token_ids = model.tokenizer.encode(text)
+        yield from (token_ids[start : start + size] for start in range(0, len(token_ids), size))
+
+
+def _run_window(engine: Engine, token_ids: list[int]) -> None:
+    engine.add_request("calibration", token_ids, SamplingParams(temperature=0, max_tokens=1))
+    while engine.has_unfinished:
+        engine.step()
+
+
+def _run_unrecorded(forward: Callable[[], Tensor]) -> tuple[Tensor, Recording]:
+    return forward(), Recording(obstacle="attention is observed")
+
+
+def _observe(
+    observer: LogitObserver,
+    kernels: Kernels,
+    query: Tensor,
+    kv_cache: KvCache,
+    block_table: Tensor,
+    context_len: int,
+    spec: AttentionSpec,
+) -> None:
+    """The logits of one sequence's new tokens, computed as the reference's attention does, in tiles of queries."""
+    block_size, num_kv_heads = kv_cache.spec.block_size, kv_cache.spec.num_kv_heads
+    key_positions = torch.arange(context_len)
+    slots = block_table[key_positions // block_size].long() * block_size + key_positions % block_size
+    key, value = kernels.read_kv(kv_cache, slots)
+    key = key.float().transpose(0, 1)
+    positions = torch.arange(context_len - len(query), context_len)
+    tile = max(1, _MAX_SCORE_ELEMENTS // (query.shape[1] * context_len))
+    for rows, row_positions in zip(torch.split(query, tile), torch.split(positions, tile), strict=True):
+        grouped = rows.float().view(len(rows), num_kv_heads, -1, query.shape[2]).permute(1, 2, 0, 3)
+        scores = (grouped @ key.transpose(1, 2).unsqueeze(1)).flatten(0, 1) * spec.softmax_scale
+        if spec.logit_soft_cap is not None:
+            scores = spec.logit_soft_cap * torch.tanh(scores / spec.logit_soft_cap)
+        visible = key_positions <= row_positions[:, None]
+        if spec.sliding_window is not None:
+            visible &= key_positions > row_positions[:, None] - spec.sliding_window
+        observer.add(scores, visible, value)
