@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from headrace.engine.load import LoadedModel, load_model
 from headrace.errors import ConfigError
 from headrace.kernels import AttentionSpec, Kernels, KvCache, Recording, SoftmaxCounts
 from headrace.models.softmax_calibration import LayerChoice, LogitRange, choose_layers
+
+T = TypeVar("T")
 
 _MAX_WINDOW_TOKENS = 2048
 """Text goes through in pieces of a prompt each; its logits grow with the square of a piece."""
@@ -197,7 +200,7 @@ def _run_window(engine: Engine, token_ids: list[int]) -> None:
         engine.step()
 
 
-def _run_unrecorded(forward: Callable[[], Tensor]) -> tuple[Tensor, Recording]:
+def _run_unrecorded(forward: Callable[[], T]) -> tuple[T, Recording]:
     return forward(), Recording(obstacle="attention is observed")
 
 
