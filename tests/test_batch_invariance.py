@@ -70,18 +70,32 @@ def alone(folder: Path, weights: str) -> tuple[Result, ...]:
     return tuple(results(llm, [prompt])[0] for prompt in prompts())
 
 
-@pytest.fixture(scope="module", params=("demo", *FAMILIES))
-def folder(request, tmp_path_factory) -> Path:
-    if request.param == "demo":
-        return demo_model_path()
-    path = tmp_path_factory.mktemp(request.param)
-    BY_NAME[request.param].write(path)
-    return path
+CASES = [("demo", weights) for weights in FORMATS] + [
+    (f, weights) for f in FAMILIES for weights in ("bfloat16", "int4")
+]
 
 
-@pytest.fixture(params=FORMATS)
-def weights(request) -> str:
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    paths = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    for family, path in paths.items():
+        BY_NAME[family].write(path)
+    return {"demo": demo_model_path(), **paths}
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request) -> tuple[str, str]:
     return request.param
+
+
+@pytest.fixture
+def folder(folders, case) -> Path:
+    return folders[case[0]]
+
+
+@pytest.fixture
+def weights(case) -> str:
+    return case[1]
 
 
 def test_in_a_full_batch(folder, weights):
