@@ -199,13 +199,8 @@ def test_greedy_text_is_the_same_with_a_calibration(own_tiny, kv_cache_dtype):
     prompts, params = [TEXT, "a b c", "Once"], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
     def tokens(softmax):
-        llm = headrace.LLM(str(own_tiny), softmax=softmax, kv_cache_dtype=member(kv_cache_dtype))
+        llm = headrace.LLM(str(own_tiny), softmax=softmax, kv_cache_dtype=kv_cache_dtype)
         return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
-
-    def member(name):
-        from headrace.config import KvCacheDtype
-
-        return KvCacheDtype(name)
 
     expected = tokens("synchronized")
     save_calibration(calibrated(own_tiny).layers, own_tiny / FILE_NAME)
