@@ -1,6 +1,8 @@
 """Recorded ops: replayed on new inputs they give what asking for them one by one gives."""
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -125,3 +127,12 @@ def test_a_pass_that_fails_leaves_the_stream_usable():
         mlp.stream.record(lambda: (mlp(x), 1 / 0))
     assert not mlp.stream.native.is_capturing
     assert torch.equal(mlp.stream.record(lambda: mlp(x))[0], mlp(x))
+
+
+def test_recording_does_not_import_the_compiler_of_torch():
+    """It once did, which made the first decode step of every process take a second."""
+    code = (
+        "import sys, torch; from headrace.kernels.cpu import Stream; x = torch.ones(2, 2)\n"
+        "Stream().record(lambda: x.view(4)); assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

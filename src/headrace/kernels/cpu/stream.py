@@ -46,6 +46,11 @@ class _ComputeDetector(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     _ALLOCATIONS = frozenset({"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty"})
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Otherwise the first dispatch imports torch's compiler, which takes a second, only to be kept out of it."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: str | None = None
