@@ -1,7 +1,8 @@
 """The kernels alone, beside the time this machine needs at least: bytes over bandwidth, or operations over the peak.
 
 Weights and caches rotate through copies larger than any cache of the machine, as the layers of a model do. Each time is
-the best of several calls, so that what else the machine does meanwhile drops out.
+the best of several calls in several rounds, so that what else the machine does meanwhile drops out. On shared machines
+bandwidth itself changes from one second to the next: each kernel's limit is measured beside it, in the same rounds.
 """
 
 import time
@@ -9,12 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from headrace.config import KvCacheFormat, SoftmaxScheme, WeightFormat
 from headrace.kernels import AttentionSpec, Kernels, KvCache, KvCacheSpec, SoftmaxSpec, Weight
 
 _WORKING_SET_BYTES = 256 * 2**20
-_MIN_CALLS, _MIN_S = 5, 0.1
+_NUM_ROUNDS = 3
+_MIN_CALLS, _MIN_S = 5, 0.03  # in each round
+_READ_BUFFER_BYTES = 256 * 2**20
 _BLOCK_SIZE = 16
 _KV_WEIGHT_FORMATS = {
     KvCacheFormat.FLOAT32: WeightFormat.FLOAT32,
@@ -70,11 +74,27 @@ class KernelLimits:
         return max(num_bytes / self.read_bytes_per_s, num_ops / self.ops_per_s[weight_format])
 
 
-def measure_kernel_limits(kernels: Kernels, buffer_bytes: int = 512 * 2**20) -> KernelLimits:
+def measure_kernel_limits(kernels: Kernels) -> KernelLimits:
     return KernelLimits(
-        read_bytes_per_s=kernels.machine.read_bytes_per_s(buffer_bytes),
+        read_bytes_per_s=kernels.machine.read_bytes_per_s(_READ_BUFFER_BYTES),
         ops_per_s={f: kernels.machine.multiply_ops_per_s(f)[1] for f in WeightFormat},
     )
+
+
+class _Rounds:
+    """Times some kernels, each on its copies of what it reads, and the machine's limits, in turn and then again."""
+
+    def __init__(self, kernels: Kernels, runs: Sequence[Callable[[int], object]], num_copies: int) -> None:
+        self.seconds = [float("inf")] * len(runs)
+        measured = []
+        for _ in range(_NUM_ROUNDS):
+            measured.append(measure_kernel_limits(kernels))
+            for i, run in enumerate(runs):
+                self.seconds[i] = min(self.seconds[i], _best_s(run, num_copies))
+        self.limits = KernelLimits(
+            read_bytes_per_s=max(limits.read_bytes_per_s for limits in measured),
+            ops_per_s={f: max(limits.ops_per_s[f] for limits in measured) for f in WeightFormat},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +121,6 @@ def measure_linears(
     shape: ModelShape,
     formats: Sequence[WeightFormat],
     rows: Sequence[int],
-    limits: KernelLimits,
     on_start: Callable[[str], None],
 ) -> Iterator[LinearFigure]:
     """Every layer of the shape in every format, for every number of rows."""
@@ -110,7 +129,9 @@ def measure_linears(
         for layer, (n, k) in shape.linears.items():
             on_start(f"{weight_format.value} {layer} [{n}, {k}]")
             weights = _weights(kernels, weight_format, n, k)
-            for m in rows:
+            runs = [_linear(kernels, weights, torch.randn(m, k).to(dtype)) for m in rows]
+            rounds = _Rounds(kernels, runs, len(weights))
+            for m, seconds in zip(rows, rounds.seconds, strict=True):
                 num_bytes = weights[0].num_bytes
                 yield LinearFigure(
                     weight_format=weight_format,
@@ -119,14 +140,13 @@ def measure_linears(
                     in_features=k,
                     num_rows=m,
                     num_bytes=num_bytes,
-                    seconds=_linear_s(kernels, weights, m, dtype),
-                    floor_s=limits.floor_s(num_bytes, 2 * m * n * k, weight_format),
+                    seconds=seconds,
+                    floor_s=rounds.limits.floor_s(num_bytes, 2 * m * n * k, weight_format),
                 )
 
 
-def _linear_s(kernels: Kernels, weights: Sequence[Weight], num_rows: int, dtype: torch.dtype) -> float:
-    x = torch.randn(num_rows, weights[0].shape[1]).to(dtype)
-    return _best_s(lambda i: kernels.linear(x, weights[i]), len(weights))
+def _linear(kernels: Kernels, weights: Sequence[Weight], x: Tensor) -> Callable[[int], object]:
+    return lambda i: kernels.linear(x, weights[i])
 
 
 def _weights(kernels: Kernels, weight_format: WeightFormat, n: int, k: int) -> list[Weight]:
@@ -164,7 +184,6 @@ def measure_attention(
     shape: ModelShape,
     formats: Sequence[KvCacheFormat],
     lengths: Sequence[tuple[int, int]],
-    limits: KernelLimits,
     on_start: Callable[[str], None],
 ) -> Iterator[AttentionFigure]:
     """Every softmax scheme over caches of every format; lengths: (context_len, num_new).
@@ -180,16 +199,17 @@ def measure_attention(
             pairs = num_new * (2 * context_len - num_new + 1) // 2
             num_products = 2 if cache_format is KvCacheFormat.INT8 else 1
             num_ops = num_products * 4 * shape.head_dim * shape.num_heads * pairs
-            floor_s = limits.floor_s(num_bytes, num_ops, _KV_WEIGHT_FORMATS[cache_format])
-            for scheme in kernels.softmax_schemes:
+            runs = [_attention(kernels, shape, caches, (context_len, num_new), s) for s in kernels.softmax_schemes]
+            rounds = _Rounds(kernels, runs, len(caches))
+            for scheme, seconds in zip(kernels.softmax_schemes, rounds.seconds, strict=True):
                 yield AttentionFigure(
                     cache_format=cache_format,
                     scheme=scheme,
                     context_len=context_len,
                     num_new=num_new,
                     num_bytes=num_bytes,
-                    seconds=_attention_s(kernels, shape, caches, (context_len, num_new), scheme),
-                    floor_s=floor_s,
+                    seconds=seconds,
+                    floor_s=rounds.limits.floor_s(num_bytes, num_ops, _KV_WEIGHT_FORMATS[cache_format]),
                 )
 
 
@@ -212,9 +232,9 @@ def _caches(kernels: Kernels, shape: ModelShape, cache_format: KvCacheFormat, co
     return caches
 
 
-def _attention_s(
+def _attention(
     kernels: Kernels, shape: ModelShape, caches: Sequence[KvCache], length: tuple[int, int], scheme: SoftmaxScheme
-) -> float:
+) -> Callable[[int], object]:
     context_len, num_new = length
     dtype = _activation_dtype(caches[0].spec.cache_format)
     query = torch.randn(num_new, shape.num_heads, shape.head_dim).to(dtype)
@@ -223,7 +243,7 @@ def _attention_s(
     context_lens = torch.tensor([context_len], dtype=torch.int32)
     bounds = torch.tensor([0, num_new], dtype=torch.int32)
     spec = AttentionSpec(softmax_scale=shape.head_dim**-0.5, softmax=SoftmaxSpec(scheme=scheme))
-    return _best_s(lambda i: kernels.attention(query, caches[i], tables, context_lens, bounds, spec), len(caches))
+    return lambda i: kernels.attention(query, caches[i], tables, context_lens, bounds, spec)
 
 
 def _activation_dtype(cache_format: KvCacheFormat) -> torch.dtype:
