@@ -2,12 +2,12 @@
 
 Weights and caches rotate through copies larger than any cache of the machine, as the layers of a model do. Each time is
 the best of several calls in several rounds, so that what else the machine does meanwhile drops out. On shared machines
-bandwidth itself changes from one second to the next: each kernel's limit is measured beside it, in the same rounds.
+bandwidth itself changes from one second to the next: it is measured beside each kernel, in the same rounds.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,24 +82,25 @@ def measure_kernel_limits(kernels: Kernels) -> KernelLimits:
 
 
 class _Rounds:
-    """Times some kernels, each on its copies of what it reads, and the machine's limits, in turn and then again."""
+    """Times some kernels, each on its copies of what it reads, and the memory's bandwidth, in turn and then again."""
 
-    def __init__(self, kernels: Kernels, runs: Sequence[Callable[[int], object]], num_copies: int) -> None:
+    def __init__(
+        self, kernels: Kernels, limits: KernelLimits, runs: Sequence[Callable[[int], object]], num_copies: int
+    ) -> None:
         self.seconds = [float("inf")] * len(runs)
-        measured = []
+        read_bytes_per_s = 0.0
         for _ in range(_NUM_ROUNDS):
-            measured.append(measure_kernel_limits(kernels))
+            read_bytes_per_s = max(read_bytes_per_s, kernels.machine.read_bytes_per_s(_READ_BUFFER_BYTES))
             for i, run in enumerate(runs):
                 self.seconds[i] = min(self.seconds[i], _best_s(run, num_copies))
-        self.limits = KernelLimits(
-            read_bytes_per_s=max(limits.read_bytes_per_s for limits in measured),
-            ops_per_s={f: max(limits.ops_per_s[f] for limits in measured) for f in WeightFormat},
-        )
+        self.limits = replace(limits, read_bytes_per_s=read_bytes_per_s)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearFigure:
-    """One linear layer for num_rows rows. num_bytes: the weight's, packed, scales included."""
+    """One linear layer for num_rows rows. num_bytes: the weight's, packed, scales included. read_bytes_per_s: the
+    machine's, measured beside this layer.
+    """
 
     weight_format: WeightFormat
     layer: str
@@ -108,6 +109,7 @@ class LinearFigure:
     num_rows: int
     num_bytes: int
     seconds: float
+    read_bytes_per_s: float
     floor_s: float
 
     @property
@@ -121,16 +123,17 @@ def measure_linears(
     shape: ModelShape,
     formats: Sequence[WeightFormat],
     rows: Sequence[int],
+    limits: KernelLimits,
     on_start: Callable[[str], None],
 ) -> Iterator[LinearFigure]:
-    """Every layer of the shape in every format, for every number of rows."""
+    """Every layer of the shape in every format, for every number of rows; of `limits` bandwidth is measured anew."""
     for weight_format in formats:
         dtype = torch.float32 if weight_format is WeightFormat.FLOAT32 else torch.bfloat16
         for layer, (n, k) in shape.linears.items():
             on_start(f"{weight_format.value} {layer} [{n}, {k}]")
             weights = _weights(kernels, weight_format, n, k)
             runs = [_linear(kernels, weights, torch.randn(m, k).to(dtype)) for m in rows]
-            rounds = _Rounds(kernels, runs, len(weights))
+            rounds = _Rounds(kernels, limits, runs, len(weights))
             for m, seconds in zip(rows, rounds.seconds, strict=True):
                 num_bytes = weights[0].num_bytes
                 yield LinearFigure(
@@ -141,6 +144,7 @@ def measure_linears(
                     num_rows=m,
                     num_bytes=num_bytes,
                     seconds=seconds,
+                    read_bytes_per_s=rounds.limits.read_bytes_per_s,
                     floor_s=rounds.limits.floor_s(num_bytes, 2 * m * n * k, weight_format),
                 )
 
@@ -163,7 +167,7 @@ def _weights(kernels: Kernels, weight_format: WeightFormat, n: int, k: int) -> l
 class AttentionFigure:
     """num_new tokens at the end of a context: one while decoding, all of it in a prefill.
 
-    num_bytes: of the keys and values seen, scales included.
+    num_bytes: of the keys and values seen, scales included. read_bytes_per_s: the machine's, measured beside it.
     """
 
     cache_format: KvCacheFormat
@@ -172,6 +176,7 @@ class AttentionFigure:
     num_new: int
     num_bytes: int
     seconds: float
+    read_bytes_per_s: float
     floor_s: float
 
     @property
@@ -184,9 +189,11 @@ def measure_attention(
     shape: ModelShape,
     formats: Sequence[KvCacheFormat],
     lengths: Sequence[tuple[int, int]],
+    limits: KernelLimits,
     on_start: Callable[[str], None],
 ) -> Iterator[AttentionFigure]:
-    """Every softmax scheme over caches of every format; lengths: (context_len, num_new).
+    """Every softmax scheme over caches of every format; lengths: (context_len, num_new). Of `limits` bandwidth is
+    measured anew.
 
     A causal prefill of n tokens is counted as 4 * head_dim * num_heads * n (n + 1) / 2 operations. With an int8 cache
     queries and probabilities have 14 bits, so that each multiplication is two of int8.
@@ -200,7 +207,7 @@ def measure_attention(
             num_products = 2 if cache_format is KvCacheFormat.INT8 else 1
             num_ops = num_products * 4 * shape.head_dim * shape.num_heads * pairs
             runs = [_attention(kernels, shape, caches, (context_len, num_new), s) for s in kernels.softmax_schemes]
-            rounds = _Rounds(kernels, runs, len(caches))
+            rounds = _Rounds(kernels, limits, runs, len(caches))
             for scheme, seconds in zip(kernels.softmax_schemes, rounds.seconds, strict=True):
                 yield AttentionFigure(
                     cache_format=cache_format,
@@ -209,6 +216,7 @@ def measure_attention(
                     num_new=num_new,
                     num_bytes=num_bytes,
                     seconds=seconds,
+                    read_bytes_per_s=rounds.limits.read_bytes_per_s,
                     floor_s=rounds.limits.floor_s(num_bytes, num_ops, _KV_WEIGHT_FORMATS[cache_format]),
                 )
 

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Each time is the best of several rounds, on weights and caches too large for any cache of the machine. Its\n"
         "limit is the time to read the weights, or the keys and values, once, or the time to do the multiplications,\n"
-        "whichever is longer; memory bandwidth (huge pages, several streams) and peaks are measured in the same\n"
-        "rounds, since both change on a machine that is shared."
+        "whichever is longer. Peaks are measured in the same run, and memory bandwidth (huge pages, several streams)\n"
+        "in the same rounds, since it changes on a machine that is shared."
     )
     parser.add_argument(
         "--shape", choices=_SHAPES, default=_SHAPES[0], help="sizes of the layers (default: %(default)s)"
@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
     with progress_line(is_shown=not args.json) as on_start, torch.inference_mode():
         on_start("limits")
         limits = measure_kernel_limits(kernels)
-        linears = list(measure_linears(kernels, shape, weight_formats, args.rows, on_start))
+        linears = list(measure_linears(kernels, shape, weight_formats, args.rows, limits, on_start))
         cache_formats = (KvCacheFormat.BFLOAT16, KvCacheFormat.INT8)
-        attention = list(measure_attention(kernels, shape, cache_formats, lengths, on_start))
+        attention = list(measure_attention(kernels, shape, cache_formats, lengths, limits, on_start))
     if args.json:
         print(json.dumps(_json(args.shape, num_threads, limits, linears, attention), allow_nan=False))
     else:
