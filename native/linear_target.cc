@@ -39,6 +39,31 @@ inline void Prefetch(const uint8_t* w) {
   __builtin_prefetch(reinterpret_cast<const void*>(address + kPrefetchL1Bytes), 0, 3);
 }
 
+// Where a tile will store row r of its first panel.
+inline char* OutputAt(const LinearCall& call, int64_t row, int64_t panel) {
+  const int64_t element_bytes = call.out_dtype == DType::kFloat32 ? sizeof(float) : sizeof(uint16_t);
+  return static_cast<char*>(call.out) + (row * call.weight.rows + panel * kLanes) * element_bytes;
+}
+
+// Asks for the lines that a tile will write, one row in each step of its walk along K: they come from memory while it
+// computes, instead of holding up the stores at its end. All at once they would hold up its loads.
+class OutputPrefetch {
+ public:
+  OutputPrefetch(const LinearCall& call, int64_t row, int64_t panel, int num_rows)
+      : next_(OutputAt(call, row, panel)), stride_(OutputAt(call, row + 1, panel) - next_), left_(num_rows) {}
+  void Next() {
+    if (left_ == 0) return;
+    __builtin_prefetch(next_, 1);
+    next_ += stride_;
+    --left_;
+  }
+
+ private:
+  const char* next_;
+  int64_t stride_;
+  int left_;
+};
+
 struct Float32Kernel {
   static constexpr bool kIsQuantized = false;
   using X = float;
@@ -101,7 +126,7 @@ void StoreRows(const LinearCall& call, int64_t row, int64_t panel, const F32x16 
   const F32x16 scale = is_scaled ? Load(call.weight.row_scales + n) : Broadcast(1.0f);
   const F32x16 bias = has_bias ? LoadBias(call, n, num_lanes) : Broadcast(0.0f);
   Out lanes[kLanes];
-  Out* out = static_cast<Out*>(call.out) + row * call.weight.rows + n;
+  Out* out = reinterpret_cast<Out*>(OutputAt(call, row, panel));
   for (int r = 0; r < kRows; ++r, out += call.weight.rows) {
     F32x16 sum = is_scaled ? Mul(acc[r], scale) : acc[r];
     if (has_bias) sum = Add(sum, bias);
@@ -132,7 +157,9 @@ void FloatTile(const LinearCall& call, const TilePlace& at) {
   for (int p = 0; p < kPanels; ++p) {
     for (int r = 0; r < kRows; ++r) acc[p][r] = Broadcast(0.0f);
   }
+  OutputPrefetch output(call, at.row, at.panel, kRows);
   for (int64_t k = 0; k < weight.padded_columns; k += Kernel::kColumns) {
+    output.Next();
     typename Kernel::Step step[kPanels];
     for (int p = 0; p < kPanels; ++p) {
       Prefetch(w + p * weight.panel_bytes);
@@ -199,7 +226,9 @@ void IntTile(const LinearCall& call, const TilePlace& at) {
   const char* x = at.x;
   F32x16 acc[kRows];
   for (int r = 0; r < kRows; ++r) acc[r] = Broadcast(0.0f);
+  OutputPrefetch output(call, at.row, at.panel, kRows);
   for (int64_t g = 0; g < weight.num_groups; ++g) {
+    output.Next();
     for (int s = 0; s < GroupWeights<Kernel>::kSteps; ++s) Prefetch(w + s * kVectorBytes);
     AddGroup<Kernel>(GroupWeights<Kernel>(w), LoadHalf(w_scales), x, acc);
     w += GroupWeights<Kernel>::kSteps * kVectorBytes;
