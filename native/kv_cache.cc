@@ -1,9 +1,6 @@
 #include "kv_cache.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -11,17 +8,6 @@
 
 namespace headrace {
 namespace {
-
-constexpr size_t kHugePageBytes = size_t{2} << 20;
-
-uint8_t* Map(size_t num_bytes) {
-  void* memory = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (num_bytes >= kHugePageBytes) madvise(memory, num_bytes, MADV_HUGEPAGE);  // a wish: failing is no error
-#endif
-  return static_cast<uint8_t*>(memory);
-}
 
 const KvShape& Checked(const KvShape& shape) {
   if (shape.format == Format::kInt4) throw std::invalid_argument("a KV cache is float32, bfloat16 or int8");
@@ -50,10 +36,8 @@ KvLayout::KvLayout(const KvShape& given)
 
 KvCache::KvCache(const KvShape& shape)
     : layout_(shape),
-      memory_(Map(static_cast<size_t>(layout_.num_bytes)), Unmap{static_cast<size_t>(layout_.num_bytes)}),
+      memory_(MapMemory(static_cast<size_t>(layout_.num_bytes))),
       counters_(std::make_unique<SoftmaxCounters>()) {}
-
-void KvCache::Unmap::operator()(uint8_t* memory) const { munmap(memory, num_bytes); }
 
 void KvCache::Read(int64_t slot, int64_t kv_head, float* key, float* value) const {
   const KvShape& shape = layout_.shape;

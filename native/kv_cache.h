@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "huge_memory.h"
 #include "packed_matrix.h"
 
 namespace headrace {
@@ -89,13 +90,8 @@ class KvCache {
   void Read(int64_t slot, int64_t kv_head, float* key, float* value) const;
 
  private:
-  struct Unmap {
-    size_t num_bytes;
-    void operator()(uint8_t* memory) const;
-  };
-
   KvLayout layout_;
-  std::unique_ptr<uint8_t, Unmap> memory_;
+  MappedMemory memory_;
   std::unique_ptr<SoftmaxCounters> counters_;
 };
 

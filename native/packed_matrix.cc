@@ -1,12 +1,9 @@
 #include "packed_matrix.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -18,19 +15,6 @@
 
 namespace headrace {
 namespace {
-
-constexpr size_t kHugePageBytes = size_t{2} << 20;
-
-// Zeroed memory, in huge pages where the system has them: streaming 4 KiB pages costs a TLB miss for each 64 vectors.
-// Aligned to 64 bytes because pages are.
-uint8_t* Map(size_t num_bytes) {
-  void* memory = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (num_bytes >= kHugePageBytes) madvise(memory, num_bytes, MADV_HUGEPAGE);  // a wish: failing is no error
-#endif
-  return static_cast<uint8_t*>(memory);
-}
 
 void CheckRows(const PackedLayout& layout, int64_t row, int64_t num_rows) {
   if (row < 0 || num_rows < 0 || row > layout.rows - num_rows) {
@@ -131,13 +115,11 @@ PackedLayout::PackedLayout(Format format, int64_t rows, int64_t columns)
 
 PackedMatrix::PackedMatrix(Format format, int64_t rows, int64_t columns)
     : layout_(format, rows, columns),
-      memory_(Map(static_cast<size_t>(layout_.num_bytes)), Unmap{static_cast<size_t>(layout_.num_bytes)}) {
+      memory_(MapMemory(static_cast<size_t>(layout_.num_bytes))) {
   uint8_t* end_of_weights = memory_.get() + layout_.num_panels * layout_.panel_bytes;
   scales_ = reinterpret_cast<uint16_t*>(end_of_weights);
   row_scales_ = reinterpret_cast<float*>(scales_ + layout_.num_panels * layout_.num_groups * kLanes);
 }
-
-void PackedMatrix::Unmap::operator()(uint8_t* memory) const { munmap(memory, num_bytes); }
 
 template <class Write>
 void PackedMatrix::ForEachPanel(int64_t row, int64_t num_rows, const Write& write) {

@@ -25,6 +25,7 @@
 #include <memory>
 
 #include "float_bits.h"
+#include "huge_memory.h"
 #include "range.h"
 #include "rows_view.h"
 #include "target.h"
@@ -126,11 +127,6 @@ class PackedMatrix {
   }
 
  private:
-  struct Unmap {
-    size_t num_bytes;
-    void operator()(uint8_t* memory) const;
-  };
-
   uint8_t* Lane(int64_t row) const { return memory_.get() + row / kLanes * layout_.panel_bytes + row % kLanes * 4; }
   // Stores rows of one panel, each in its format's type, filled up to padded_columns: integers as signed bytes.
   void PackRows(int64_t row, int64_t num_rows, const uint8_t* const* from);
@@ -140,7 +136,7 @@ class PackedMatrix {
   void ForEachPanel(int64_t row, int64_t num_rows, const Write& write);
 
   PackedLayout layout_;
-  std::unique_ptr<uint8_t, Unmap> memory_;
+  MappedMemory memory_;
   uint16_t* scales_;
   float* row_scales_;
 };
