@@ -4,21 +4,18 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-// Panels between one that is read and the one asked for meanwhile: hardware prefetches within a page, and a panel often
-// ends one.
-constexpr int kPanelsAhead = 4;
-
-// keys and values point to the first vector; what follows in the order of reading lies behind the tile's own panels, so
-// that keys[i + kPanelsAhead] is what is worth asking for while keys[i] is read: after the keys the values, after the
-// values the keys of the next tile.
+// keys and values point to the first vector. While a panel is read, that of the next tile is fetched: `next`, or the
+// panel itself where no tile follows. Blocks lie in any order, which no hardware foresees, and a tile fits the
+// second-level cache twice.
 struct TilePanels {
   int64_t first;  // of the sequence
   int count;
   bool has_gaps;  // blocks end in a panel of fewer than 16 positions
   int64_t begin[kTilePanels];  // first position
   int size[kTilePanels];       // positions
-  const uint8_t* keys[kTilePanels + kPanelsAhead];
-  const uint8_t* values[kTilePanels + kPanelsAhead];
+  const uint8_t* keys[kTilePanels];
+  const uint8_t* values[kTilePanels];
+  const uint8_t* next[kTilePanels];
   const float* scales[kTilePanels];  // int8: of keys, then of values
 };
 
@@ -35,28 +32,25 @@ inline const uint8_t* PanelAddress(const AttentionCall& call, const RowTile& til
   return call.cache + call.layout.PanelOffset(block, tile.kv_head, panel % per_block);
 }
 
-// The panels of a tile that the rows, whose panels end at `end`, may see.
-inline TilePanels FindPanels(const AttentionCall& call, const RowTile& tile, int64_t tile_index, int64_t end) {
+// The panels of a tile that the rows, whose panels end at `end`, may see. last: the end of the panels to read after it.
+inline TilePanels FindPanels(const AttentionCall& call, const RowTile& tile, int64_t tile_index, int64_t end,
+                             int64_t last) {
   const KvLayout& layout = call.layout;
   TilePanels panels;
   panels.first = tile_index * kTilePanels;
   panels.count = static_cast<int>(end - panels.first < kTilePanels ? end - panels.first : kTilePanels);
   panels.has_gaps = layout.shape.block_size % kPanelPositions != 0;
-  for (int i = 0; i < panels.count + kPanelsAhead; ++i) {
+  for (int i = 0; i < panels.count; ++i) {
     const int64_t panel = panels.first + i;
-    const uint8_t* address = panel < end ? PanelAddress(call, tile, panel) : panels.keys[i - 1];
-    panels.keys[i] = address;
-    if (i >= panels.count) continue;
+    const uint8_t* address = PanelAddress(call, tile, panel);
     const int64_t in_block = panel % layout.panels_per_block * kPanelPositions;
     const int64_t size = layout.shape.block_size - in_block;
     panels.begin[i] = panel / layout.panels_per_block * layout.shape.block_size + in_block;
     panels.size[i] = static_cast<int>(size < kPanelPositions ? size : kPanelPositions);
+    panels.keys[i] = address;
     panels.values[i] = address + layout.value_offset;
     panels.scales[i] = reinterpret_cast<const float*>(address + layout.scale_offset);
-  }
-  for (int i = 0; i < kPanelsAhead; ++i) {
-    panels.values[panels.count + i] = panels.keys[panels.count + i];
-    panels.keys[panels.count + i] = panels.values[i < panels.count ? i : panels.count - 1];
+    panels.next[i] = panel + kTilePanels < last ? PanelAddress(call, tile, panel + kTilePanels) : address;
   }
   return panels;
 }
@@ -85,7 +79,8 @@ inline Range FullPanels(const TilePanels& panels, const Row& row, Range visible)
   return full;
 }
 
-inline void Prefetch(const uint8_t* address) { __builtin_prefetch(address); }
+// Into the second-level cache: what the first level can wait for at a time is too little for the memory's latency.
+inline void Prefetch(const uint8_t* address) { __builtin_prefetch(address, 0, 2); }
 
 }  // namespace
 }  // namespace HEADRACE_TARGET

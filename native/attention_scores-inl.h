@@ -48,12 +48,13 @@ void FloatScores(const ScoreTile& at) {
   const int64_t num_vectors = at.call.layout.key_vectors, row_bytes = QueryBytes(at.call.layout);
   const char* query = at.workspace.query + at.row * row_bytes;
   const uint8_t* const* keys = at.panels.keys + at.panel;
+  const uint8_t* const* next = at.panels.next + at.panel;
   F32x16 acc[kRows][kPanels];
   UnrollPairs<kRows, kPanels>([&](auto r, auto p) HEADRACE_LAMBDA { acc[r][p] = Broadcast(0.0f); });
   for (int64_t i = 0; i < num_vectors; ++i) {
     typename Keys::Step step[kPanels];
     Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
-      Prefetch(keys[p + kPanelsAhead] + i * kVectorBytes);
+      Prefetch(next[p] + i * kVectorBytes);
       step[p] = Keys::LoadStep(keys[p] + i * kVectorBytes);
     });
     UnrollPairs<kRows, kPanels>([&](auto r, auto p) HEADRACE_LAMBDA {
@@ -75,6 +76,7 @@ void IntScores(const ScoreTile& at) {
   const int64_t row_bytes = QueryBytes(at.call.layout);
   const auto* query = reinterpret_cast<const int8_t*>(at.workspace.query + at.row * row_bytes);
   const uint8_t* const* keys = at.panels.keys + at.panel;
+  const uint8_t* const* next = at.panels.next + at.panel;
   I32x16 high[kRows][kPanels], low[kRows][kPanels];
   UnrollPairs<kRows, kPanels>([&](auto r, auto p) HEADRACE_LAMBDA {
     high[r][p] = BroadcastInt(0);
@@ -83,7 +85,7 @@ void IntScores(const ScoreTile& at) {
   for (int64_t i = 0; i < num_vectors; ++i) {
     Int8Step step[kPanels];
     Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
-      Prefetch(keys[p + kPanelsAhead] + i * kVectorBytes);
+      Prefetch(next[p] + i * kVectorBytes);
       step[p] = LoadInt8(keys[p] + i * kVectorBytes);
     });
     UnrollPairs<kRows, kPanels>([&](auto r, auto p) HEADRACE_LAMBDA {
@@ -95,6 +97,9 @@ void IntScores(const ScoreTile& at) {
   float* t = at.t;
   const float* query_scale = at.workspace.query_scale + at.row;
   Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
+    const uint8_t* next_scales = next[p] + at.call.layout.scale_offset;
+    Prefetch(next_scales);
+    Prefetch(next_scales + kVectorBytes);
     const F32x16 key_scale = Load(at.panels.scales[at.panel + p]);
     Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
       const F32x16 scale = Mul(key_scale, Broadcast(query_scale[r] * at.scale));

@@ -64,15 +64,15 @@ float FirstReference(const AttentionCall& call) {
   return call.scheme == SoftmaxScheme::kAsynchronized ? call.unified_max.value : -kInfinity;
 }
 
-// All rows over the tiles of one split, into w.split.
-void AttendSplit(const AttentionCall& call, const RowTile& tile, const Workspace& w, int64_t split) {
+// All rows over the tiles of one split, into w.split. last: the end of the panels read after it.
+void AttendSplit(const AttentionCall& call, const RowTile& tile, const Workspace& w, int64_t split, int64_t last) {
   const int num_rows = static_cast<int>(tile.rows.end - tile.rows.begin);
   const int64_t end = VisiblePanels(call, tile).end;
   for (int i = 0; i < num_rows; ++i) w.split.m[i] = FirstReference(call);
   memset(w.split.sum, 0, num_rows * kLanes * sizeof(float));
   memset(w.split.o, 0, num_rows * OutputStride(call.layout) * sizeof(float));
   for (int64_t t = SplitBegin(split); t < SplitBegin(split + 1) && t * kTilePanels < end; ++t) {
-    const TilePanels panels = FindPanels(call, tile, t, end);
+    const TilePanels panels = FindPanels(call, tile, t, end, last);
     for (int first = 0; first < num_rows; first += kBlockRows) {
       AttendBlock(call, w, panels, first, num_rows - first < kBlockRows ? num_rows - first : kBlockRows);
     }
@@ -191,8 +191,9 @@ void Attend(const AttentionCall& call, const RowTile& tile, const Workspace& w) 
   PrepareRows(call, tile, w);
   bool is_merged[kTileRows] = {};
   const Range splits = VisibleSplits(call, tile);
+  const int64_t last = VisiblePanels(call, tile).end;
   for (int64_t split = splits.begin; split < splits.end; ++split) {
-    AttendSplit(call, tile, w, split);
+    AttendSplit(call, tile, w, split, last);
     MergeSplits(call, tile, w, split, is_merged);
   }
   Finish(call, tile, w);
@@ -211,8 +212,10 @@ void AttendSplits(const AttentionCall& call, const RowTile& tile, Range splits, 
   const Workspace w = WorkspaceIn(call, workspace);
   PrepareRows(call, tile, w);
   const int64_t num_rows = tile.rows.end - tile.rows.begin, o_stride = OutputStride(call.layout);
+  const int64_t visible = VisiblePanels(call, tile).end, mine = SplitBegin(splits.end) * kTilePanels;
+  const int64_t last = mine < visible ? mine : visible;
   for (int64_t split = splits.begin; split < splits.end; ++split, partials += PartialFloats(call.layout, num_rows)) {
-    AttendSplit(call, tile, w, split);
+    AttendSplit(call, tile, w, split, last);
     for (int64_t i = 0; i < num_rows; ++i) partials[num_rows + i] = SumLanes(Load(w.split.sum + i * kLanes));
     memcpy(partials, w.split.m, num_rows * sizeof(float));
     memcpy(partials + 2 * num_rows, w.split.o, num_rows * o_stride * sizeof(float));

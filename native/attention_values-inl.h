@@ -52,9 +52,10 @@ void FloatProducts(const ValueTile& at) {
       [&](auto r, auto c) HEADRACE_LAMBDA { acc[r][c] = Load(o + r * o_stride + c * kLanes); });
   const X* p = reinterpret_cast<const X*>(at.p) + at.range.begin * kPanelPositions;
   const uint8_t* const* end = at.panels.values + at.range.end;
+  const uint8_t* const* next = at.panels.next + at.range.begin;
   for (const uint8_t* const* panel = at.panels.values + at.range.begin; panel < end; ++panel) {
     const uint8_t* v = *panel + offset;
-    const uint8_t* ahead = panel[kPanelsAhead] + offset;
+    const uint8_t* ahead = *next++ + at.call.layout.value_offset + offset;
     for (int i = 0; i < kSteps; ++i) {
       typename Values::Step step[kChunks];
       Unroll<kChunks>([&](auto c) HEADRACE_LAMBDA {
@@ -105,9 +106,10 @@ void IntProducts(const ValueTile& at, const float* p_scale) {
   UnrollPairs<kRows, kChunks>([&](auto r, auto c) HEADRACE_LAMBDA { high[r][c] = low[r][c] = BroadcastInt(0); });
   const auto* p = reinterpret_cast<const uint8_t*>(at.p) + at.range.begin * kPanelPositions;
   const uint8_t* const* end = at.panels.values + at.range.end;
+  const uint8_t* const* next = at.panels.next + at.range.begin;
   for (const uint8_t* const* panel = at.panels.values + at.range.begin; panel < end; ++panel) {
     const uint8_t* v = *panel + offset;
-    const uint8_t* ahead = panel[kPanelsAhead] + offset;
+    const uint8_t* ahead = *next++ + at.call.layout.value_offset + offset;
     for (int i = 0; i < kSteps; ++i) {
       SignedStep step[kChunks];
       Unroll<kChunks>([&](auto c) HEADRACE_LAMBDA {
