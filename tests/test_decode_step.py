@@ -7,7 +7,7 @@ from tiny_model import write_tiny_model
 
 from headrace import LLM
 from headrace.engine import decode_step as module
-from headrace.engine.rows import Row
+from headrace.engine.rows import Row, build_forward_batch
 from headrace.engine.runner import ModelRunner
 
 pytest.importorskip("headrace.kernels.cpu", reason="the native module is not built", exc_type=ImportError)
@@ -75,3 +75,13 @@ def test_a_head_that_torch_takes_part_in_is_not_replayed(runner) -> None:
     assert all(logits.abs().max() <= 2.0 for logits in capped)
     assert "torch" in runner.decode_step.obstacle
     assert runner.logits(runner.run(rows(2, 3))).largest is None
+
+
+def test_a_row_follows_its_sequence_to_other_blocks(runner) -> None:
+    """Tables are copied when they change only: a longer one, another one of the same length, the first one again."""
+    tables = [np.array(ids, dtype=np.int32) for ids in ([3], [3, 9], [4], [3, 8])]
+    block_size = runner._kv_pool.spec.block_size
+    for token_id, table in enumerate((*tables, tables[1], tables[0]), start=5):
+        row = Row([token_id], len(table) * block_size - 1, table)
+        replayed = runner.run([row]).clone()
+        assert torch.equal(replayed, runner._forward(build_forward_batch([row], block_size)))

@@ -7,22 +7,19 @@ from numpy.typing import NDArray
 
 
 class BlockTable:
-    """Block ids in order. `ids` is a view: valid until the next `extend` or `clear`."""
+    """Block ids in order. `ids` is a view: each `extend` and `clear` makes another one, and the old one invalid."""
 
     def __init__(self) -> None:
         self._buffer = np.empty(16, dtype=np.int32)
-        self._size = 0
-
-    @property
-    def ids(self) -> NDArray[np.int32]:
-        return self._buffer[: self._size]
+        self.ids: NDArray[np.int32] = self._buffer[:0]
 
     def extend(self, block_ids: Sequence[int]) -> None:
-        size = self._size + len(block_ids)
+        old_size = len(self.ids)
+        size = old_size + len(block_ids)
         if size > len(self._buffer):
             self._buffer = np.resize(self._buffer, max(size, 2 * len(self._buffer)))
-        self._buffer[self._size : size] = block_ids
-        self._size = size
+        self._buffer[old_size:size] = block_ids
+        self.ids = self._buffer[:size]
 
     def clear(self) -> None:
-        self._size = 0
+        self.ids = self._buffer[:0]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headrace.batch import ForwardBatch
@@ -61,6 +62,8 @@ class DecodeStep:
         self._block_tables = np.full((MAX_DECODE_STEP_SEQS, width), -1, dtype=np.int32)
         self._context_lens = np.zeros(MAX_DECODE_STEP_SEQS, dtype=np.int32)
         self._cu_seqlens_q = np.arange(MAX_DECODE_STEP_SEQS + 1, dtype=np.int32)
+        self._written_tables: list[NDArray[np.int32] | None] = [None] * MAX_DECODE_STEP_SEQS
+        """What the rows of block_tables were copied from: tables grow once in many steps."""
         self._layers: dict[int, _Layers] = {}
         self._heads: dict[int, _Head] = {}
 
@@ -86,7 +89,7 @@ class DecodeStep:
 
     def logits(self, hidden_states: Tensor) -> Logits | None:
         """Logits of what the last run returned, valid until the next one; None of anything that was not replayed."""
-        num_seqs = len(hidden_states)
+        num_seqs = hidden_states.shape[0]
         layers = self._layers.get(num_seqs)
         if layers is None or layers.hidden_states is not hidden_states or layers.recording.replay is None:
             return None
@@ -126,9 +129,11 @@ class DecodeStep:
         for i, (token_ids, position, block_table) in enumerate(rows):
             self._input_ids[i] = token_ids[0]
             self._positions[i] = position
-            self._slot_mapping[i] = int(block_table[position // size]) * size + position % size
-            self._block_tables[i, : len(block_table)] = block_table
+            self._slot_mapping[i] = block_table.item(position // size) * size + position % size
             self._context_lens[i] = position + 1
+            if self._written_tables[i] is not block_table:
+                self._block_tables[i, : len(block_table)] = block_table
+                self._written_tables[i] = block_table
 
     def _batch(self, num_seqs: int) -> ForwardBatch:
         return ForwardBatch(

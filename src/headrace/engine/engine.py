@@ -169,10 +169,9 @@ class Engine:
         return sequences
 
     def _mark_scheduled(self, plan: StepPlan) -> None:
-        now = time.monotonic()
         for new in plan.new:
             state = self._by_sequence[new.seq_id]
-            state.mark_scheduled(now)
+            state.mark_scheduled(time.monotonic())
             if new.params.prompt_logprobs is None and self.model.plan.cache.enable_prefix_caching:
                 self._prefix_query_tokens += len(new.prompt_token_ids)
             self._prefix_hit_tokens += state.sequence(new.seq_id).num_cached_tokens
@@ -203,7 +202,7 @@ class Engine:
         chunks = state.take_chunks()
         if state.is_finished:
             return self._close(state, chunks)
-        return RequestUpdate(request_id=state.request_id, chunks=chunks)
+        return RequestUpdate(state.request_id, chunks)
 
     def _close(self, state: RequestState, chunks: tuple[CompletionChunk, ...]) -> RequestUpdate:
         """The last update of a request; nothing of it stays behind."""

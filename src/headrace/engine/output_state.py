@@ -25,7 +25,9 @@ class OutputState:
         self.output = CompletionOutput(index=index, logprobs=None if params.logprobs is None else [])
         self._params: SamplingParams = params
         self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
-        self._max_model_len = max_model_len
+        self._stop_token_ids = self._eos_token_ids.union(params.stop_token_ids)
+        room = max_model_len - sequence.num_prompt_tokens
+        self._max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
         self._tokenizer = tokenizer
         self._detokenizer = (
             IncrementalDetokenizer(tokenizer, sequence.prompt_token_ids, params.skip_special_tokens)
@@ -60,17 +62,11 @@ class OutputState:
 
     def _check_token(self, token_id: int) -> FinishReason | None:
         num_output_tokens = len(self.output.token_ids)
-        if num_output_tokens >= self._params.min_tokens:
-            if token_id in self._eos_token_ids:
-                return FinishReason.STOP
-            if token_id in self._params.stop_token_ids:
+        if token_id in self._stop_token_ids and num_output_tokens >= self._params.min_tokens:
+            if token_id not in self._eos_token_ids:
                 self.output.stop_reason = token_id
-                return FinishReason.STOP
-        if self._params.max_tokens is not None and num_output_tokens >= self._params.max_tokens:
-            return FinishReason.LENGTH
-        if self.sequence.num_prompt_tokens + num_output_tokens >= self._max_model_len:
-            return FinishReason.LENGTH
-        return None
+            return FinishReason.STOP
+        return FinishReason.LENGTH if num_output_tokens >= self._max_tokens else None
 
     def _take_text(self, token_id: int, reason: FinishReason | None) -> bool:
         """Release the text that is final; true if a stop string ended it. A stop token itself has no text."""

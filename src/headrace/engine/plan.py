@@ -57,6 +57,9 @@ class StepPlan(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
+        # Each chunk has a token; most steps are nothing but decodes.
+        if self.num_decode_tokens == len(self.chunks):
+            return self.num_decode_tokens
         return sum([chunk.num_tokens for chunk in self.chunks])
 
     def to_mapping(self) -> dict[str, Any]:

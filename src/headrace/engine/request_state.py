@@ -32,6 +32,7 @@ class RequestState:
             )
             for index, sequence in enumerate(sequences)
         }
+        self._num_unfinished = len(self._outputs)
         self._chunks: list[CompletionChunk] = []
         self._prompt_logprobs: dict[int, TokenLogprobs] | None = None if params.prompt_logprobs is None else {}
         num_prompt_tokens = sequences[0].num_prompt_tokens
@@ -41,7 +42,7 @@ class RequestState:
 
     @property
     def is_finished(self) -> bool:
-        return all(state.output.finish_reason is not None for state in self._outputs.values())
+        return self._num_unfinished == 0
 
     def sequence(self, seq_id: int) -> Sequence:
         return self._outputs[seq_id].sequence
@@ -56,10 +57,14 @@ class RequestState:
             self._metrics.first_token_s = now_s
         chunk = self._outputs[token.seq_id].append(token)
         self._chunks.append(chunk)
-        return FinishReason(chunk.finish_reason) if chunk.finish_reason else None
+        if chunk.finish_reason is None:
+            return None
+        self._num_unfinished -= 1
+        return FinishReason(chunk.finish_reason)
 
     def fail(self, seq_id: int, error: str) -> None:
         self._chunks.append(self._outputs[seq_id].fail(error))
+        self._num_unfinished -= 1
 
     def fail_unfinished(self, error: str) -> None:
         for seq_id, state in self._outputs.items():
@@ -70,6 +75,7 @@ class RequestState:
         for state in self._outputs.values():
             if state.output.finish_reason is None:
                 state.abort()
+        self._num_unfinished = 0
 
     def add_prompt_logprobs(self, found: PromptLogprobs) -> None:
         """Keep the first output's: siblings share the prompt. A preempted prompt brings the same rows again."""

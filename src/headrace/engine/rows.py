@@ -11,7 +11,8 @@ from headrace.batch import ForwardBatch
 
 
 class Row(NamedTuple):
-    """New tokens of one sequence: positions start, start + 1, ...; block_table covers them and all before.
+    """New tokens of one sequence: positions start, start + 1, ...; block_table covers them and all before. An array
+    once given does not change: a table that grows is another array.
 
     Shapes: block_table [num_blocks] int32
     """

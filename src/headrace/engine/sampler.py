@@ -9,9 +9,9 @@ position i is a pure function of (seed, i). Rows are read on the host by numpy, 
 several times faster than torch's on a CPU. Logits on a GPU come to the host for rows that need more.
 """
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import NamedTuple
 
 from torch import Tensor
@@ -40,12 +40,14 @@ class SamplingRow:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     eos_token_ids: Collection[int] = ()
+    has_penalties: bool = field(init=False, repr=False)
     _is_plain: bool = field(init=False, repr=False)
     """Greedy, and nothing that changes logits but perhaps min_tokens. Known once, asked at every token."""
 
     def __post_init__(self) -> None:
         params = self.params
         is_plain = params.is_greedy and params.logprobs is None and not params.logit_bias and not params.has_penalties
+        object.__setattr__(self, "has_penalties", params.has_penalties)
         object.__setattr__(self, "_is_plain", is_plain)
 
     @property
@@ -54,12 +56,12 @@ class SamplingRow:
 
     @property
     def changes_logits(self) -> bool:
-        return bool(self.params.logit_bias) or self.params.has_penalties or self.must_continue
+        return bool(self.params.logit_bias) or self.has_penalties or self.must_continue
 
     @property
     def takes_largest(self) -> bool:
         """Nothing is needed but the largest raw logit."""
-        return self._is_plain and not self.must_continue
+        return self._is_plain and len(self.output_token_ids) >= self.params.min_tokens
 
 
 class SampleOutcome(NamedTuple):
@@ -95,19 +97,19 @@ class Sampler:
             candidates = host.largest()
         else:
             candidates = list(zip(largest.token_ids.tolist(), largest.logits.tolist(), strict=True))
-        self._counts = {row.seq_id: self._counts_of(row) for row in rows if row.params.has_penalties}
+        self._counts = {row.seq_id: self._counts_of(row) for row in rows if row.has_penalties}
         sampled: list[SampledToken] = []
         failed: dict[int, str] = {}
         for index, (row, (token_id, logit)) in enumerate(zip(rows, candidates, strict=True)):
+            if row.takes_largest and isfinite(logit):
+                sampled.append(SampledToken(row.seq_id, token_id))
+                continue
             try:
                 _check_finite(logit, "")
-                if row.takes_largest:
-                    sampled.append(SampledToken(seq_id=row.seq_id, token_id=token_id))
-                else:
-                    sampled.append(self._sample_row(host.row(index), row))
+                sampled.append(self._sample_row(host.row(index), row))
             except KernelError as error:
                 failed[row.seq_id] = f"no token for sequence {row.seq_id}: {error}"
-        return SampleOutcome(sampled=tuple(sampled), failed=failed)
+        return SampleOutcome(tuple(sampled), failed)
 
     def _sample_row(self, logits: Row, row: SamplingRow) -> SampledToken:
         params = row.params
@@ -125,7 +127,7 @@ class Sampler:
             add_bias_(logits, row.params.logit_bias)
         if row.must_continue:
             forbid_(logits, (*row.eos_token_ids, *row.params.stop_token_ids))
-        if row.params.has_penalties:
+        if row.has_penalties:
             penalize_(logits, row.params, self._counts[row.seq_id])
         _check_finite(float(logits.max()), " after logit_bias, min_tokens and penalties")
         return logits
@@ -138,5 +140,5 @@ class Sampler:
 
 
 def _check_finite(largest: float, when: str) -> None:
-    if not math.isfinite(largest):
+    if not isfinite(largest):
         raise KernelError(explain_not_finite(largest) + when)

@@ -25,6 +25,7 @@ class IncrementalDetokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._window: list[int] = []
         for token_id in reversed(prompt_token_ids):
             if self._is_visible(token_id):
@@ -37,13 +38,15 @@ class IncrementalDetokenizer:
 
     def append(self, token_id: int) -> str:
         """Take the next output token and return the text that is now final."""
-        if not self._is_visible(token_id):
+        if token_id in self._skipped_ids:
             return ""
         if self._num_released == len(self._text) and not self._incomplete_prompt:
             whole_text = self._tokenizer.whole_text(token_id)
             if whole_text is not None:
                 self._window, self._text, self._num_released = [token_id], whole_text, len(whole_text)
                 return whole_text
+        if not self._tokenizer.has_token(token_id):
+            return ""
         self._window.append(token_id)
         self._text = self._decode()
         if self._incomplete_prompt:
@@ -62,9 +65,7 @@ class IncrementalDetokenizer:
         return held
 
     def _is_visible(self, token_id: int) -> bool:
-        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
-            return False
-        return self._tokenizer.has_token(token_id)
+        return token_id not in self._skipped_ids and self._tokenizer.has_token(token_id)
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._window, self._skip_special_tokens)

@@ -88,12 +88,12 @@ class Tokenizer:
     def whole_text(self, token_id: int) -> str | None:
         """What the token adds to any text of whole characters; None if it is a part of a character, or if the tokens
         beside it change that."""
-        if not self._backend.joins_bytes:
-            return None
-        if token_id not in self._whole_texts:
-            text = self.decode([token_id], skip_special_tokens=False)
-            self._whole_texts[token_id] = None if REPLACEMENT in text else text
-        return self._whole_texts[token_id]
+        try:
+            return self._whole_texts[token_id]
+        except KeyError:
+            text = self.decode([token_id], skip_special_tokens=False) if self._backend.joins_bytes else None
+            whole_text = self._whole_texts[token_id] = None if text is None or REPLACEMENT in text else text
+            return whole_text
 
     def token_to_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
