@@ -152,9 +152,9 @@ class BlockManager:
         None if too few blocks are free, and then nothing has changed.
         """
         block_ids = self._table(seq_id).block_ids
-        num_missing = self.num_blocks_for(num_tokens) - len(block_ids)
-        if num_missing <= 0:
+        if num_tokens <= len(block_ids) * self.block_size:
             return ()
+        num_missing = self.num_blocks_for(num_tokens) - len(block_ids)
         if num_missing > len(self._free):
             return None
         new = tuple([self._take_free_block() for _ in range(num_missing)])

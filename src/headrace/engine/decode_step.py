@@ -24,6 +24,7 @@ made as quickly as it is run."""
 
 @dataclass(frozen=True, kw_only=True)
 class _Layers:
+    num_seqs: int
     recording: Recording
     hidden_states: Tensor
 
@@ -66,6 +67,8 @@ class DecodeStep:
         """What the rows of block_tables were copied from: tables grow once in many steps."""
         self._layers: dict[int, _Layers] = {}
         self._heads: dict[int, _Head] = {}
+        self._last: _Layers | None = None
+        """What has run last and could be replayed."""
 
     @property
     def obstacle(self) -> str | None:
@@ -85,17 +88,17 @@ class DecodeStep:
             return self._forward(self._batch(num_seqs))
         else:
             layers.recording.replay()
+        self._last = layers if layers.recording.replay is not None else None
         return layers.hidden_states
 
     def logits(self, hidden_states: Tensor) -> Logits | None:
         """Logits of what the last run returned, valid until the next one; None of anything that was not replayed."""
-        num_seqs = hidden_states.shape[0]
-        layers = self._layers.get(num_seqs)
-        if layers is None or layers.hidden_states is not hidden_states or layers.recording.replay is None:
+        last = self._last
+        if last is None or last.hidden_states is not hidden_states:
             return None
-        head = self._heads.get(num_seqs)
+        head = self._heads.get(last.num_seqs)
         if head is None:
-            head = self._heads[num_seqs] = self._record_head(hidden_states)
+            head = self._heads[last.num_seqs] = self._record_head(hidden_states)
         elif head.recording.replay is None:
             return None
         else:
@@ -105,7 +108,7 @@ class DecodeStep:
     def _record_layers(self, num_seqs: int) -> _Layers:
         batch = self._batch(num_seqs)
         hidden_states, recording = self._kernels.record(lambda: self._forward(batch))
-        return _Layers(recording=recording, hidden_states=hidden_states)
+        return _Layers(num_seqs=num_seqs, recording=recording, hidden_states=hidden_states)
 
     def _record_head(self, hidden_states: Tensor) -> _Head:
         def run() -> tuple[Tensor, Tensor, Tensor]:

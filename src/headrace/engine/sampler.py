@@ -9,7 +9,7 @@ position i is a pure function of (seed, i). Rows are read on the host by numpy, 
 several times faster than torch's on a CPU. Logits on a GPU come to the host for rows that need more.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import NamedTuple
@@ -94,9 +94,9 @@ class Sampler:
         host = HostLogits(logits)
         if largest is None:
             host.check(len(rows))
-            candidates = host.largest()
+            candidates: Iterable[tuple[int, float]] = host.largest()
         else:
-            candidates = list(zip(largest.token_ids.tolist(), largest.logits.tolist(), strict=True))
+            candidates = zip(largest.token_ids.tolist(), largest.logits.tolist(), strict=True)
         self._counts = {row.seq_id: self._counts_of(row) for row in rows if row.has_penalties}
         sampled: list[SampledToken] = []
         failed: dict[int, str] = {}

@@ -257,14 +257,8 @@ class Scheduler:
             if new_block_ids is None:
                 continue
             draft.decodes.append(
-                ScheduledChunk(
-                    seq_id=sequence.seq_id,
-                    start=num_tokens - 1,
-                    num_tokens=1,
-                    new_block_ids=new_block_ids,
-                    resets_blocks=False,
-                    samples=True,
-                )
+                # By position: names would cost a seventh of the loop.
+                ScheduledChunk(sequence.seq_id, num_tokens - 1, 1, new_block_ids, False, True)
             )
             # The last token of a prompt may come alone, too.
             draft.num_decode_tokens += num_tokens > sequence.num_prompt_tokens

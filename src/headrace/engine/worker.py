@@ -26,6 +26,7 @@ class _WorkerSequence:
     """sampling: what the sampler sees of the sequence; its output_token_ids are the list here, which grows."""
 
     new: NewSequence
+    scores_prompt: bool
     output_token_ids: list[int]
     sampling: SamplingRow
     block_table: BlockTable = field(default_factory=BlockTable)
@@ -81,7 +82,12 @@ class Worker:
             output_token_ids=output_token_ids,
             eos_token_ids=self._eos_token_ids,
         )
-        return _WorkerSequence(new=new, output_token_ids=output_token_ids, sampling=sampling)
+        return _WorkerSequence(
+            new=new,
+            scores_prompt=new.params.prompt_logprobs is not None,
+            output_token_ids=output_token_ids,
+            sampling=sampling,
+        )
 
     def _row(self, chunk: ScheduledChunk) -> Row:
         sequence = self._sequences[chunk.seq_id]
@@ -90,14 +96,14 @@ class Worker:
         if chunk.new_block_ids:
             sequence.block_table.extend(chunk.new_block_ids)
         token_ids = sequence.tokens(chunk.start, chunk.start + chunk.num_tokens)
-        return Row(token_ids=token_ids, start=chunk.start, block_table=sequence.block_table.ids)
+        return Row(token_ids, chunk.start, sequence.block_table.ids)
 
     def _sample(self, plan: StepPlan, hidden_states: Tensor) -> StepResult:
         last_rows, sampling, prompts, failed = [], [], [], {}
         row = 0
         for chunk in plan.chunks:
             sequence = self._sequences[chunk.seq_id]
-            if sequence.new.params.prompt_logprobs is not None:
+            if sequence.scores_prompt:
                 try:
                     prompts += self._prompt_logprobs(chunk, sequence, hidden_states[row : row + chunk.num_tokens])
                 except KernelError as error:
@@ -113,7 +119,7 @@ class Worker:
             hidden_states = hidden_states[last_rows]
         logits, largest = self._runner.logits(hidden_states)
         outcome = self._sampler.sample(logits, sampling, largest)
-        return StepResult(sampled=outcome.sampled, prompt_logprobs=tuple(prompts), failed={**outcome.failed, **failed})
+        return StepResult(outcome.sampled, tuple(prompts), {**outcome.failed, **failed})
 
     def _prompt_logprobs(
         self, chunk: ScheduledChunk, sequence: _WorkerSequence, hidden_states: Tensor
