@@ -11,6 +11,7 @@ from torch import Tensor
 from headrace.config import EngineConfig, SamplingParams, SoftmaxScheme
 from headrace.engine.engine import Engine
 from headrace.engine.load import LoadedModel, load_model
+from headrace.engine.softmax import SwitchableAttention
 from headrace.errors import ConfigError
 from headrace.kernels import AttentionSpec, Kernels, KvCache, Recording, SoftmaxCounts
 from headrace.models.softmax_calibration import LayerChoice, LogitRange, choose_layers
@@ -91,18 +92,12 @@ class LogitObserver:
         return min(max(value, self._least), self._largest)
 
 
-class _ObservedAttention:
-    """The attention op, with an eye on its logits first and with chosen softmaxes later.
-
-    Layers are told apart by their KV caches, and in order because a first pass meets them so.
-    """
+class _ObservedAttention(SwitchableAttention):
+    """With an eye on its logits as long as no softmax is chosen."""
 
     def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
-        self.kv_caches: list[KvCache] = []
+        super().__init__(kernels)
         self.observers: list[LogitObserver] = []
-        self.choices: Sequence[LayerChoice] | None = None
-        self._layer_of: dict[int, int] = {}
 
     def __call__(
         self,
@@ -113,22 +108,18 @@ class _ObservedAttention:
         cu_seqlens_q: Tensor,
         spec: AttentionSpec,
     ) -> Tensor:
-        layer = self._layer(kv_cache)
-        if self.choices is not None:
-            spec = replace(spec, softmax=self.choices[layer].softmax)
-        else:
-            bounds = cu_seqlens_q.tolist()
+        if self.softmax is None:
+            observer, bounds = self._observer(kv_cache), cu_seqlens_q.tolist()
             for i, context_len in enumerate(context_lens.tolist()):
                 rows = query[bounds[i] : bounds[i + 1]]
-                _observe(self.observers[layer], self._kernels, rows, kv_cache, block_tables[i], context_len, spec)
-        return self._kernels.attention(query, kv_cache, block_tables, context_lens, cu_seqlens_q, spec)
+                _observe(observer, self._kernels, rows, kv_cache, block_tables[i], context_len, spec)
+        return super().__call__(query, kv_cache, block_tables, context_lens, cu_seqlens_q, spec)
 
-    def _layer(self, kv_cache: KvCache) -> int:
-        if id(kv_cache) not in self._layer_of:
-            self._layer_of[id(kv_cache)] = len(self.kv_caches)
-            self.kv_caches.append(kv_cache)
+    def _observer(self, kv_cache: KvCache) -> LogitObserver:
+        layer = self._layer(kv_cache)
+        if layer == len(self.observers):
             self.observers.append(LogitObserver())
-        return self._layer_of[id(kv_cache)]
+        return self.observers[layer]
 
 
 def calibrate(
@@ -173,16 +164,10 @@ def calibrate(
     choices = choose_layers(layers, max_model_len=model.plan.max_model_len, cache_format=model.kv_cache_format)
     counts = None
     if can_choose:
-        before = [cache.softmax_counts() for cache in attention.kv_caches]
-        attention.choices = choices
+        before = attention.counts()
+        attention.softmax = tuple(choice.softmax for choice in choices)
         run(len(windows))
-        after = [cache.softmax_counts() for cache in attention.kv_caches]
-        counts = tuple(
-            SoftmaxCounts(
-                num_rows=b.num_rows - a.num_rows, num_recomputed_rows=b.num_recomputed_rows - a.num_recomputed_rows
-            )
-            for a, b in zip(before, after, strict=True)
-        )
+        counts = tuple(after.since(earlier) for earlier, after in zip(before, attention.counts(), strict=True))
     return Calibration(layers=layers, choices=choices, counts=counts, num_tokens=sum(map(len, windows)))
 
 

@@ -1,10 +1,14 @@
 """Which softmax each layer's attention uses: what the user asked for, with what is known of the model."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from headrace.config import KvCacheFormat, Softmax, SoftmaxScheme
 from headrace.errors import ConfigError
-from headrace.kernels import Kernels, SoftmaxSpec
+from headrace.kernels import AttentionSpec, Kernels, KvCache, SoftmaxCounts, SoftmaxSpec
 from headrace.models.softmax_calibration import FILE_NAME, choose_layers, load_calibration
 
 
@@ -33,3 +37,43 @@ def resolve_softmax(
             choices = choose_layers(layers, max_model_len=max_model_len, cache_format=cache_format)
             return tuple(layer.softmax for layer in choices)
     return (SoftmaxSpec(scheme=scheme),) * num_layers
+
+
+class SwitchableAttention:
+    """The attention op of one model, whose softmax can be changed while the model is in use.
+
+    Layers are told apart by their KV caches, and in order because a first pass meets them so. A recorded step keeps
+    the softmax it was recorded with.
+
+    softmax: for each layer; None leaves each what its model was built with.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._layer_of: dict[int, int] = {}
+        self._kv_caches: list[KvCache] = []
+        self.softmax: Sequence[SoftmaxSpec] | None = None
+
+    def __call__(
+        self,
+        query: Tensor,
+        kv_cache: KvCache,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        layer = self._layer(kv_cache)
+        if self.softmax is not None:
+            spec = replace(spec, softmax=self.softmax[layer])
+        return self._kernels.attention(query, kv_cache, block_tables, context_lens, cu_seqlens_q, spec)
+
+    def counts(self) -> tuple[SoftmaxCounts, ...]:
+        """For each layer met so far."""
+        return tuple(cache.softmax_counts() for cache in self._kv_caches)
+
+    def _layer(self, kv_cache: KvCache) -> int:
+        layer = self._layer_of.setdefault(id(kv_cache), len(self._kv_caches))
+        if layer == len(self._kv_caches):
+            self._kv_caches.append(kv_cache)
+        return layer

@@ -34,6 +34,12 @@ class SoftmaxCounts:
     num_rows: int = 0
     num_recomputed_rows: int = 0
 
+    def since(self, earlier: "SoftmaxCounts") -> "SoftmaxCounts":
+        return SoftmaxCounts(
+            num_rows=self.num_rows - earlier.num_rows,
+            num_recomputed_rows=self.num_recomputed_rows - earlier.num_recomputed_rows,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseKvCache:

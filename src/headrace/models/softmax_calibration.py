@@ -65,8 +65,15 @@ def sound_interval(*, num_keys: int, largest_value: float, cache_format: KvCache
     return low, min(126 * math.log(2), 128 * math.log(2) - log_value) - log_keys
 
 
+def asynchronized_spec(logits: LogitRange, *, max_model_len: int, cache_format: KvCacheFormat) -> SoftmaxSpec:
+    """The middle of the row maxima comes to lie in the middle of the sound interval, whether or not they all fit."""
+    low, high = sound_interval(num_keys=max_model_len, largest_value=logits.largest_value, cache_format=cache_format)
+    unified_max = (logits.least_row_max + logits.largest_row_max - low - high) / 2
+    return SoftmaxSpec(scheme=SoftmaxScheme.ASYNCHRONIZED, unified_max=unified_max)
+
+
 def choose_layer(logits: LogitRange, *, max_model_len: int, cache_format: KvCacheFormat) -> LayerChoice:
-    """The middle of the row maxima comes to lie in the middle of the sound interval."""
+    """Asynchronized where all row maxima fit into the sound interval with a margin on both sides."""
     low, high = sound_interval(num_keys=max_model_len, largest_value=logits.largest_value, cache_format=cache_format)
     span, room = logits.largest_row_max - logits.least_row_max, max(0.0, high - low - 2 * MARGIN)
     if span > room:
@@ -75,11 +82,8 @@ def choose_layer(logits: LogitRange, *, max_model_len: int, cache_format: KvCach
             f"float32 has room for {room:.1f}"
         )
         return LayerChoice(softmax=SoftmaxSpec(), safe_row_max=None, reason=reason)
-    unified_max = (logits.least_row_max + logits.largest_row_max - low - high) / 2
-    return LayerChoice(
-        softmax=SoftmaxSpec(scheme=SoftmaxScheme.ASYNCHRONIZED, unified_max=unified_max),
-        safe_row_max=(unified_max + low, unified_max + high),
-    )
+    softmax = asynchronized_spec(logits, max_model_len=max_model_len, cache_format=cache_format)
+    return LayerChoice(softmax=softmax, safe_row_max=(softmax.unified_max + low, softmax.unified_max + high))
 
 
 def choose_layers(
