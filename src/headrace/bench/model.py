@@ -49,12 +49,12 @@ def measure_speed(engine: Engine, settings: BenchSettings, on_start: Callable[[s
         if length in settings.prefill_tokens:
             speed.prefill_s[length] = min(r.prefill_s for r in rounds)
         if num_steps:
-            speed.decode_step_s[length] = min(r.decode_s for r in rounds) / num_steps
+            speed.decode_step_s[length] = min(r.step_s for r in rounds)
     for size in settings.batch_sizes:
         rounds = _rounds(
             runner, (size, BATCH_CONTEXT_LEN, BATCH_STEPS), settings.num_rounds, f"batch of {size}", on_start
         )
-        speed.batch_step_s[size] = min(r.decode_s * size / r.num_decode_tokens for r in rounds)
+        speed.batch_step_s[size] = min(r.step_s for r in rounds)
     return speed
 
 

@@ -18,10 +18,16 @@ from headrace.errors import ConfigError, RequestError
 class RoundTimes:
     """num_prompt_tokens and num_decode_tokens are over all sequences of the round."""
 
+    num_seqs: int
     num_prompt_tokens: int
     prefill_s: float
     num_decode_tokens: int
     decode_s: float
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a decode step, which makes one token for each sequence."""
+        return self.decode_s * self.num_seqs / self.num_decode_tokens
 
 
 class RoundRunner:
@@ -29,11 +35,16 @@ class RoundRunner:
 
     Every prompt is new random token ids, so that the prefix cache never has any of it; a round in which it does is an
     error. Requests decode greedily and ignore the end of sequence, and are aborted when a round is over.
+
+    repeats_prompts: the same random prompts in every round instead, for who measures decoding alone: the prefix cache
+        has all but the end of them, and a long context costs its prefill once.
     """
 
-    def __init__(self, engine: Engine, seed: int = 0) -> None:
+    def __init__(self, engine: Engine, seed: int = 0, *, repeats_prompts: bool = False) -> None:
         self._engine = engine
+        self._seed = seed
         self._random = np.random.default_rng(seed)
+        self._repeats_prompts = repeats_prompts
         self._ids = count()
 
     def run(self, num_seqs: int, context_len: int, num_steps: int) -> RoundTimes:
@@ -46,6 +57,8 @@ class RoundRunner:
             RequestError: the cache had a prompt, or a sequence ended before the round did.
         """
         self._check_room(num_seqs, context_len + num_steps + 1)
+        if self._repeats_prompts:
+            self._random = np.random.default_rng(self._seed)
         request_ids = [self._add(context_len) for _ in range(num_seqs)]
         try:
             start = time.perf_counter()
@@ -55,9 +68,10 @@ class RoundRunner:
             end = time.perf_counter()
         finally:
             num_cached_tokens = self._abort(request_ids)
-        if num_cached_tokens:
+        if num_cached_tokens and not self._repeats_prompts:
             raise RequestError(f"{num_cached_tokens} prompt tokens came from the cache; prefill was not measured")
         return RoundTimes(
+            num_seqs=num_seqs,
             num_prompt_tokens=num_seqs * context_len,
             prefill_s=middle - start,
             num_decode_tokens=num_decode_tokens,

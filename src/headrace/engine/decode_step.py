@@ -77,6 +77,11 @@ class DecodeStep:
         tried += [head.recording for head in self._heads.values()]
         return next((recording.obstacle for recording in tried if recording.obstacle), None)
 
+    def forget(self) -> None:
+        """Record anew from now on: a recording keeps the implementations that were chosen when it was made."""
+        self._layers.clear()
+        self._heads.clear()
+
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states [num_seqs, hidden_size], valid until the next run."""
         self._fill(rows)

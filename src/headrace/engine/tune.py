@@ -57,14 +57,25 @@ def look_up_dataflow(kernels: Kernels, choice: DataflowChoice, num_threads: int)
 
 
 def prepare_dataflow(
-    kernels: Kernels, weights: LinearWeights, choice: DataflowChoice, num_threads: int, *, show_progress: bool
+    kernels: Kernels,
+    weights: LinearWeights,
+    choice: DataflowChoice,
+    num_threads: int,
+    *,
+    show_progress: bool,
+    min_weight_bytes: int | None = None,
 ) -> None:
-    """`look_up_dataflow`, and quickly measure what is not known."""
+    """`look_up_dataflow`, and quickly measure what is not known.
+
+    min_weight_bytes: a smaller model is not measured; None leaves out those too small to gain.
+    """
+    if min_weight_bytes is None:
+        min_weight_bytes = _MIN_WEIGHT_BYTES
     cache, dataflow = look_up_dataflow(kernels, choice, num_threads), kernels.dataflow
     if cache is None or dataflow is None:
         return
     missing = [shape for shape in weights.by_shape if shape not in dataflow.tuned]
-    if missing and weights.num_bytes >= _MIN_WEIGHT_BYTES:
+    if missing and weights.num_bytes >= min_weight_bytes:
         measured = dict(
             measure_shapes(
                 kernels, weights, missing, rows=_QUICK_ROWS, rounds=_QUICK_ROUNDS, show_progress=show_progress
