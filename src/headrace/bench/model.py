@@ -22,10 +22,6 @@ class BenchSettings:
     batch_sizes: tuple[int, ...] = (1, 4, 8, 16)
     num_rounds: int = 3
 
-    @property
-    def longest_context(self) -> int:
-        return max((*self.prefill_tokens, *self.context_lens))
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpeed:

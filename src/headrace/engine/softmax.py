@@ -1,7 +1,7 @@
 """Which softmax each layer's attention uses: what the user asked for, with what is known of the model."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -9,7 +9,11 @@ from torch import Tensor
 from headrace.config import KvCacheFormat, Softmax, SoftmaxScheme
 from headrace.errors import ConfigError
 from headrace.kernels import AttentionSpec, Kernels, KvCache, SoftmaxCounts, SoftmaxSpec
-from headrace.models.softmax_calibration import FILE_NAME, choose_layers, load_calibration
+from headrace.models.softmax_calibration import FILE_NAME, asynchronized_spec, choose_layers, load_calibration
+
+DEFAULT_SCHEME = SoftmaxScheme.SYNCHRONIZED
+"""What `auto` stands for: it suits every model, and on CPUs no other scheme has been measured to gain from giving that
+up (docs/benchmarks.md)."""
 
 
 def resolve_softmax(
@@ -27,7 +31,7 @@ def resolve_softmax(
         ConfigError: a scheme that these kernels lack.
         CheckpointError: a calibration that cannot be used.
     """
-    scheme = SoftmaxScheme.SYNCHRONIZED if choice is Softmax.AUTO else SoftmaxScheme(choice.value)
+    scheme = DEFAULT_SCHEME if choice is Softmax.AUTO else SoftmaxScheme(choice.value)
     if scheme not in kernels.softmax_schemes:
         allowed = ", ".join(known.value for known in kernels.softmax_schemes)
         raise ConfigError(f"softmax is '{scheme.value}', which these kernels lack; allowed: auto, {allowed}")
@@ -37,6 +41,40 @@ def resolve_softmax(
             choices = choose_layers(layers, max_model_len=max_model_len, cache_format=cache_format)
             return tuple(layer.softmax for layer in choices)
     return (SoftmaxSpec(scheme=scheme),) * num_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForcedSoftmax:
+    """softmax: asynchronized, for each layer.
+
+    num_layers_off: of them the calibration would have left synchronized; None without a calibration, and then all
+        subtract 0.
+    """
+
+    softmax: tuple[SoftmaxSpec, ...]
+    num_layers_off: int | None
+
+
+def force_asynchronized(
+    folder: Path, *, num_layers: int, max_model_len: int, cache_format: KvCacheFormat
+) -> ForcedSoftmax:
+    """The asynchronized softmax for every layer, also for those whose rows it does not suit, to measure it.
+
+    Raises:
+        CheckpointError: a calibration that cannot be used.
+    """
+    layers = load_calibration(folder / FILE_NAME, num_layers=num_layers)
+    if layers is None:
+        return ForcedSoftmax(
+            softmax=(SoftmaxSpec(scheme=SoftmaxScheme.ASYNCHRONIZED),) * num_layers, num_layers_off=None
+        )
+    choices = choose_layers(layers, max_model_len=max_model_len, cache_format=cache_format)
+    return ForcedSoftmax(
+        softmax=tuple(
+            asynchronized_spec(layer, max_model_len=max_model_len, cache_format=cache_format) for layer in layers
+        ),
+        num_layers_off=sum(choice.reason is not None for choice in choices),
+    )
 
 
 class SwitchableAttention:

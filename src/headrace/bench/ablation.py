@@ -1,0 +1,184 @@
+"""The ideas of FlashDecoding++ (arXiv:2311.01282), each switched off in turn in one loaded model.
+
+Weights and KV cache are the same for all variants; what differs is the softmax of attention and the points where a
+linear layer changes from one implementation to the next. Variants take turns within a round, which begins with another
+one each time, so that a busy moment of the machine falls on all.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from headrace.bench.model import BATCH_CONTEXT_LEN, BATCH_STEPS, BenchSettings, ModelSpeed
+from headrace.bench.rounds import RoundRunner
+from headrace.config import DataflowChoice, EngineConfig, Softmax, SoftmaxScheme
+from headrace.engine.engine import Engine
+from headrace.engine.load import LoadedModel, load_model
+from headrace.engine.softmax import ForcedSoftmax, SwitchableAttention, force_asynchronized
+from headrace.engine.tune import prepare_dataflow
+from headrace.engine.worker import Worker
+from headrace.errors import ConfigError
+from headrace.kernels import Kernels, SoftmaxCounts, SoftmaxSpec
+from headrace.kernels.dataflow import DEFAULT_INFLECTIONS
+from headrace.kernels.tuning import Inflections, LinearShape
+from headrace.models.hub import resolve_model_folder
+
+_WARM_UP_STEPS = 2
+"""The first one after a change is recorded."""
+
+_NEVER = 2**31
+"""More rows than any layer gets."""
+
+
+def _as_measured(measured: Inflections) -> Inflections:
+    return measured
+
+
+def _gemv_for_flat(measured: Inflections) -> Inflections:
+    return replace(measured, flat_gemm_from=measured.gemm_from)
+
+
+def _gemm_for_flat(measured: Inflections) -> Inflections:
+    return replace(measured, gemm_from=measured.flat_gemm_from)
+
+
+def _by_default(_: Inflections) -> Inflections:
+    return DEFAULT_INFLECTIONS
+
+
+def _flat_for_all(_: Inflections) -> Inflections:
+    return Inflections(flat_gemm_from=1, gemm_from=_NEVER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to run the model.
+
+    idea: the one that is switched off; None for the baseline, which has all of them.
+    inflections: from the points measured for a shape to those used.
+    """
+
+    key: str
+    idea: str | None
+    label: str
+    softmax: SoftmaxScheme = SoftmaxScheme.ASYNCHRONIZED
+    inflections: Callable[[Inflections], Inflections] = _as_measured
+
+
+BASELINE = Variant(key="all", idea=None, label="all three on")
+VARIANTS = (
+    BASELINE,
+    Variant(
+        key="synchronized",
+        idea="asynchronized softmax",
+        label="synchronized softmax",
+        softmax=SoftmaxScheme.SYNCHRONIZED,
+    ),
+    Variant(key="lazy", idea="asynchronized softmax", label="lazy softmax", softmax=SoftmaxScheme.LAZY),
+    Variant(key="gemv", idea="flat GEMM", label="GEMV in its place", inflections=_gemv_for_flat),
+    Variant(key="gemm", idea="flat GEMM", label="GEMM in its place", inflections=_gemm_for_flat),
+    Variant(key="default", idea="heuristic dataflow", label="default points", inflections=_by_default),
+    Variant(key="flat_gemm", idea="heuristic dataflow", label="flat GEMM for every M", inflections=_flat_for_all),
+)
+
+
+class Switchboard:
+    """Turns one loaded model from variant to variant."""
+
+    def __init__(self, model: LoadedModel, attention: SwitchableAttention, asynchronized: ForcedSoftmax) -> None:
+        assert model.kernels.dataflow is not None, "the loader has asked for it"
+        assert isinstance(model.executor, Worker)
+        self.model = model
+        self.asynchronized = asynchronized
+        self._attention, self._worker, self._dataflow = attention, model.executor, model.kernels.dataflow
+        self._measured = dict(self._dataflow.tuned)
+
+    @property
+    def inflections(self) -> Mapping[LinearShape, Inflections]:
+        """What was measured for the shapes of this model."""
+        return {shape: self._measured[shape].inflections for shape in self.model.linear_weights.by_shape}
+
+    def set(self, variant: Variant) -> None:
+        self._dataflow.tuned = {
+            shape: replace(tuned, inflections=variant.inflections(tuned.inflections))
+            for shape, tuned in self._measured.items()
+        }
+        others = (SoftmaxSpec(scheme=variant.softmax),) * self.model.config.num_hidden_layers
+        is_asynchronized = variant.softmax is SoftmaxScheme.ASYNCHRONIZED
+        self._attention.softmax = self.asynchronized.softmax if is_asynchronized else others
+        self._worker.decode_step.forget()
+
+    def counts(self) -> SoftmaxCounts:
+        """Rows of all layers since the model was loaded."""
+        counts = self._attention.counts()
+        return SoftmaxCounts(
+            num_rows=sum(count.num_rows for count in counts),
+            num_recomputed_rows=sum(count.num_recomputed_rows for count in counts),
+        )
+
+
+def load_switchboard(config: EngineConfig) -> Switchboard:
+    """Load a model that can be switched, and measure its linear layers where that has not been done.
+
+    Raises:
+        ConfigError: kernels that have nothing to switch.
+        CheckpointError: the model cannot be loaded.
+    """
+    attentions: list[SwitchableAttention] = []
+
+    def change(kernels: Kernels) -> Kernels:
+        if kernels.dataflow is None or SoftmaxScheme.ASYNCHRONIZED not in kernels.softmax_schemes:
+            raise ConfigError(
+                "there is nothing to switch off: without native kernels attention and linear layers have one "
+                "implementation each; `headrace info` says why there are none"
+            )
+        attentions.append(SwitchableAttention(kernels))
+        return replace(kernels, attention=attentions[0])
+
+    config = replace(config, dataflow=DataflowChoice.DEFAULT, softmax=Softmax.SYNCHRONIZED)
+    model = load_model(config, change_kernels=change)
+    prepare_dataflow(
+        model.kernels,
+        model.linear_weights,
+        DataflowChoice.MEASURED,
+        model.plan.num_threads,
+        show_progress=config.load.show_progress,
+        min_weight_bytes=0,
+    )
+    asynchronized = force_asynchronized(
+        resolve_model_folder(config.load.model, config.load.revision, config.load.show_progress),
+        num_layers=model.config.num_hidden_layers,
+        max_model_len=model.plan.max_model_len,
+        cache_format=model.kv_cache_format,
+    )
+    return Switchboard(model, attentions[0], asynchronized)
+
+
+def measure_ablation(
+    switchboard: Switchboard,
+    settings: BenchSettings,
+    on_start: Callable[[str], None],
+    variants: Sequence[Variant] = VARIANTS,
+) -> dict[str, ModelSpeed]:
+    """Decode steps of every variant, by its key; `on_start` hears of each turn before it begins."""
+    runner = RoundRunner(Engine(switchboard.model), repeats_prompts=True)
+    speeds = {variant.key: ModelSpeed() for variant in variants}
+
+    def best_step_s(shape: tuple[int, int, int], name: str) -> dict[str, float]:
+        num_seqs, best = shape[0], dict.fromkeys(speeds, float("inf"))
+        for i in range(settings.num_rounds):
+            first = i % len(variants)
+            for variant in (*variants[first:], *variants[:first]):
+                on_start(f"{name}, round {i + 1} of {settings.num_rounds}, {variant.label}")
+                switchboard.set(variant)
+                runner.run(num_seqs, BATCH_CONTEXT_LEN, _WARM_UP_STEPS)
+                best[variant.key] = min(best[variant.key], runner.run(*shape).step_s)
+        return best
+
+    for length in settings.context_lens:
+        for key, step_s in best_step_s((1, length, settings.decode_tokens), f"context of {length}").items():
+            speeds[key].decode_step_s[length] = step_s
+    for size in settings.batch_sizes:
+        for key, step_s in best_step_s((size, BATCH_CONTEXT_LEN, BATCH_STEPS), f"batch of {size}").items():
+            speeds[key].batch_step_s[size] = step_s
+    switchboard.set(BASELINE)
+    return speeds
