@@ -33,8 +33,8 @@ def _as_measured(measured: Inflections) -> Inflections:
     return measured
 
 
-def _gemv_for_flat(measured: Inflections) -> Inflections:
-    return replace(measured, flat_gemm_from=measured.gemm_from)
+def _gemv_for_all(_: Inflections) -> Inflections:
+    return Inflections(flat_gemm_from=_NEVER, gemm_from=_NEVER)
 
 
 def _gemm_for_flat(measured: Inflections) -> Inflections:
@@ -74,7 +74,7 @@ VARIANTS = (
         softmax=SoftmaxScheme.SYNCHRONIZED,
     ),
     Variant(key="lazy", idea="asynchronized softmax", label="lazy softmax", softmax=SoftmaxScheme.LAZY),
-    Variant(key="gemv", idea="flat GEMM", label="GEMV in its place", inflections=_gemv_for_flat),
+    Variant(key="gemv", idea="flat GEMM", label="GEMV, row by row", inflections=_gemv_for_all),
     Variant(key="gemm", idea="flat GEMM", label="GEMM in its place", inflections=_gemm_for_flat),
     Variant(key="default", idea="heuristic dataflow", label="default points", inflections=_by_default),
     Variant(key="flat_gemm", idea="heuristic dataflow", label="flat GEMM for every M", inflections=_flat_for_all),
