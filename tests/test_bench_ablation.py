@@ -71,6 +71,7 @@ def run(capsys):
         ("gemm", ("gemv", "gemm", "gemm")),
         ("default", ("gemv", "flat_gemm", "flat_gemm")),
         ("flat_gemm", ("flat_gemm", "flat_gemm", "flat_gemm")),
+        ("again", ("gemv", "flat_gemm", "gemm")),
     ],
 )
 def test_decode_steps_go_to_the_implementations_of_a_variant(switchboard, monkeypatch, key, arms):

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 
 import numpy as np
 
@@ -16,13 +16,14 @@ from headrace.errors import ConfigError, RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTimes:
-    """num_prompt_tokens and num_decode_tokens are over all sequences of the round."""
+    """num_prompt_tokens and num_decode_tokens are over all sequences of the round; best_step_s: of the fastest step."""
 
     num_seqs: int
     num_prompt_tokens: int
     prefill_s: float
     num_decode_tokens: int
     decode_s: float
+    best_step_s: float
 
     @property
     def step_s(self) -> float:
@@ -64,8 +65,10 @@ class RoundRunner:
             start = time.perf_counter()
             self._prefill(request_ids)
             middle = time.perf_counter()
-            num_decode_tokens = sum(self._step() for _ in range(num_steps))
-            end = time.perf_counter()
+            num_decode_tokens, times_s = 0, [middle]
+            for _ in range(num_steps):
+                num_decode_tokens += self._step()
+                times_s.append(time.perf_counter())
         finally:
             num_cached_tokens = self._abort(request_ids)
         if num_cached_tokens and not self._repeats_prompts:
@@ -75,7 +78,8 @@ class RoundRunner:
             num_prompt_tokens=num_seqs * context_len,
             prefill_s=middle - start,
             num_decode_tokens=num_decode_tokens,
-            decode_s=end - middle,
+            decode_s=times_s[-1] - middle,
+            best_step_s=min((end - begin for begin, end in pairwise(times_s)), default=0.0),
         )
 
     def _check_room(self, num_seqs: int, num_tokens: int) -> None:

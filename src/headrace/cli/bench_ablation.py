@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from headrace.bench.model import BenchSettings, ModelSpeed
     from headrace.kernels import SoftmaxCounts
 
-_DEFAULTS = ProtocolDefaults(decode_tokens=16, context_lens=(512, 4096), batch_sizes=(1, 4, 8, 16), rounds=3)
+_DEFAULTS = ProtocolDefaults(decode_tokens=12, context_lens=(512, 4096), batch_sizes=(1, 4, 8, 16), rounds=5)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "All three ideas on is the baseline: asynchronized softmax in every layer, flat GEMM, and the points between\n"
         "GEMV, flat GEMM and GEMM as measured for this model and machine. Then one of them at a time is switched off\n"
-        "in the same loaded model. Variants take turns; each figure is the best of several rounds, in tokens/s, and\n"
-        "in brackets its ratio to the baseline: below 1, the idea wins. Layers that a calibration keeps synchronized\n"
-        "are forced; how many rows were computed again is part of the result."
+        "in the same loaded model. Variants take turns; each figure is that of the fastest step of all rounds, in\n"
+        "tokens/s, and in brackets its ratio to the baseline: below 1, the idea wins. The baseline is measured twice,\n"
+        "to show what is noise. Layers that a calibration keeps synchronized are forced; how many rows were computed\n"
+        "again is part of the result."
     )
     add_protocol_options(parser, _DEFAULTS)
     add_model_options(parser)
@@ -100,7 +101,7 @@ def _table(
             format_rate(rate) + ("" if is_baseline else f" ({rate / baseline[figure]:.2f})")
             for figure, rate in rates.items()
         )
-        rows.append((variant.idea or "nothing", "-" if is_baseline else variant.label + note, *cells))
+        rows.append((variant.idea or "nothing", variant.label + note, *cells))
     yield "decode, tokens/s (ratio to all three on)"
     yield from aligned(rows, num_left=2)
     yield ""
