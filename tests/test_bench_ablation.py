@@ -136,14 +136,15 @@ def test_every_variant_decodes_the_same_tokens(switchboard):
 
 
 @needs_native
-def test_variants_take_turns_and_each_round_begins_with_another(switchboard):
-    started = []
+def test_variants_take_turns_and_each_round_begins_with_another(switchboard, monkeypatch):
+    started, turns = [], []
+    original = type(switchboard).set
+    monkeypatch.setattr(type(switchboard), "set", lambda self, v: turns.append(v.key) or original(self, v))
     settings = BenchSettings(prefill_tokens=(), context_lens=(20,), batch_sizes=(2,), decode_tokens=2, num_rounds=2)
     speeds = measure_ablation(switchboard, settings, started.append)
-    labels = [variant.label for variant in VARIANTS]
-    first = [f"context of 20, round 1 of 2, {label}" for label in labels]
-    second = [f"context of 20, round 2 of 2, {label}" for label in labels[1:] + labels[:1]]
-    assert started[: 2 * len(labels)] == first + second
+    keys = list(BY_KEY)
+    assert started == [f"{name}, round {i} of 2" for name in ("context of 20", "batch of 2") for i in (1, 2)]
+    assert turns == 2 * (keys + keys[1:] + keys[:1]) + ["all"]
     assert speeds.keys() == BY_KEY.keys()
     for speed in speeds.values():
         assert (speed.decode_step_s.keys(), speed.batch_step_s.keys(), speed.prefill_s) == ({20}, {2}, {})
@@ -201,8 +202,8 @@ def test_a_short_model_shortens_contexts_and_says_so(run, model):
     )
     report = json.loads(out)
     assert code == 0
-    assert report["protocol"]["context_lens"] == [96]
-    assert len([remark for remark in report["remarks"] if remark.startswith("--context-lens is 96")]) == 2
+    assert report["protocol"]["context_lens"] == [100 - 8 * 4 - 2]
+    assert len([remark for remark in report["remarks"] if remark.startswith("--context-lens is 66")]) == 2
 
 
 @pytest.mark.parametrize(
@@ -214,6 +215,7 @@ def test_a_short_model_shortens_contexts_and_says_so(run, model):
         (["--context-lens", "--batch-sizes"], "there is nothing to measure"),
         (["--batch-sizes", "64"], "--batch-sizes 64 is above --max-num-seqs"),
         (["--context-lens", "99999"], "do not fit max_model_len"),
+        (["--max-model-len", "30"], "max_model_len is 30; the benchmark needs 34"),
     ],
 )
 @needs_native

@@ -1,15 +1,15 @@
 """The ideas of FlashDecoding++ (arXiv:2311.01282), each switched off in turn in one loaded model.
 
 Weights and KV cache are the same for all variants; what differs is the softmax of attention and the points where a
-linear layer changes from one implementation to the next. Variants take turns within a round, which begins with another
-one each time, so that a busy moment of the machine falls on all; of each one the fastest single step counts. The
-baseline takes part twice: what lies between its two figures is noise.
+linear layer changes from one implementation to the next. Variants take turns at decoding the same sequences, a few
+steps each, so that a busy moment of the machine falls on all; each round begins with another one, and the fastest
+single step counts. The baseline takes part twice: what lies between its two figures is noise.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from headrace.bench.model import BATCH_CONTEXT_LEN, BATCH_STEPS, BenchSettings, ModelSpeed
+from headrace.bench.model import BATCH_CONTEXT_LEN, BenchSettings, ModelSpeed
 from headrace.bench.rounds import RoundRunner
 from headrace.config import DataflowChoice, EngineConfig, Softmax, SoftmaxScheme
 from headrace.engine.engine import Engine
@@ -23,8 +23,8 @@ from headrace.kernels.dataflow import DEFAULT_INFLECTIONS
 from headrace.kernels.tuning import Inflections, LinearShape
 from headrace.models.hub import resolve_model_folder
 
-_WARM_UP_STEPS = 2
-"""The first one after a change is recorded."""
+WARM_UP_STEPS = 2
+"""Of each turn, not timed: the first one after a change is recorded."""
 
 _NEVER = 2**31
 """More rows than any layer gets."""
@@ -161,26 +161,31 @@ def measure_ablation(
     on_start: Callable[[str], None],
     variants: Sequence[Variant] = VARIANTS,
 ) -> dict[str, ModelSpeed]:
-    """Decode steps of every variant, by its key; `on_start` hears of each turn before it begins."""
+    """The fastest decode step of every variant, by its key; `on_start` hears of each round before it begins.
+
+    settings.decode_tokens: steps of a turn.
+    """
     runner = RoundRunner(Engine(switchboard.model), repeats_prompts=True)
     speeds = {variant.key: ModelSpeed() for variant in variants}
+    num_steps = len(variants) * (WARM_UP_STEPS + settings.decode_tokens)
 
-    def best_step_s(shape: tuple[int, int, int], name: str) -> dict[str, float]:
-        num_seqs, best = shape[0], dict.fromkeys(speeds, float("inf"))
+    def fastest_step_s(num_seqs: int, context_len: int, name: str) -> dict[str, float]:
+        best = dict.fromkeys(speeds, float("inf"))
         for i in range(settings.num_rounds):
+            on_start(f"{name}, round {i + 1} of {settings.num_rounds}")
             first = i % len(variants)
-            for variant in (*variants[first:], *variants[:first]):
-                on_start(f"{name}, round {i + 1} of {settings.num_rounds}, {variant.label}")
-                switchboard.set(variant)
-                runner.run(num_seqs, BATCH_CONTEXT_LEN, _WARM_UP_STEPS)
-                best[variant.key] = min(best[variant.key], runner.run(*shape).best_step_s)
+            with runner.prefilled(num_seqs, context_len, num_steps):
+                for variant in (*variants[first:], *variants[:first]):
+                    switchboard.set(variant)
+                    runner.fastest_step_s(WARM_UP_STEPS)
+                    best[variant.key] = min(best[variant.key], runner.fastest_step_s(settings.decode_tokens))
         return best
 
     for length in settings.context_lens:
-        for key, step_s in best_step_s((1, length, settings.decode_tokens), f"context of {length}").items():
+        for key, step_s in fastest_step_s(1, length, f"context of {length}").items():
             speeds[key].decode_step_s[length] = step_s
     for size in settings.batch_sizes:
-        for key, step_s in best_step_s((size, BATCH_CONTEXT_LEN, BATCH_STEPS), f"batch of {size}").items():
+        for key, step_s in fastest_step_s(size, BATCH_CONTEXT_LEN, f"batch of {size}").items():
             speeds[key].batch_step_s[size] = step_s
     switchboard.set(BASELINE)
     return speeds

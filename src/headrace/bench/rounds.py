@@ -1,9 +1,10 @@
 """One round of prefill and decode, timed step by step on the engine itself."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import count
 
 import numpy as np
 
@@ -16,14 +17,13 @@ from headrace.errors import ConfigError, RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTimes:
-    """num_prompt_tokens and num_decode_tokens are over all sequences of the round; best_step_s: of the fastest step."""
+    """num_prompt_tokens and num_decode_tokens are over all sequences of the round."""
 
     num_seqs: int
     num_prompt_tokens: int
     prefill_s: float
     num_decode_tokens: int
     decode_s: float
-    best_step_s: float
 
     @property
     def step_s(self) -> float:
@@ -51,11 +51,31 @@ class RoundRunner:
     def run(self, num_seqs: int, context_len: int, num_steps: int) -> RoundTimes:
         """Prefill `num_seqs` prompts of `context_len` tokens, then decode all of them for `num_steps` steps.
 
+        Raises:
+            ConfigError: as `prefilled`.
+            RequestError: as `prefilled`, or a sequence ended before the round did.
+        """
+        with self.prefilled(num_seqs, context_len, num_steps) as prefill_s:
+            start = time.perf_counter()
+            num_decode_tokens = sum(self._step() for _ in range(num_steps))
+            decode_s = time.perf_counter() - start
+        return RoundTimes(
+            num_seqs=num_seqs,
+            num_prompt_tokens=num_seqs * context_len,
+            prefill_s=prefill_s,
+            num_decode_tokens=num_decode_tokens,
+            decode_s=decode_s,
+        )
+
+    @contextmanager
+    def prefilled(self, num_seqs: int, context_len: int, num_steps: int) -> Iterator[float]:
+        """Sequences with `context_len` tokens of prompt each and room for `num_steps`, and the seconds prefill took.
+
         Prefill ends when every sequence has its first token.
 
         Raises:
             ConfigError: the cache cannot hold all sequences at once; some would wait or be preempted.
-            RequestError: the cache had a prompt, or a sequence ended before the round did.
+            RequestError: the cache had a prompt that was to be measured.
         """
         self._check_room(num_seqs, context_len + num_steps + 1)
         if self._repeats_prompts:
@@ -64,23 +84,24 @@ class RoundRunner:
         try:
             start = time.perf_counter()
             self._prefill(request_ids)
-            middle = time.perf_counter()
-            num_decode_tokens, times_s = 0, [middle]
-            for _ in range(num_steps):
-                num_decode_tokens += self._step()
-                times_s.append(time.perf_counter())
+            yield time.perf_counter() - start
         finally:
             num_cached_tokens = self._abort(request_ids)
         if num_cached_tokens and not self._repeats_prompts:
             raise RequestError(f"{num_cached_tokens} prompt tokens came from the cache; prefill was not measured")
-        return RoundTimes(
-            num_seqs=num_seqs,
-            num_prompt_tokens=num_seqs * context_len,
-            prefill_s=middle - start,
-            num_decode_tokens=num_decode_tokens,
-            decode_s=times_s[-1] - middle,
-            best_step_s=min((end - begin for begin, end in pairwise(times_s)), default=0.0),
-        )
+
+    def fastest_step_s(self, num_steps: int) -> float:
+        """Of so many decode steps of the sequences that are prefilled.
+
+        Raises:
+            RequestError: one of them ended.
+        """
+        best = float("inf")
+        for _ in range(num_steps):
+            start = time.perf_counter()
+            self._step()
+            best = min(best, time.perf_counter() - start)
+        return best
 
     def _check_room(self, num_seqs: int, num_tokens: int) -> None:
         plan = self._engine.model.plan

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from headrace.bench.model import BenchSettings, ModelSpeed
     from headrace.kernels import SoftmaxCounts
 
-_DEFAULTS = ProtocolDefaults(decode_tokens=12, context_lens=(512, 4096), batch_sizes=(1, 4, 8, 16), rounds=5)
+_DEFAULTS = ProtocolDefaults(decode_tokens=4, context_lens=(512, 4096), batch_sizes=(1, 4, 8, 16), rounds=16)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "All three ideas on is the baseline: asynchronized softmax in every layer, flat GEMM, and the points between\n"
         "GEMV, flat GEMM and GEMM as measured for this model and machine. Then one of them at a time is switched off\n"
-        "in the same loaded model. Variants take turns; each figure is that of the fastest step of all rounds, in\n"
+        "in the same loaded model. Variants take turns of a few steps; each figure is of the fastest step of all, in\n"
         "tokens/s, and in brackets its ratio to the baseline: below 1, the idea wins. The baseline is measured twice,\n"
         "to show what is noise. Layers that a calibration keeps synchronized are forced; how many rows were computed\n"
         "again is part of the result."
@@ -41,10 +41,12 @@ def run(args: argparse.Namespace) -> int:
     is_silent = args.json or args.quiet
     config = engine_config(args, show_progress=is_watched() and not is_silent)
     # From here on torch is needed.
-    from headrace.bench.ablation import load_switchboard, measure_ablation
+    from headrace.bench.ablation import VARIANTS, WARM_UP_STEPS, load_switchboard, measure_ablation
 
     switchboard = load_switchboard(config)
-    settings, remarks = resolve_settings(args, _DEFAULTS, switchboard.model.plan)
+    settings, remarks = resolve_settings(
+        args, _DEFAULTS, switchboard.model.plan, num_turns=len(VARIANTS), num_untimed_steps=WARM_UP_STEPS
+    )
     with progress_line(is_shown=not is_silent) as on_start:
         speeds = measure_ablation(switchboard, settings, on_start)
     remarks += _softmax_remarks(switchboard)

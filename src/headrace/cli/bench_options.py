@@ -78,9 +78,16 @@ def check_positive(args: argparse.Namespace) -> None:
 
 
 def resolve_settings(
-    args: argparse.Namespace, defaults: ProtocolDefaults, plan: "EnginePlan"
+    args: argparse.Namespace,
+    defaults: ProtocolDefaults,
+    plan: "EnginePlan",
+    *,
+    num_turns: int = 1,
+    num_untimed_steps: int = 0,
 ) -> "tuple[BenchSettings, list[str]]":
     """What was asked for, as it was; defaults shortened to what the model can hold, with a remark for each.
+
+    num_turns: how often a sequence is decoded for so many tokens; num_untimed_steps: before each time.
 
     Raises:
         ConfigError: something asked for does not fit the model.
@@ -89,11 +96,14 @@ def resolve_settings(
 
     remarks: list[str] = []
     max_len = plan.max_model_len
-    if max_len < BATCH_CONTEXT_LEN + BATCH_STEPS + 2:
-        raise ConfigError(f"max_model_len is {max_len}; the benchmark needs {BATCH_CONTEXT_LEN + BATCH_STEPS + 2}")
-    decode_tokens = args.decode_tokens or min(defaults.decode_tokens, max_len // 2)
+    least = BATCH_CONTEXT_LEN + max(BATCH_STEPS, num_turns * (1 + num_untimed_steps)) + 2
+    if max_len < least:
+        raise ConfigError(f"max_model_len is {max_len}; the benchmark needs {least}")
+    decode_tokens = args.decode_tokens or min(
+        defaults.decode_tokens, max(1, max_len // (2 * num_turns) - num_untimed_steps)
+    )
     # Prefill makes one token, and a sequence that reaches max_model_len ends: the last step must stay below it.
-    longest = max_len - decode_tokens - 2
+    longest = max_len - num_turns * (num_untimed_steps + decode_tokens) - 2
 
     def lengths(option: str, wanted: tuple[int, ...]) -> tuple[int, ...]:
         given = getattr(args, option[2:].replace("-", "_"), None)
