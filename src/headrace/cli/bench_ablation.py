@@ -7,7 +7,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli.bench_options import ProtocolDefaults, add_protocol_options, check_positive, resolve_settings
+from headrace.cli.bench_options import (
+    ProtocolDefaults,
+    add_protocol_options,
+    check_left_out,
+    check_positive,
+    resolve_settings,
+)
 from headrace.cli.environment import machine, versions
 from headrace.cli.options import DEMO, add_model_options, engine_config
 from headrace.cli.progress_line import progress_line
@@ -59,10 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     check_positive(args)
-    for name in ("softmax", "dataflow"):
-        given = getattr(args, name)
-        if given != getattr(EngineConfig, name).value:
-            raise ConfigError(f"--{name} is '{given}'; leave it out, the ablation switches it itself")
+    defaults = {"softmax": EngineConfig.softmax.value, "dataflow": EngineConfig.dataflow.value}
+    check_left_out(args, defaults, "the ablation switches it itself")
     if args.context_lens == [] and args.batch_sizes == []:
         raise ConfigError("--context-lens and --batch-sizes are both empty; there is nothing to measure")
 

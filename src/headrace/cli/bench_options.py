@@ -1,7 +1,7 @@
 """The protocol that benchmarks of a loaded model share: its options, and what of it a model can hold."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,17 @@ def check_positive(args: argparse.Namespace) -> None:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and number < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {number}; it must be at least 1")
+
+
+def check_left_out(args: argparse.Namespace, defaults: Mapping[str, Any], why: str) -> None:
+    """Options that a command sets itself are refused, not overruled.
+
+    Raises:
+        ConfigError: one was given another value than its default.
+    """
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            raise ConfigError(f"--{name.replace('_', '-')} is '{getattr(args, name)}'; leave it out, {why}")
 
 
 def resolve_settings(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.cli.options import add_model_options, engine_config
 from headrace.cli.terminal import aligned, is_watched, note
-from headrace.cli.text_input import read_file
+from headrace.cli.text_input import read_texts
 
 if TYPE_CHECKING:
     from headrace.engine.calibrate import Calibration
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    texts = _texts(args.text)
+    texts = read_texts(args.text)
     args.dataflow, args.softmax = "default", "synchronized"  # neither changes a range
     config = engine_config(args, show_progress=is_watched() and not args.json)
     # From here on torch is needed.
@@ -67,14 +67,6 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(_table(calibration)))
     note(f"kept in {file}")
     return 0
-
-
-def _texts(files: list[str] | None) -> list[str]:
-    if not files:
-        from headrace.calibration_text import calibration_text
-
-        return [calibration_text()]
-    return [read_file(file) for file in files]
 
 
 def _table(calibration: "Calibration") -> Iterator[str]:

@@ -1,8 +1,10 @@
 """Text from arguments, files and pipes: UTF-8 and not empty, or one clear line about what is wrong."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from headrace.calibration_text import calibration_text
 from headrace.errors import ConfigError
 
 
@@ -19,6 +21,15 @@ def read_file(name: str) -> str:
     except OSError as error:
         raise ConfigError(f"cannot read '{name}': {error.strerror or error}") from None
     return check_text(_decode(data, f"'{name}'"), f"'{name}'")
+
+
+def read_texts(files: Sequence[str] | None) -> list[str]:
+    """Each file's text; without files, the plain English inside the package.
+
+    Raises:
+        ConfigError: as `read_file` does.
+    """
+    return [read_file(file) for file in files] if files else [calibration_text()]
 
 
 def check_text(text: str, name: str) -> str:

@@ -1,7 +1,7 @@
 """Runs text through a model and observes what its attention gives to the softmax."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -10,16 +10,14 @@ from torch import Tensor
 
 from headrace.config import EngineConfig, SamplingParams, SoftmaxScheme
 from headrace.engine.engine import Engine
-from headrace.engine.load import LoadedModel, load_model
+from headrace.engine.load import load_model
 from headrace.engine.softmax import SwitchableAttention
+from headrace.engine.text_windows import token_windows
 from headrace.errors import ConfigError
 from headrace.kernels import AttentionSpec, Kernels, KvCache, Recording, SoftmaxCounts
 from headrace.models.softmax_calibration import LayerChoice, LogitRange, choose_layers
 
 T = TypeVar("T")
-
-_MAX_WINDOW_TOKENS = 2048
-"""Text goes through in pieces of a prompt each; its logits grow with the square of a piece."""
 
 _MAX_SCORE_ELEMENTS = 4 * 2**20
 """Logits observed at once (16 MiB of float32)."""
@@ -147,7 +145,7 @@ def calibrate(
     )
     model = load_model(config, change_kernels=observe)
     [attention] = observed
-    windows = list(_windows(model, texts))
+    windows = list(token_windows(model, texts))
     if not windows:
         raise ConfigError("the calibration text is empty; give one of a thousand words or more")
     can_choose = SoftmaxScheme.ASYNCHRONIZED in model.kernels.softmax_schemes
@@ -169,14 +167,6 @@ def calibrate(
         run(len(windows))
         counts = tuple(after.since(earlier) for earlier, after in zip(before, attention.counts(), strict=True))
     return Calibration(layers=layers, choices=choices, counts=counts, num_tokens=sum(map(len, windows)))
-
-
-def _windows(model: LoadedModel, texts: Sequence[str]) -> Iterator[list[int]]:
-    assert model.tokenizer is not None, "it was required"
-    size = max(1, min(_MAX_WINDOW_TOKENS, model.plan.max_model_len - 1))
-    for text in texts:
-        token_ids = model.tokenizer.encode(text)
-        yield from (token_ids[start : start + size] for start in range(0, len(token_ids), size))
 
 
 def _run_window(engine: Engine, token_ids: list[int]) -> None:
