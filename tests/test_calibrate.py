@@ -21,6 +21,7 @@ from headrace.kernels import KernelChoice, SoftmaxSpec, kernel_choice_from, reso
 from headrace.models.softmax_calibration import (
     FILE_NAME,
     LogitRange,
+    asynchronized_spec,
     choose_layer,
     load_calibration,
     save_calibration,
@@ -181,6 +182,39 @@ def test_calibrated_text_recomputes_no_row_and_every_row_is_counted(tiny):
 
 
 @needs_native
+def test_layers_that_are_off_are_forced_to_count_what_they_would_compute_again(own_tiny):
+    """Each row whose maximum lies outside what the constant suits, by transformers in float64, and no other."""
+    scale_queries(own_tiny, 400.0)
+    result = calibrated(own_tiny)
+    rows = float64_logits(own_tiny, (TEXT,))
+    for layer, choice, count, (logits, _) in zip(result.layers, result.choices, result.counts, rows, strict=True):
+        assert choice.reason is not None
+        sizes = {"max_model_len": 8192, "cache_format": KvCacheFormat.FLOAT32}
+        constant = asynchronized_spec(layer, **sizes).unified_max
+        assert constant == pytest.approx(
+            (layer.least_row_max + layer.largest_row_max) / 2
+            - sum(sound_interval(num_keys=8192, largest_value=layer.largest_value, cache_format=sizes["cache_format"]))
+            / 2
+        )
+        # A row is computed again when its sum leaves the floats; the largest logit says so but for log(row length).
+        distance = torch.stack([row.max() for row in logits]) - constant
+        num_outside, num_near = int((distance.abs() > 96).sum()), int((distance.abs() > 60).sum())
+        assert count.num_rows == 4 * result.num_tokens
+        assert 0 < num_outside <= count.num_recomputed_rows <= num_near
+
+
+@needs_native
+def test_recomputed_rows_are_counted_on_other_text(tiny):
+    config = EngineConfig(load=LoadConfig(model=str(tiny)))
+    result = calibrate(config, [TEXT], check_texts=["Two other texts.", "They are short."])
+    tokenizer = headrace.LLM(str(tiny)).engine.model.tokenizer
+    num_checked = sum(len(tokenizer.encode(text)) for text in ("Two other texts.", "They are short."))
+    assert (result.num_tokens, result.num_checked_tokens) == (len(tokenizer.encode(TEXT)), num_checked)
+    assert [count.num_rows for count in result.counts] == [4 * num_checked] * 2
+    assert result.layers == calibrated(tiny).layers
+
+
+@needs_native
 def test_without_a_calibration_rows_far_from_zero_are_computed_again(own_tiny):
     scale_queries(own_tiny, 60.0)
     outputs = {}
@@ -290,6 +324,24 @@ def test_the_command_keeps_ranges_and_shows_a_table(own_tiny, capsys):
     assert [line.split()[0] for line in lines[1:3]] == ["0", "1"]
     layers = load_calibration(own_tiny / FILE_NAME, num_layers=2)
     assert f"{layers[0].least_row_max:.1f} .. {layers[0].largest_row_max:.1f}" in lines[1]
+
+
+@needs_native
+def test_the_command_shows_rates_of_layers_that_are_off(own_tiny, tmp_path, capsys):
+    scale_queries(own_tiny, 400.0)
+    text = tmp_path / "check.txt"
+    text.write_text(TEXT[:400], encoding="utf-8")
+    assert main(["calibrate", "--model", str(own_tiny), "--check-text", str(text)]) == 0
+    out = capsys.readouterr().out
+    first = out.splitlines()[1].split()
+    assert first[0] == "0"
+    assert "off" in first
+    num_tokens = len(headrace.LLM(str(own_tiny)).engine.model.tokenizer.encode(TEXT[:400]))
+    assert first[-1] == str(4 * num_tokens)
+    assert 0 < float(first[-3].rstrip("%")) < 100
+    assert f"of {8 * num_tokens} rows" in out
+    assert f"of {num_tokens} tokens." in out
+    assert "Layers that are off were forced for this count" in out
 
 
 def test_the_command_as_json_with_texts_of_ones_own(own_tiny, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "With --softmax asynchronized attention subtracts a constant from its logits instead of their maximum, which\n"
         "nothing has to wait for. Here text is run through the model to see where the largest logits of its rows lie;\n"
         f"the constant of each layer follows. The ranges are kept in {_FILE_NAME} beside the model and used from then\n"
-        "on. Rows that the constant does not suit are computed again; layers whose rows differ too much\n"
-        "keep the maximum."
+        "on. Rows that the constant does not suit are computed again; layers whose rows differ too much keep the\n"
+        "maximum. A second run, of the same text or of --check-text, has the constants in every layer, those that are\n"
+        "off included, and counts the rows that were computed again."
     )
     parser.add_argument(
         "--text",
         action="append",
         metavar="FILE",
         help="UTF-8 text to run, repeatable (default: some 1500 words of plain English inside the package)",
+    )
+    parser.add_argument(
+        "--check-text",
+        action="append",
+        metavar="FILE",
+        help="UTF-8 text to count recomputed rows on, repeatable (default: the text of the calibration)",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help=f"where to keep the ranges (default: {_FILE_NAME} beside the model)"
@@ -41,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     texts = read_texts(args.text)
+    check_texts = read_texts(args.check_text) if args.check_text else None
     args.dataflow, args.softmax = "default", "synchronized"  # neither changes a range
     config = engine_config(args, show_progress=is_watched() and not args.json)
     # From here on torch is needed.
@@ -58,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
     with Progress(console=Console(stderr=True), disable=not config.load.show_progress, transient=True) as bar:
         task = bar.add_task("running the text", total=None)
         calibration = calibrate(
-            config, texts, on_progress=lambda done, total: bar.update(task, completed=done, total=total)
+            config,
+            texts,
+            check_texts=check_texts,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     save_calibration(calibration.layers, file)
     if args.json:
@@ -80,7 +91,7 @@ def _table(calibration: "Calibration") -> Iterator[str]:
                 _interval(layer.low_quantile, layer.high_quantile),
                 _interval(layer.least_row_max, layer.largest_row_max),
                 f"{choice.softmax.unified_max:.1f}" if is_on else "off",
-                _rate(count) if is_on else "-",
+                _rate(count),
             )
         )
     yield from aligned(rows)
@@ -91,8 +102,18 @@ def _table(calibration: "Calibration") -> Iterator[str]:
         if choice.reason is not None
     )
     yield f"{calibration.num_tokens} tokens; natural logarithms."
+    if calibration.counts is not None:
+        yield from _explain_counts(calibration, calibration.counts)
     if calibration.counts is None:
         yield "These kernels have no asynchronized softmax; another start with native ones will use the ranges."
+
+
+def _explain_counts(calibration: "Calibration", counts: "Sequence[SoftmaxCounts]") -> Iterator[str]:
+    num_rows, num_again = (sum(c.num_rows for c in counts), sum(c.num_recomputed_rows for c in counts))
+    share = num_again / max(1, num_rows)
+    yield f"Computed again: {num_again} of {num_rows} rows ({share:.2%}) of {calibration.num_checked_tokens} tokens."
+    if any(choice.reason is not None for choice in calibration.choices):
+        yield "Layers that are off were forced for this count, with the middle of their row maxima."
 
 
 def _json(calibration: "Calibration", file: Path) -> dict[str, Any]:
@@ -100,6 +121,7 @@ def _json(calibration: "Calibration", file: Path) -> dict[str, Any]:
     return {
         "file": str(file),
         "num_tokens": calibration.num_tokens,
+        "num_checked_tokens": calibration.num_checked_tokens,
         "layers": [
             asdict(layer)
             | {

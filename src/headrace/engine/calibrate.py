@@ -15,7 +15,7 @@ from headrace.engine.softmax import SwitchableAttention
 from headrace.engine.text_windows import token_windows
 from headrace.errors import ConfigError
 from headrace.kernels import AttentionSpec, Kernels, KvCache, Recording, SoftmaxCounts
-from headrace.models.softmax_calibration import LayerChoice, LogitRange, choose_layers
+from headrace.models.softmax_calibration import LayerChoice, LogitRange, asynchronized_spec, choose_layers
 
 T = TypeVar("T")
 
@@ -34,13 +34,15 @@ _LARGEST_BIN = 92 * _STEPS
 class Calibration:
     """layers: what was observed; choices: what follows for the settings of this engine.
 
-    counts: of a second run with these choices; None if the kernels have no asynchronized softmax.
+    counts: of a second run with the asynchronized softmax in every layer, switched off or not; None if the kernels have
+        none. num_checked_tokens: of that run.
     """
 
     layers: tuple[LogitRange, ...]
     choices: tuple[LayerChoice, ...]
     counts: tuple[SoftmaxCounts, ...] | None
     num_tokens: int
+    num_checked_tokens: int
 
 
 class LogitObserver:
@@ -121,10 +123,16 @@ class _ObservedAttention(SwitchableAttention):
 
 
 def calibrate(
-    config: EngineConfig, texts: Sequence[str], *, on_progress: Callable[[int, int], None] | None = None
+    config: EngineConfig,
+    texts: Sequence[str],
+    *,
+    check_texts: Sequence[str] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Load a model, run the texts twice: to observe it, and with the softmaxes chosen from that.
+    """Load a model, run the texts to observe it, and then texts with the constants that follow, to count the rows which
+    those do not suit.
 
+    check_texts: of the second run; None takes the same texts.
     on_progress: called with windows done and windows in all.
 
     Raises:
@@ -149,24 +157,33 @@ def calibrate(
     if not windows:
         raise ConfigError("the calibration text is empty; give one of a thousand words or more")
     can_choose = SoftmaxScheme.ASYNCHRONIZED in model.kernels.softmax_schemes
-    engine, num_runs = Engine(model), 2 if can_choose else 1
+    check_windows = windows if check_texts is None else list(token_windows(model, check_texts))
+    engine, num_windows = Engine(model), len(windows) + (len(check_windows) if can_choose else 0)
 
-    def run(start: int) -> None:
-        for i, window in enumerate(windows, start):
+    def run(some: Sequence[list[int]], num_done: int) -> None:
+        for i, window in enumerate(some, num_done + 1):
             _run_window(engine, window)
             if on_progress is not None:
-                on_progress(i + 1, num_runs * len(windows))
+                on_progress(i, num_windows)
 
-    run(0)
+    run(windows, 0)
     layers = tuple(observer.result() for observer in attention.observers)
-    choices = choose_layers(layers, max_model_len=model.plan.max_model_len, cache_format=model.kv_cache_format)
+    max_model_len, cache_format = model.plan.max_model_len, model.kv_cache_format
     counts = None
     if can_choose:
         before = attention.counts()
-        attention.softmax = tuple(choice.softmax for choice in choices)
-        run(len(windows))
+        attention.softmax = tuple(
+            asynchronized_spec(layer, max_model_len=max_model_len, cache_format=cache_format) for layer in layers
+        )
+        run(check_windows, len(windows))
         counts = tuple(after.since(earlier) for earlier, after in zip(before, attention.counts(), strict=True))
-    return Calibration(layers=layers, choices=choices, counts=counts, num_tokens=sum(map(len, windows)))
+    return Calibration(
+        layers=layers,
+        choices=choose_layers(layers, max_model_len=max_model_len, cache_format=cache_format),
+        counts=counts,
+        num_tokens=sum(map(len, windows)),
+        num_checked_tokens=sum(map(len, check_windows)),
+    )
 
 
 def _run_window(engine: Engine, token_ids: list[int]) -> None:
