@@ -44,8 +44,19 @@ def evaluation(data: dict[str, Any]) -> str:
 
 
 def formats(rows: list[dict[str, Any]]) -> str:
-    cells = [[r["format"], f"{r['weight_bytes'] / 1e6:.2f} MB", f"{r['share_correct']:.1%}"] for r in rows]
-    return markdown(["format", "weights", f"{rows[0]['cases']} held-out sums right"], cells)
+    cells = [
+        [
+            row["format"],
+            f"{row['weight_bytes'] / 1e6:.2f} MB",
+            f"{row['share_correct']:.1%}",
+            f"{row['stories_loss']:.4f}",
+            f"{row['dialogues_loss']:.4f}",
+            f"{row['same_token']:.2%}",
+        ]
+        for row in rows
+    ]
+    sums, losses = f"{rows[0]['cases']} held-out sums right", ["loss, stories", "loss, dialogues"]
+    return markdown(["format", "weights", sums, *losses, "same token as bfloat16"], cells)
 
 
 def bench(data: dict[str, Any]) -> str:
