@@ -12,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from headrace.bench.quality import FORMATS
 from headrace.demo_model import demo_model_path
-from scripts.demo_model import arithmetic, corpus
+from scripts.demo_model import arithmetic, corpus, formats
 from scripts.demo_model.architecture import ModelShape
 from scripts.demo_model.facts import held_out_phrasings, phrasings
 from scripts.demo_model.generation import Oracle
+from scripts.demo_model.held_out import held_out_dialogues, held_out_stories
 from scripts.demo_model.inference_facts import inference_facts
+from scripts.demo_model.measures import held_out_loss
 from scripts.demo_model.stories import any_character, tell
 from scripts.demo_model.training import Trainer, TrainingPlan
 
@@ -141,3 +144,16 @@ def test_shipped_model_adds_held_out_pairs(oracle: Oracle) -> None:
     replies = oracle.ask([f"What is {one} + {other}?" for one, other in pairs])
     correct = [reply == arithmetic.answer(pair) for pair, reply in zip(pairs, replies, strict=True)]
     assert sum(correct) >= 18
+
+
+def test_losses_of_the_float32_format_are_those_of_transformers(oracle: Oracle) -> None:
+    documents = [*(corpus.Document(text=story) for story in held_out_stories(3)), *held_out_dialogues(3)]
+    found = formats.scores(formats.load(FORMATS[0]), documents)
+    expected = held_out_loss(oracle, "all tokens", documents, only_replies=False)
+    assert len(found) == expected.cases
+    assert -sum(score.logprob for score in found) / len(found) == pytest.approx(expected.value, abs=1e-4)
+
+
+def test_held_out_questions_are_the_held_out_pairs() -> None:
+    cases = formats.held_out_questions()
+    assert {answer for _, answer in cases} == {arithmetic.answer(pair) for pair in arithmetic.held_out_pairs()}
