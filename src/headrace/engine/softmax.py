@@ -12,8 +12,7 @@ from headrace.kernels import AttentionSpec, Kernels, KvCache, SoftmaxCounts, Sof
 from headrace.models.softmax_calibration import FILE_NAME, asynchronized_spec, choose_layers, load_calibration
 
 DEFAULT_SCHEME = SoftmaxScheme.SYNCHRONIZED
-"""What `auto` stands for: it suits every model, and on CPUs no other scheme has been measured to gain from giving that
-up (docs/benchmarks.md)."""
+"""What `auto` stands for: it suits every model, and what the others gain on some is little (docs/benchmarks.md)."""
 
 
 def resolve_softmax(
