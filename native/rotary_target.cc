@@ -17,30 +17,47 @@ inline void FromFloat32(float value, uint16_t* out) { *out = ToBfloat16(value); 
 
 constexpr int kChunk = 16;
 
-// Pairs [begin, begin + kCount): stride 1 and distance half, or stride 2 and distance 1.
-template <int kCount, class T>
-inline void RotatePairs(const StoreKvCall& call, const float* cos, const float* sin, int64_t begin, T* head) {
+// How the entries of a pair lie: where pair i begins, and how far its second entry is. As types, since only a stride that
+// is known lets compilers make vectors.
+struct Halves {
+  static constexpr int64_t kStride = 1;
+  static int64_t Distance(const StoreKvCall& call) { return call.half; }
+};
+struct Interleaved {
+  static constexpr int64_t kStride = 2;
+  static int64_t Distance(const StoreKvCall&) { return 1; }
+};
+
+// Pairs [0, kCount).
+template <class Pairs, int kCount, class T>
+inline void RotatePairs(const float* cos, const float* sin, T* first, T* second) {
   float a[kCount], b[kCount];
-  const int64_t stride = call.is_interleaved ? 2 : 1, distance = call.is_interleaved ? 1 : call.half;
-  T* first = head + begin * stride;
-  T* second = first + distance;
   for (int i = 0; i < kCount; ++i) {
-    a[i] = ToFloat32(first[i * stride]);
-    b[i] = ToFloat32(second[i * stride]);
+    a[i] = ToFloat32(first[i * Pairs::kStride]);
+    b[i] = ToFloat32(second[i * Pairs::kStride]);
   }
-  for (int i = 0; i < kCount; ++i) {
-    FromFloat32(a[i] * cos[begin + i] - b[i] * sin[begin + i], first + i * stride);
-    FromFloat32(b[i] * cos[begin + i] + a[i] * sin[begin + i], second + i * stride);
+  for (int i = 0; i < kCount; ++i) FromFloat32(a[i] * cos[i] - b[i] * sin[i], first + i * Pairs::kStride);
+  for (int i = 0; i < kCount; ++i) FromFloat32(b[i] * cos[i] + a[i] * sin[i], second + i * Pairs::kStride);
+}
+
+template <class Pairs, class T>
+void RotateHead(const StoreKvCall& call, int64_t token, T* head) {
+  const float* cos = call.cos + token * call.half;
+  const float* sin = call.sin + token * call.half;
+  T* second = head + Pairs::Distance(call);
+  int64_t i = 0;
+  for (; i + kChunk <= call.half; i += kChunk) {
+    RotatePairs<Pairs, kChunk>(cos + i, sin + i, head + i * Pairs::kStride, second + i * Pairs::kStride);
+  }
+  for (; i < call.half; ++i) {
+    RotatePairs<Pairs, 1>(cos + i, sin + i, head + i * Pairs::kStride, second + i * Pairs::kStride);
   }
 }
 
 template <class T>
 void Rotate(const StoreKvCall& call, int64_t token, T* head) {
-  const float* cos = call.cos + token * call.half;
-  const float* sin = call.sin + token * call.half;
-  int64_t i = 0;
-  for (; i + kChunk <= call.half; i += kChunk) RotatePairs<kChunk>(call, cos, sin, i, head);
-  for (; i < call.half; ++i) RotatePairs<1>(call, cos, sin, i, head);
+  if (call.is_interleaved) return RotateHead<Interleaved>(call, token, head);
+  RotateHead<Halves>(call, token, head);
 }
 
 // max|x| / 127; NaN if an entry is not finite, 0 if it would be no normal number.
