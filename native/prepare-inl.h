@@ -11,18 +11,18 @@ namespace {
 template <class X>
 void QuantizeGroup(const X* x, int offset, int8_t* q, int32_t* start, float* shift) {
   static_assert(kGroup == 2 * kLanes);
-  constexpr uint32_t kTooLarge = (127 + 111) << 23;
-  constexpr uint32_t kTooSmall = (127 - 120) << 23;
+  constexpr uint32_t kTooLarge = 127 + 111;
+  constexpr uint32_t kTooSmall = 127 - 120;
   constexpr uint32_t kUnitShift = 0x4b400000;  // the bits of 1.5 * 2^23
   const F32x16 first = LoadAsFloat32(x), second = LoadAsFloat32(x + kLanes);
-  const uint32_t largest = LargestBits(first, second);
+  const uint32_t largest = LargestExponent(first, second);
   if (largest >= kTooLarge || largest < kTooSmall) {
     memset(q, 0, kGroup);
     *start = static_cast<int32_t>(kUnitShift);
     *shift = FromBits(largest >= kTooLarge ? 0x7fc00000 : kUnitShift);  // NaN, or that of a scale of 1
     return;
   }
-  const uint32_t scale = (largest >> 23) - 6;  // the exponent's bits
+  const uint32_t scale = largest - 6;  // as an exponent's bits
   const float inverse = FromBits((254 - scale) << 23);
   const int32_t sum = RoundToBytes(first, second, inverse, q);
   const uint32_t shift_bits = kUnitShift + ((scale - 127) << 23);

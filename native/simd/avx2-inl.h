@@ -123,6 +123,7 @@ inline uint32_t EqualLanes(const F32x16& a, __m256i magnitude) {
   const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(low)) | _mm256_movemask_ps(_mm256_castsi256_ps(high)) << 8;
   return static_cast<uint32_t>(mask);
 }
+inline uint32_t LargestExponent(const F32x16& a, const F32x16& b) { return LargestBits(a, b) >> 23; }
 inline int FirstOfMagnitude(const F32x16& a, const F32x16& b, uint32_t bits) {
   const __m256i wanted = _mm256_set1_epi32(static_cast<int>(bits));
   return __builtin_ctz(EqualLanes(a, wanted) | EqualLanes(b, wanted) << 16);

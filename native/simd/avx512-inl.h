@@ -104,15 +104,26 @@ inline int FirstOfMagnitude(F32x16 a, F32x16 b, uint32_t bits) {
   const uint32_t second = _mm512_cmpeq_epi32_mask(_mm512_castps_si512(_mm512_abs_ps(b)), wanted);
   return __builtin_ctz(first | second << 16);
 }
+// The largest exponent among a and b, as in their bits: 255 for infinity and NaN.
+inline uint32_t LargestExponent(F32x16 a, F32x16 b) {
+  const __m512i largest = _mm512_max_epu32(_mm512_castps_si512(_mm512_abs_ps(a)), _mm512_castps_si512(_mm512_abs_ps(b)));
+  const __m256i upper = _mm512_cvtepi32_epi16(_mm512_srli_epi32(largest, 16));
+  const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+  // The one instruction that finds an extreme lane finds the least one.
+  const __m128i least = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
+  return (~static_cast<uint32_t>(_mm_cvtsi128_si32(least)) & 0xffff) >> 7;
+}
 // a and b times a factor, to the nearest integer, ties to even, clamped to -127 .. 127: the values of q[0..31], whose
 // sum is returned.
 inline int32_t RoundToBytes(F32x16 a, F32x16 b, float factor, int8_t* q) {
-  const __m512i low = _mm512_set1_epi32(-127), high = _mm512_set1_epi32(127);
-  const __m512i first = _mm512_max_epi32(_mm512_min_epi32(_mm512_cvtps_epi32(Mul(a, Broadcast(factor))), high), low);
-  const __m512i second = _mm512_max_epi32(_mm512_min_epi32(_mm512_cvtps_epi32(Mul(b, Broadcast(factor))), high), low);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_cvtepi32_epi8(first));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16), _mm512_cvtepi32_epi8(second));
-  return _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+  const __m128i first = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(Mul(a, Broadcast(factor))));
+  const __m128i second = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(Mul(b, Broadcast(factor))));
+  const __m256i bytes = _mm256_max_epi8(_mm256_set_m128i(second, first), _mm256_set1_epi8(-127));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), bytes);
+  // Sums of eight bytes exist for unsigned ones: of q + 128.
+  const __m256i sums = _mm256_sad_epu8(_mm256_xor_si256(bytes, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+  const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  return _mm_cvtsi128_si32(_mm_add_epi64(two, _mm_unpackhi_epi64(two, two))) - 32 * 128;
 }
 
 // acc[n] + sum over i of w[4 n + i] x[i]: unsigned weights times signed activations, exact in 32 bits. In assembly,

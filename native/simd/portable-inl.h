@@ -99,6 +99,7 @@ inline uint32_t LargestBits(const F32x16& a, const F32x16& b) {
   }
   return largest;
 }
+inline uint32_t LargestExponent(const F32x16& a, const F32x16& b) { return LargestBits(a, b) >> 23; }
 inline int FirstOfMagnitude(const F32x16& a, const F32x16& b, uint32_t bits) {
   int i = 0;
   while ((Bits(i < 16 ? a.lane[i] : b.lane[i - 16]) & 0x7fffffff) != bits) ++i;
