@@ -1,7 +1,8 @@
 // Checks the kernels of this build without Python: for machines that only an emulator stands in for (scripts/check_aarch64).
 //
 // Each weight format is multiplied by each arm and compared with a sum in float64, and the arms with each other bit by bit;
-// norms and activations are compared with the C library's functions.
+// norms and activations are compared with the C library's functions, and attention with a plain loop in float64.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -10,9 +11,11 @@
 #include <vector>
 
 #include "activation.h"
+#include "attention.h"
 #include "float_bits.h"
 #include "linear.h"
 #include "norm.h"
+#include "rotary.h"
 #include "target.h"
 #include "thread_pool.h"
 
@@ -130,6 +133,117 @@ void CheckActivation() {
   }
 }
 
+constexpr int64_t kHeads = 6;
+constexpr int64_t kKvHeads = 2;
+constexpr int64_t kHeadDim = 40;
+constexpr int64_t kBlockSize = 16;
+constexpr int64_t kMaxBlocks = 40;
+
+// Two sequences in one cache: 5 new tokens behind 32, and one behind 599, which takes several tiles and splits.
+struct Sequences {
+  std::vector<int32_t> context_lens = {37, 600};
+  std::vector<int32_t> cu_seqlens_q = {0, 5, 6};
+  std::vector<int32_t> block_tables;  // [2][kMaxBlocks]
+
+  Sequences() {
+    for (int32_t i = 0; i < kMaxBlocks; ++i) block_tables.push_back(i < 3 ? 50 - i : -1);
+    for (int32_t i = 0; i < kMaxBlocks; ++i) block_tables.push_back(i * 7 % kMaxBlocks);
+  }
+  int64_t Slot(size_t seq, int64_t position) const {
+    const int32_t block = block_tables[seq * kMaxBlocks + static_cast<size_t>(position / kBlockSize)];
+    return block * kBlockSize + position % kBlockSize;
+  }
+};
+
+void FillCache(const Sequences& sequences, KvCache& cache) {
+  for (size_t seq = 0; seq < 2; ++seq) {
+    std::vector<int64_t> slots;
+    for (int64_t position = 0; position < sequences.context_lens[seq]; ++position) {
+      slots.push_back(sequences.Slot(seq, position));
+    }
+    const int64_t stride = kKvHeads * kHeadDim;
+    const int64_t num_tokens = static_cast<int64_t>(slots.size());
+    const auto seed = static_cast<uint32_t>(seq);
+    const std::vector<float> key = Random(num_tokens * stride, 6 + seed);
+    const std::vector<float> value = Random(num_tokens * stride, 8 + seed);
+    StoreKvCall call = {cache.layout(), cache.data()};
+    call.num_tokens = num_tokens;
+    call.key = key.data();
+    call.value = value.data();
+    call.key_stride = call.value_stride = stride;
+    call.slot_mapping = slots.data();
+    RotateAndStoreKv(BestTarget(), call);
+  }
+}
+
+// One row in float64, over what the cache holds: the last `window` of `num_visible` positions.
+std::vector<double> AttendPlainly(const Sequences& sequences, const KvCache& cache, size_t seq, const float* query,
+                                  int64_t kv_head, int64_t num_visible, int64_t window) {
+  std::vector<float> key(kHeadDim);
+  std::vector<float> value(kHeadDim);
+  std::vector<double> out(kHeadDim);
+  double sum = 0;
+  for (int64_t position = std::max<int64_t>(0, num_visible - window); position < num_visible; ++position) {
+    cache.Read(sequences.Slot(seq, position), kv_head, key.data(), value.data());
+    double score = 0;
+    for (size_t d = 0; d < kHeadDim; ++d) score += static_cast<double>(query[d]) * key[d];
+    const double p = std::exp(score / std::sqrt(static_cast<double>(kHeadDim)));
+    sum += p;
+    for (size_t d = 0; d < kHeadDim; ++d) out[d] += p * value[d];
+  }
+  for (double& entry : out) entry /= sum;
+  return out;
+}
+
+void CheckAttention(Format format, int64_t window, double tolerance, const std::string& name) {
+  const Sequences sequences;
+  KvCache cache({format, 64, kBlockSize, kKvHeads, kHeadDim});
+  FillCache(sequences, cache);
+  const int64_t num_tokens = sequences.cu_seqlens_q.back();
+  const std::vector<float> query = Random(num_tokens * kHeads * kHeadDim, 10);
+  for (const SoftmaxScheme scheme : {SoftmaxScheme::kSynchronized, SoftmaxScheme::kAsynchronized, SoftmaxScheme::kLazy}) {
+    std::vector<float> first;
+    for (const int64_t max_pieces : {1, 2, 3, 0}) {
+      std::vector<float> out(query.size(), NAN);
+      AttentionCall call = {cache.layout(), cache.data(), &cache.counters()};
+      call.query = query.data();
+      call.query_stride = kHeads * kHeadDim;
+      call.out = out.data();
+      call.num_tokens = num_tokens;
+      call.num_heads = kHeads;
+      call.num_seqs = 2;
+      call.block_tables = sequences.block_tables.data();
+      call.max_blocks_per_seq = kMaxBlocks;
+      call.context_lens = sequences.context_lens.data();
+      call.cu_seqlens_q = sequences.cu_seqlens_q.data();
+      call.score_scale = 1 / std::sqrt(static_cast<float>(kHeadDim));
+      call.sliding_window = window;
+      call.scheme = scheme;
+      call.max_pieces = max_pieces;
+      Attention(BestTarget(), call);
+      if (first.empty()) first = out;
+      Check(memcmp(first.data(), out.data(), out.size() * sizeof(float)) == 0, name + ": pieces differ");
+    }
+    int num_wrong = 0;
+    for (size_t seq = 0; seq < 2; ++seq) {
+      const int32_t end = sequences.cu_seqlens_q[seq + 1];
+      for (int32_t token = sequences.cu_seqlens_q[seq]; token < end; ++token) {
+        const int64_t num_visible = sequences.context_lens[seq] - (end - 1 - token);
+        for (int64_t head = 0; head < kHeads; ++head) {
+          const size_t at = static_cast<size_t>((token * kHeads + head) * kHeadDim);
+          const std::vector<double> expected = AttendPlainly(sequences, cache, seq, query.data() + at,
+                                                             head / (kHeads / kKvHeads), num_visible, window);
+          for (size_t d = 0; d < kHeadDim; ++d) {
+            // Counted where it is NaN, too.
+            if (!(std::fabs(first[at + d] - expected[d]) < tolerance)) ++num_wrong;
+          }
+        }
+      }
+    }
+    Check(num_wrong == 0, name + ": " + std::to_string(num_wrong) + " entries are wrong");
+  }
+}
+
 int Main() {
   SetNumThreads(3);
   CheckLinear(MakeFloatWeight(Format::kFloat32), Format::kFloat32, 1e-6, "float32");
@@ -138,6 +252,12 @@ int Main() {
   CheckLinear(MakeIntWeight(Format::kInt4), Format::kInt4, 0.02, "int4");
   CheckNorm();
   CheckActivation();
+  // Of values of size 1. Queries and probabilities may be rounded to bfloat16, or to integers of 14 bits.
+  for (const int64_t window : {int64_t{100}, INT64_MAX}) {
+    CheckAttention(Format::kFloat32, window, 1e-5, "attention over float32");
+    CheckAttention(Format::kBfloat16, window, 0.02, "attention over bfloat16");
+    CheckAttention(Format::kInt8, window, 2e-3, "attention over int8");
+  }
   std::printf("%s: %s\n", Name(BestTarget()), num_failed == 0 ? "all right" : "wrong");
   return num_failed == 0 ? 0 : 1;
 }
