@@ -20,6 +20,7 @@ T* Pointer(uintptr_t address) {
 void DefineAttention(nb::module_& m);
 void DefineNorm(nb::module_& m);
 void DefineActivation(nb::module_& m);
+void DefineMixture(nb::module_& m);
 void DefineSampling(nb::module_& m);
 void DefineStream(nb::module_& m);
 

@@ -134,6 +134,7 @@ NB_MODULE(_native, m) {
   DefineStream(m);
   DefineNorm(m);
   DefineActivation(m);
+  DefineMixture(m);
   DefineSampling(m);
   m.def("target_from_name", &TargetFromName, nb::arg("name"));
   m.def("compiled_targets", [] { return Names(false); });

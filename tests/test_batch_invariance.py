@@ -138,8 +138,9 @@ def test_step_by_step_instead_of_replayed(folder, weights, monkeypatch):
     assert results(make_llm(folder, **FORMATS[weights]), prompts()) == list(alone(folder, weights))
 
 
-def test_decode_steps_of_a_dense_model_are_replayed():
+@pytest.mark.parametrize("model", ["demo", "mixtral"])
+def test_decode_steps_are_replayed(folders, model):
     """Otherwise the test above compares a thing with itself."""
-    llm = make_llm(demo_model_path())
+    llm = make_llm(folders[model])
     results(llm, prompts())
     assert llm.engine.model.executor.decode_step.obstacle is None

@@ -73,6 +73,31 @@ class Linear:
         out_dtype: DType,
     ) -> None: ...
 
+class Experts:
+    def __init__(self, up: Sequence[PackedMatrix], down: Sequence[PackedMatrix]) -> None: ...
+
+class ArmsByRows:
+    def __init__(self, flat_gemm_from: int, gemm_from: int) -> None: ...
+
+class Mixture:
+    def __init__(
+        self, target: str, experts_per_token: int, is_renormalized: bool, activation: ActivationKind
+    ) -> None: ...
+    def workspace_bytes(self, experts: Experts, dtype: DType, num_tokens: int) -> int: ...
+    def run(
+        self,
+        stream: Stream,
+        experts: Experts,
+        up_arms: ArmsByRows,
+        down_arms: ArmsByRows,
+        dtype: DType,
+        num_tokens: int,
+        x_ptr: int,
+        router_logits_ptr: int,
+        out_ptr: int,
+        workspace_ptr: int,
+    ) -> None: ...
+
 class KvCache:
     def __init__(
         self, cache_format: Format, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int

@@ -12,10 +12,11 @@ from headrace.kernels.kv_cache import (
     QuantizedKvCache,
     SoftmaxCounts,
 )
-from headrace.kernels.ops import AttentionSpec, Recording, SoftmaxSpec
+from headrace.kernels.ops import AttentionSpec, MixtureSpec, Recording, SoftmaxSpec
 from headrace.kernels.weights import (
     QUANTIZATION_GROUP_SIZE,
     DenseWeight,
+    Experts,
     PackedWeight,
     QuantizedWeight,
     Weight,
@@ -28,10 +29,12 @@ __all__ = [
     "AttentionSpec",
     "DenseKvCache",
     "DenseWeight",
+    "Experts",
     "KernelChoice",
     "Kernels",
     "KvCache",
     "KvCacheSpec",
+    "MixtureSpec",
     "OpChoice",
     "PackedKvCache",
     "PackedWeight",

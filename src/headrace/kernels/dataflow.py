@@ -21,6 +21,14 @@ from headrace.kernels.weights import Weight
 DEFAULT_INFLECTIONS = Inflections(flat_gemm_from=2, gemm_from=96)
 """From 96 rows on x outgrows the L2 cache for the widths of common models, and reading W again costs less."""
 
+_NEVER = 2**62
+
+_FORCED = {
+    LinearArm.GEMV: Inflections(flat_gemm_from=_NEVER, gemm_from=_NEVER),
+    LinearArm.FLAT_GEMM: Inflections(flat_gemm_from=0, gemm_from=_NEVER),
+    LinearArm.GEMM: Inflections(flat_gemm_from=0, gemm_from=0),
+}
+
 _HOPELESS = 2.0
 """GEMV reads W once for each row: this many times slower than the best, more rows will not bring it back."""
 
@@ -37,6 +45,10 @@ class Dataflow:
 
     def arm(self, shape: LinearShape, num_rows: int) -> LinearArm:
         return self.inflections(shape).arm(num_rows) if self._forced is None else self._forced
+
+    def bounds(self, shape: LinearShape) -> Inflections:
+        """What `arm` follows, for ops that learn the number of rows only while they run."""
+        return self.inflections(shape) if self._forced is None else _FORCED[self._forced]
 
     def inflections(self, shape: LinearShape) -> Inflections:
         tuned = self.tuned.get(shape)

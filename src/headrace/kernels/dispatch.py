@@ -59,7 +59,7 @@ class Kernels:
     read_kv: ops.ReadKvOp
     activation: ops.ActivationOp
     gated_activation: ops.ActivationOp
-    route_experts: ops.RouteOp
+    mixture: ops.MixtureOp
     argmax: ops.ArgmaxOp
     log_sum_exp: ops.LogSumExpOp
     top_k: ops.TopKOp
@@ -92,7 +92,7 @@ _OPS = (
     "read_kv",
     "activation",
     "gated_activation",
-    "route_experts",
+    "mixture",
     "argmax",
     "log_sum_exp",
     "top_k",

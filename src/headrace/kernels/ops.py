@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headrace.config import Activation, SoftmaxScheme, WeightFormat
 from headrace.kernels.kv_cache import KvCache, KvCacheSpec
-from headrace.kernels.weights import Weight, WeightBuilder
+from headrace.kernels.weights import Experts, Weight, WeightBuilder
 
 T = TypeVar("T")
 """What a recorded function returns: tensors, however they are put together."""
@@ -41,6 +41,18 @@ class AttentionSpec:
     sliding_window: int | None = None
     logit_soft_cap: float | None = None
     softmax: SoftmaxSpec = SoftmaxSpec()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureSpec:
+    """How a mixture of experts routes, and the activation of its experts.
+
+    renormalize: the probabilities of the experts taken are scaled to sum to one.
+    """
+
+    num_experts_per_token: int
+    renormalize: bool
+    activation: Activation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +141,8 @@ class ActivationOp(Protocol):
     def __call__(self, x: Tensor, kind: Activation) -> Tensor: ...
 
 
-class RouteOp(Protocol):
-    def __call__(
-        self, router_logits: Tensor, num_experts_per_token: int, *, renormalize: bool
-    ) -> tuple[Tensor, Tensor]: ...
+class MixtureOp(Protocol):
+    def __call__(self, x: Tensor, router_logits: Tensor, experts: Experts, spec: MixtureSpec) -> Tensor: ...
 
 
 class ArgmaxOp(Protocol):

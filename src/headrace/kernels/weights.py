@@ -81,6 +81,17 @@ def quantized_columns(weight_format: WeightFormat, in_features: int) -> tuple[in
     return qweight, -(-in_features // QUANTIZATION_GROUP_SIZE)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experts:
+    """The gated feed-forward layers of a mixture, all of one shape. Equal to itself alone.
+
+    Shapes: up: each [2 * intermediate_size, hidden_size], gate first; down: each [hidden_size, intermediate_size].
+    """
+
+    up: tuple[Weight, ...]
+    down: tuple[Weight, ...]
+
+
 class WeightBuilder(Protocol):
     """Allocates a weight once and takes its rows in blocks of any size, so that loading never holds two copies."""
 

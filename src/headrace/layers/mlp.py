@@ -1,11 +1,12 @@
 """Feed-forward layers: gated or plain, dense or a mixture of experts."""
 
 from collections.abc import Iterator
+from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from headrace.config import MlpConfig, ModelConfig, MoeConfig
+from headrace.kernels import Experts, MixtureSpec
 from headrace.layers.context import LayerContext
 from headrace.layers.linear import ColumnParallelLinear, RowParallelLinear, even_part
 from headrace.layers.parameter import Parameter, whole_matrix
@@ -46,9 +47,14 @@ class MoeMlp:
     """
 
     def __init__(self, prefix: str, config: ModelConfig, moe: MoeConfig, context: LayerContext) -> None:
-        self._kernels = context.kernels
+        self._linear = context.kernels.linear
+        self._mixture = context.kernels.mixture
         self._group = context.tp_group
-        self._moe = moe
+        self._spec = MixtureSpec(
+            num_experts_per_token=moe.num_experts_per_token,
+            renormalize=moe.renormalize,
+            activation=config.mlp.activation,
+        )
         expert = MlpConfig(intermediate_size=moe.intermediate_size, activation=config.mlp.activation)
         self.router = Parameter([whole_matrix(f"{prefix}.gate.weight", moe.num_experts, config.hidden_size)])
         self.experts = [
@@ -57,17 +63,17 @@ class MoeMlp:
         ]
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        router_logits = self._kernels.linear(hidden_states, self.router.weight)
-        weights, chosen = self._kernels.route_experts(
-            router_logits, self._moe.num_experts_per_token, renormalize=self._moe.renormalize
-        )
-        out = torch.zeros_like(hidden_states)
-        for expert in sorted(set(chosen.flatten().tolist())):
-            tokens, choice = (chosen == expert).nonzero(as_tuple=True)
-            share = weights[tokens, choice, None].to(out.dtype)
-            out.index_add_(0, tokens, self.experts[expert](hidden_states[tokens]) * share)
+        router_logits = self._linear(hidden_states, self.router.weight)
+        out = self._mixture(hidden_states, router_logits, self._weights, self._spec)
         self._group.all_reduce_(out)
         return out
+
+    @cached_property
+    def _weights(self) -> Experts:
+        return Experts(
+            up=tuple(expert.up.weight.weight for expert in self.experts),
+            down=tuple(expert.down.weight.weight for expert in self.experts),
+        )
 
     def parameters(self) -> Iterator[Parameter]:
         yield self.router

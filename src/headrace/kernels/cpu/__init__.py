@@ -12,6 +12,7 @@ from headrace.kernels.cpu.attention import Attention
 from headrace.kernels.cpu.kv_cache import kv_cache_num_bytes, make_kv_cache, read_kv
 from headrace.kernels.cpu.linear import Embedding, Linear
 from headrace.kernels.cpu.machine_ops import MachineOps
+from headrace.kernels.cpu.mixture import Mixture
 from headrace.kernels.cpu.norm import Norm
 from headrace.kernels.cpu.packing import make_weight_builder, quantize_rows, weight_num_bytes
 from headrace.kernels.cpu.rotary import RotaryStoreKv, RotaryTable
@@ -26,6 +27,7 @@ __all__ = [
     "Embedding",
     "Linear",
     "MachineOps",
+    "Mixture",
     "Norm",
     "RotaryStoreKv",
     "RotaryTable",
@@ -64,6 +66,7 @@ def make_ops(target: str, dataflow: Dataflow) -> dict[str, Callable[..., Any]]:
         "rotary_table": RotaryTable(stream),
         "rotary_store_kv_": RotaryStoreKv(target, stream),
         "attention": Attention(target, stream),
+        "mixture": Mixture(target, stream, dataflow),
         "make_kv_cache": make_kv_cache,
         "kv_cache_num_bytes": kv_cache_num_bytes,
         "read_kv": read_kv,

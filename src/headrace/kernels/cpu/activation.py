@@ -8,7 +8,7 @@ from headrace.kernels.cpu.dtypes import native_dtype
 from headrace.kernels.cpu.stream import Stream
 from headrace.kernels.cpu.targets import native_target
 
-_KINDS = {
+ACTIVATION_KINDS = {
     Activation.SILU: _native.ActivationKind.SILU,
     Activation.GELU: _native.ActivationKind.GELU,
     Activation.GELU_TANH: _native.ActivationKind.GELU_TANH,
@@ -36,7 +36,7 @@ class Activate:
         _native.activation(
             self._stream.native,
             self._target,
-            _KINDS[kind],
+            ACTIVATION_KINDS[kind],
             is_gated,
             native_dtype(x.dtype),
             x.numel() // x.shape[-1],

@@ -60,8 +60,8 @@ class Linear:
             ShapeError: x, weight and bias do not fit together.
             KernelError: dtypes that do not, or a weight that is not packed.
         """
-        weight = _packed(weight)
-        _check(x, weight, bias)
+        weight = packed(weight)
+        check_linear(x, weight, bias)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]):
             rows = rows.contiguous()
@@ -104,7 +104,7 @@ class Embedding:
         Raises:
             IndexError: an id outside the vocabulary.
         """
-        weight = _packed(weight)
+        weight = packed(weight)
         ids = ids.long().contiguous()
         out = self._stream.empty((*ids.shape, weight.shape[1]), dtype)
         _native.embedding(
@@ -120,13 +120,13 @@ class Embedding:
         return out
 
 
-def _packed(weight: Weight) -> PackedWeight:
+def packed(weight: Weight) -> PackedWeight:
     if not isinstance(weight, PackedWeight):
         raise KernelError(f"the cpu kernels take packed weights, not {type(weight).__name__}")
     return weight
 
 
-def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+def check_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
     num_outputs, num_inputs = weight.shape
     if x.shape[-1] != num_inputs:
         raise ShapeError(f"input has {x.shape[-1]} columns, the weight takes {num_inputs}")

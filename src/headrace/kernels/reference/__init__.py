@@ -5,7 +5,7 @@ from headrace.kernels.reference.attention import attention
 from headrace.kernels.reference.kv_cache import kv_cache_num_bytes, make_kv_cache, read_kv, rotary_store_kv_
 from headrace.kernels.reference.linear import embedding, linear, linear_int8_activations
 from headrace.kernels.reference.machine_ops import MachineOps
-from headrace.kernels.reference.moe import route_experts
+from headrace.kernels.reference.moe import mixture, route_experts
 from headrace.kernels.reference.norm import add_, layer_norm, rms_norm
 from headrace.kernels.reference.quantize import dequantize, quantize_activations, quantize_rows
 from headrace.kernels.reference.record import record
@@ -29,6 +29,7 @@ __all__ = [
     "log_sum_exp",
     "make_kv_cache",
     "make_weight_builder",
+    "mixture",
     "quantize_activations",
     "quantize_rows",
     "read_kv",
