@@ -1,19 +1,22 @@
 // Checks the kernels of this build without Python: for machines that only an emulator stands in for (scripts/check_aarch64).
 //
 // Each weight format is multiplied by each arm and compared with a sum in float64, and the arms with each other bit by bit;
-// norms and activations are compared with the C library's functions, and attention with a plain loop in float64.
+// norms and activations are compared with the C library's functions, attention and a mixture of experts with plain loops in
+// float64.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "activation.h"
 #include "attention.h"
 #include "float_bits.h"
 #include "linear.h"
+#include "mixture.h"
 #include "norm.h"
 #include "rotary.h"
 #include "target.h"
@@ -244,6 +247,88 @@ void CheckAttention(Format format, int64_t window, double tolerance, const std::
   }
 }
 
+struct PlainExpert {
+  std::vector<float> up;    // [2 * kExpertSize, kOutputs], gate first
+  std::vector<float> down;  // [kOutputs, kExpertSize]
+};
+
+constexpr int64_t kExpertSize = 20;
+constexpr int64_t kExperts = 5;
+constexpr int64_t kTaken = 2;
+
+double Dot(const float* a, const float* b, int64_t size) {
+  double sum = 0;
+  for (int64_t i = 0; i < size; ++i) sum += static_cast<double>(a[i]) * b[i];
+  return sum;
+}
+
+// out += share * down(silu(gate(x)) * up(x)).
+void AddExpert(const PlainExpert& expert, const float* x, double share, std::vector<double>& out) {
+  std::vector<double> activated;
+  for (int64_t i = 0; i < kExpertSize; ++i) {
+    const double gate = Dot(x, expert.up.data() + i * kOutputs, kOutputs);
+    activated.push_back(gate / (1 + std::exp(-gate)) * Dot(x, expert.up.data() + (kExpertSize + i) * kOutputs, kOutputs));
+  }
+  for (int64_t d = 0; d < kOutputs; ++d) {
+    for (int64_t i = 0; i < kExpertSize; ++i) {
+      out[static_cast<size_t>(d)] += share * activated[static_cast<size_t>(i)] *
+                                     expert.down[static_cast<size_t>(d * kExpertSize + i)];
+    }
+  }
+}
+
+void CheckMixture() {
+  constexpr int64_t kTokens = 9;
+  std::vector<PlainExpert> plain;
+  std::vector<PackedMatrix> matrices;
+  std::vector<Expert> experts;
+  matrices.reserve(2 * kExperts);
+  for (uint32_t e = 0; e < kExperts; ++e) {
+    plain.push_back({Random(2 * kExpertSize * kOutputs, 20 + e), Random(kOutputs * kExpertSize, 30 + e)});
+    PackedMatrix& up = matrices.emplace_back(Format::kFloat32, 2 * kExpertSize, kOutputs);
+    PackedMatrix& down = matrices.emplace_back(Format::kFloat32, kOutputs, kExpertSize);
+    up.WriteRows(BestTarget(), 0, {DType::kFloat32, 2 * kExpertSize, plain[e].up.data(), kOutputs});
+    down.WriteRows(BestTarget(), 0, {DType::kFloat32, kOutputs, plain[e].down.data(), kExpertSize});
+    experts.push_back({up.view(), down.view()});
+  }
+  const std::vector<float> x = Random(kTokens * kOutputs, 40);
+  const std::vector<float> logits = Random(kTokens * kExperts, 41);
+  std::vector<float> out(x.size(), NAN);
+  MixtureCall call = {};
+  call.experts = std::make_shared<const std::vector<Expert>>(experts);
+  call.up_arms = call.down_arms = {2, 4};
+  call.experts_per_token = kTaken;
+  call.is_renormalized = true;
+  call.activation = ActivationKind::kSilu;
+  call.dtype = DType::kFloat32;
+  call.num_tokens = kTokens;
+  call.x = x.data();
+  call.router_logits = logits.data();
+  call.out = out.data();
+  std::vector<char> workspace(MixtureWorkspaceBytes(call) + 64);
+  call.workspace = workspace.data() + (64 - reinterpret_cast<uintptr_t>(workspace.data()) % 64) % 64;
+  Mixture(BestTarget(), call);
+  for (int64_t token = 0; token < kTokens; ++token) {
+    std::vector<std::pair<float, size_t>> ranked;
+    for (int64_t e = 0; e < kExperts; ++e) {
+      ranked.emplace_back(-logits[static_cast<size_t>(token * kExperts + e)], static_cast<size_t>(e));
+    }
+    std::sort(ranked.begin(), ranked.end());
+    double sum = 0;
+    for (int64_t i = 0; i < kTaken; ++i) sum += std::exp(-ranked[static_cast<size_t>(i)].first);
+    std::vector<double> expected(kOutputs);
+    for (int64_t i = 0; i < kTaken; ++i) {
+      const auto& [negative_logit, e] = ranked[static_cast<size_t>(i)];
+      AddExpert(plain[e], x.data() + token * kOutputs, std::exp(-negative_logit) / sum, expected);
+    }
+    for (int64_t d = 0; d < kOutputs; ++d) {
+      const double wanted = expected[static_cast<size_t>(d)];
+      Check(std::fabs(out[static_cast<size_t>(token * kOutputs + d)] - wanted) < 1e-4 * (1 + std::fabs(wanted)),
+            "mixture");
+    }
+  }
+}
+
 int Main() {
   SetNumThreads(3);
   CheckLinear(MakeFloatWeight(Format::kFloat32), Format::kFloat32, 1e-6, "float32");
@@ -252,6 +337,7 @@ int Main() {
   CheckLinear(MakeIntWeight(Format::kInt4), Format::kInt4, 0.02, "int4");
   CheckNorm();
   CheckActivation();
+  CheckMixture();
   // Of values of size 1. Queries and probabilities may be rounded to bfloat16, or to integers of 14 bits.
   for (const int64_t window : {int64_t{100}, INT64_MAX}) {
     CheckAttention(Format::kFloat32, window, 1e-5, "attention over float32");
