@@ -61,8 +61,6 @@ class ColumnParallelLinear:
 class RowParallelLinear:
     """y = sum over ranks of x_local W_local^T, + b: each rank holds some inputs; one all-reduce joins the outputs.
 
-    reduces: false leaves each rank its own summand, for a caller that adds up several before one all-reduce.
-
     Shapes:
         x:       [num_tokens, local part of in_features]
         returns: [num_tokens, out_features], the same on every rank
@@ -77,11 +75,9 @@ class RowParallelLinear:
         *,
         columns: range,
         has_bias: bool = False,
-        reduces: bool = True,
     ) -> None:
         self._linear = context.kernels.linear
         self._group = context.tp_group
-        self._reduces = reduces
         shape = (out_features, in_features)
         self.weight = Parameter(
             [TensorSlice(name=f"{name}.weight", shape=shape, rows=range(out_features), columns=columns)],
@@ -93,8 +89,7 @@ class RowParallelLinear:
         # The bias belongs to the sum, so one rank adds it.
         adds_bias = self.bias is not None and self._group.rank == 0
         y = self._linear(x, self.weight.weight, self.bias.vector if self.bias is not None and adds_bias else None)
-        if self._reduces:
-            self._group.all_reduce_(y)
+        self._group.all_reduce_(y)
         return y
 
     def parameters(self) -> Iterator[Parameter]:

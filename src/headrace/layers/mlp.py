@@ -16,9 +16,7 @@ from headrace.parallel.sharding import shard_range
 class Mlp:
     """down(act(gate(x)) * up(x)), gate and up in one fused projection; or down(act(up(x))) if not gated."""
 
-    def __init__(
-        self, prefix: str, hidden_size: int, config: MlpConfig, context: LayerContext, *, reduces: bool = True
-    ) -> None:
+    def __init__(self, prefix: str, hidden_size: int, config: MlpConfig, context: LayerContext) -> None:
         size, group = config.intermediate_size, context.tp_group
         kernels = context.kernels
         self._config = config
@@ -29,7 +27,7 @@ class Mlp:
         )
         columns = shard_range(size, group.rank, group.world_size)
         self.down = RowParallelLinear(
-            f"{prefix}.down_proj", hidden_size, size, context, columns=columns, has_bias=config.bias, reduces=reduces
+            f"{prefix}.down_proj", hidden_size, size, context, columns=columns, has_bias=config.bias
         )
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
@@ -58,8 +56,7 @@ class MoeMlp:
         expert = MlpConfig(intermediate_size=moe.intermediate_size, activation=config.mlp.activation)
         self.router = Parameter([whole_matrix(f"{prefix}.gate.weight", moe.num_experts, config.hidden_size)])
         self.experts = [
-            Mlp(f"{prefix}.experts.{i}", config.hidden_size, expert, context, reduces=False)
-            for i in range(moe.num_experts)
+            Mlp(f"{prefix}.experts.{i}", config.hidden_size, expert, context) for i in range(moe.num_experts)
         ]
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
