@@ -26,11 +26,35 @@ struct Lanes {
   bool IsFull() const { return begin == 0 && end == kPanelPositions; }
 };
 
-inline const uint8_t* PanelAddress(const AttentionCall& call, const RowTile& tile, int64_t panel) {
-  const int64_t per_block = call.layout.panels_per_block;
-  const int64_t block = call.block_tables[tile.seq * call.max_blocks_per_seq + panel / per_block];
-  return call.cache + call.layout.PanelOffset(block, tile.kv_head, panel % per_block);
-}
+// Walks the panels of a sequence in order, without a division for each.
+class PanelWalk {
+ public:
+  PanelWalk(const AttentionCall& call, const RowTile& tile, int64_t panel)
+      : call_(call),
+        table_(call.block_tables + tile.seq * call.max_blocks_per_seq),
+        kv_head_(tile.kv_head),
+        block_(panel / call.layout.panels_per_block),
+        in_block_(panel % call.layout.panels_per_block) {}
+
+  const uint8_t* Address() const { return call_.cache + call_.layout.PanelOffset(table_[block_], kv_head_, in_block_); }
+  int64_t FirstPosition() const { return block_ * call_.layout.shape.block_size + in_block_ * kPanelPositions; }
+  int Size() const {
+    const int64_t rest = call_.layout.shape.block_size - in_block_ * kPanelPositions;
+    return static_cast<int>(rest < kPanelPositions ? rest : kPanelPositions);
+  }
+  void Advance() {
+    if (++in_block_ < call_.layout.panels_per_block) return;
+    in_block_ = 0;
+    ++block_;
+  }
+
+ private:
+  const AttentionCall& call_;
+  const int32_t* table_;
+  int64_t kv_head_;
+  int64_t block_;
+  int64_t in_block_;
+};
 
 // The panels of a tile that the rows, whose panels end at `end`, may see. last: the end of the panels to read after it.
 inline TilePanels FindPanels(const AttentionCall& call, const RowTile& tile, int64_t tile_index, int64_t end,
@@ -40,18 +64,17 @@ inline TilePanels FindPanels(const AttentionCall& call, const RowTile& tile, int
   panels.first = tile_index * kTilePanels;
   panels.count = static_cast<int>(end - panels.first < kTilePanels ? end - panels.first : kTilePanels);
   panels.has_gaps = layout.shape.block_size % kPanelPositions != 0;
-  for (int i = 0; i < panels.count; ++i) {
-    const int64_t panel = panels.first + i;
-    const uint8_t* address = PanelAddress(call, tile, panel);
-    const int64_t in_block = panel % layout.panels_per_block * kPanelPositions;
-    const int64_t size = layout.shape.block_size - in_block;
-    panels.begin[i] = panel / layout.panels_per_block * layout.shape.block_size + in_block;
-    panels.size[i] = static_cast<int>(size < kPanelPositions ? size : kPanelPositions);
-    panels.keys[i] = address;
+  PanelWalk walk(call, tile, panels.first);
+  for (int i = 0; i < panels.count; ++i, walk.Advance()) {
+    const uint8_t* address = walk.Address();
+    panels.begin[i] = walk.FirstPosition();
+    panels.size[i] = walk.Size();
+    panels.keys[i] = panels.next[i] = address;
     panels.values[i] = address + layout.value_offset;
     panels.scales[i] = reinterpret_cast<const float*>(address + layout.scale_offset);
-    panels.next[i] = panel + kTilePanels < last ? PanelAddress(call, tile, panel + kTilePanels) : address;
   }
+  const int64_t ahead = last - panels.first - kTilePanels;
+  for (int i = 0; i < ahead && i < panels.count; ++i, walk.Advance()) panels.next[i] = walk.Address();
   return panels;
 }
 

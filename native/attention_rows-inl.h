@@ -8,6 +8,16 @@ namespace {
 constexpr int kBlockRows = kFloatRows;
 constexpr int kTilePositions = kTilePanels * kPanelPositions;
 
+// Probabilities of int8 are stored for so many panels at a time (StoreSplit).
+constexpr int kSplitPanels = 4;
+constexpr int64_t kSplitPositions = kSplitPanels * kPanelPositions;
+static_assert(kTilePanels % kSplitPanels == 0);
+
+// The groups of so many panels in which those of a range lie.
+inline Range SplitGroups(Range panels) {
+  return {panels.begin / kSplitPanels, (panels.end + kSplitPanels - 1) / kSplitPanels};
+}
+
 // Running results of every row: the reference m, the sum and o, unnormalized.
 struct State {
   float* m;

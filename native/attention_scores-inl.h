@@ -128,15 +128,11 @@ struct IntScoreTable<kPanels, std::integer_sequence<int, kRows...>> {
 struct ScoreFunctions {
   const ScoreFunction* wide;    // kFloatPanels panels at a time
   const ScoreFunction* narrow;  // one
-  int max_rows;
+  int max_wide_rows;
 };
-
-// Integers need two accumulators for each pair.
-constexpr int kIntScoreRows = kBlockRows / 2;
 
 inline ScoreFunctions ScoreFunctionsOf(Format format) {
   using Rows = std::make_integer_sequence<int, kBlockRows>;
-  using IntRows = std::make_integer_sequence<int, kIntScoreRows>;
   constexpr int kPanels = kFloatPanels;
   switch (format) {
     case Format::kFloat32:
@@ -149,7 +145,8 @@ inline ScoreFunctions ScoreFunctionsOf(Format format) {
     case Format::kInt4:
       break;
   }
-  return {IntScoreTable<kPanels, IntRows>::functions, IntScoreTable<1, IntRows>::functions, kIntScoreRows};
+  // Integers need two accumulators for each pair.
+  return {IntScoreTable<kPanels, Rows>::functions, IntScoreTable<1, Rows>::functions, kBlockRows / 2};
 }
 
 // t = cap * tanh(t), cap in base 2.
@@ -167,15 +164,11 @@ void ComputeScores(const AttentionCall& call, const Workspace& w, const TilePane
                    Range range) {
   const ScoreFunctions functions = ScoreFunctionsOf(call.layout.shape.format);
   const float scale = ScoreScale(call);
-  for (int r = 0; r < num_rows; r += functions.max_rows) {
-    const int count = num_rows - r < functions.max_rows ? num_rows - r : functions.max_rows;
-    for (int64_t panel = range.begin; panel < range.end;) {
-      const bool is_wide = panel + kFloatPanels <= range.end;
-      float* t = w.t + r * kTilePositions + panel * kPanelPositions;
-      const ScoreTile at = {call, w, panels, scale, row + r, static_cast<int>(panel), t};
-      (is_wide ? functions.wide : functions.narrow)[count - 1](at);
-      panel += is_wide ? kFloatPanels : 1;
-    }
+  for (int64_t panel = range.begin; panel < range.end;) {
+    const bool is_wide = num_rows <= functions.max_wide_rows && panel + kFloatPanels <= range.end;
+    const ScoreTile at = {call, w, panels, scale, row, static_cast<int>(panel), w.t + panel * kPanelPositions};
+    (is_wide ? functions.wide : functions.narrow)[num_rows - 1](at);
+    panel += is_wide ? kFloatPanels : 1;
   }
   if (call.has_soft_cap) CapScores(call, w.t, num_rows, range);
 }

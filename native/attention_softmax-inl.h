@@ -28,19 +28,30 @@ struct SoftmaxBlock {
   int count;
 };
 
-// t of the positions that a row does not see, in the panels it sees, becomes -infinity.
-inline void HideInvisible(const TilePanels& panels, const SoftmaxBlock& block) {
+// visit(panel, lanes) for each panel that row r sees only in part.
+template <class Visit>
+inline void ForEachEdge(const TilePanels& panels, const SoftmaxBlock& block, int r, const Visit& visit) {
   // Without gaps only the first and the last panel can be seen in part.
   const int64_t distance = block.visible.end - 1 - block.visible.begin;
   const int64_t step = panels.has_gaps || distance == 0 ? 1 : distance;
-  for (int r = 0; r < block.count; ++r) {
-    for (int64_t i = block.visible.begin; i < block.visible.end; i += step) {
-      const Lanes lanes = VisibleLanes(panels, static_cast<int>(i), block.rows[r]);
-      if (lanes.IsFull()) continue;
-      float* t = block.t + r * kTilePositions + i * kPanelPositions;
-      Store(t, SelectLanes(lanes.begin, lanes.end, Load(t), Broadcast(-kInfinity)));
-    }
+  for (int64_t i = block.visible.begin; i < block.visible.end; i += step) {
+    const Lanes lanes = VisibleLanes(panels, static_cast<int>(i), block.rows[r]);
+    if (!lanes.IsFull()) visit(i, lanes);
   }
+}
+
+// t of the positions that a row does not see, in the panels it sees, becomes -infinity.
+inline void HideInvisible(const TilePanels& panels, const SoftmaxBlock& block) {
+  for (int r = 0; r < block.count; ++r) {
+    ForEachEdge(panels, block, r, [&](int64_t panel, Lanes lanes) {
+      float* t = block.t + r * kTilePositions + panel * kPanelPositions;
+      Store(t, SelectLanes(lanes.begin, lanes.end, Load(t), Broadcast(-kInfinity)));
+    });
+  }
+}
+
+inline void ZeroPanels(float* x, Range panels) {
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) Store(x + panel * kPanelPositions, Broadcast(0.0f));
 }
 
 template <int kRows>
@@ -156,37 +167,45 @@ void Bfloat16Probabilities(const SoftmaxBlock& block, const float* reference, in
   });
 }
 
-// p times the values' scales, as 14 bits of the largest in the tile: upper seven, then lower seven.
+// p times the values' scales, as 14 bits of the largest in the tile: upper seven, then lower seven, kSplitPanels panels
+// at a time (StoreSplit). Panels that a row does not see, among those, have p = 0.
 template <int kRows>
 void IntProbabilities(const TilePanels& panels, const SoftmaxBlock& block, const float* reference, int row) {
   constexpr float kLargest = 16383.0f;
   constexpr float kSmallest = 1e-34f;  // kLargest over it is finite
   float* scaled = block.t + row * kTilePositions;
-  Exponentials<kRows, 4>(block, reference, row, [=, &panels](auto r, int64_t i, const F32x16& e) HEADRACE_LAMBDA {
-    Store(scaled + r * kTilePositions + i, Mul(e, Load(panels.scales[i / kPanelPositions] + kPanelPositions)));
+  F32x16 max[kRows];
+  Unroll<kRows>([&](auto r) HEADRACE_LAMBDA { max[r] = Broadcast(0.0f); });
+  Exponentials<kRows, 4>(block, reference, row, [&](auto r, int64_t i, const F32x16& e) HEADRACE_LAMBDA {
+    const F32x16 x = Mul(e, Load(panels.scales[i / kPanelPositions] + kPanelPositions));
+    max[r] = Max(x, max[r]);
+    Store(scaled + r * kTilePositions + i, x);
   });
-  // 0 times the scale of a place nobody wrote need not be 0.
+  const Range groups = SplitGroups(block.visible);
   for (int r = 0; r < kRows; ++r) {
-    for (int64_t i = block.visible.begin; i < block.visible.end; ++i) {
-      const Lanes lanes = VisibleLanes(panels, static_cast<int>(i), block.rows[row + r]);
-      if (lanes.IsFull()) continue;
-      float* to = scaled + r * kTilePositions + i * kPanelPositions;
+    float* x = scaled + r * kTilePositions;
+    // 0 times the scale of a place nobody wrote need not be 0.
+    ForEachEdge(panels, block, row + r, [&](int64_t panel, Lanes lanes) {
+      float* to = x + panel * kPanelPositions;
       Store(to, SelectLanes(lanes.begin, lanes.end, Load(to), Broadcast(0.0f)));
-    }
+    });
+    ZeroPanels(x, {groups.begin * kSplitPanels, block.visible.begin});
+    ZeroPanels(x, {block.visible.end, groups.end * kSplitPanels});
   }
-  float largest[kRows];
-  FindLargest<kRows>(scaled, block.visible, largest);
   F32x16 inverse[kRows];
   Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
-    block.p_scale[row + r] = largest[r] / kLargest;
-    inverse[r] = Broadcast(largest[r] < kSmallest ? 0.0f : kLargest / largest[r]);
+    const float largest = MaxLane(max[r]);
+    block.p_scale[row + r] = largest / kLargest;
+    inverse[r] = Broadcast(largest < kSmallest ? 0.0f : kLargest / largest);
   });
   auto* high = reinterpret_cast<uint8_t*>(block.p) + row * 2 * kTilePositions;
-  const int64_t end = block.visible.end * kPanelPositions;
-  for (int64_t i = block.visible.begin * kPanelPositions; i < end; i += kPanelPositions) {
+  for (int64_t i = groups.begin * kSplitPositions; i < groups.end * kSplitPositions; i += kSplitPositions) {
     Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
+      const float* x = scaled + r * kTilePositions + i;
+      F32x16 p[kSplitPanels];
+      Unroll<kSplitPanels>([&](auto j) HEADRACE_LAMBDA { p[j] = Mul(Load(x + j * kPanelPositions), inverse[r]); });
       uint8_t* to = high + r * 2 * kTilePositions + i;
-      StoreSplit(to, to + kTilePositions, Mul(Load(scaled + r * kTilePositions + i), inverse[r]));
+      StoreSplit(to, to + kTilePositions, p);
     });
   }
 }

@@ -104,12 +104,11 @@ void IntProducts(const ValueTile& at, const float* p_scale) {
   const int64_t o_stride = OutputStride(at.call.layout), offset = at.chunk * kSteps * kVectorBytes;
   I32x16 high[kRows][kChunks], low[kRows][kChunks];
   UnrollPairs<kRows, kChunks>([&](auto r, auto c) HEADRACE_LAMBDA { high[r][c] = low[r][c] = BroadcastInt(0); });
-  const auto* p = reinterpret_cast<const uint8_t*>(at.p) + at.range.begin * kPanelPositions;
-  const uint8_t* const* end = at.panels.values + at.range.end;
-  const uint8_t* const* next = at.panels.next + at.range.begin;
-  for (const uint8_t* const* panel = at.panels.values + at.range.begin; panel < end; ++panel) {
-    const uint8_t* v = *panel + offset;
-    const uint8_t* ahead = *next++ + at.call.layout.value_offset + offset;
+  for (int64_t panel = at.range.begin; panel < at.range.end; ++panel) {
+    const uint8_t* v = at.panels.values[panel] + offset;
+    const uint8_t* ahead = at.panels.next[panel] + at.call.layout.value_offset + offset;
+    const auto* p = reinterpret_cast<const uint8_t*>(at.p) + panel / kSplitPanels * kSplitPositions;
+    p += panel % kSplitPanels * 4;
     for (int i = 0; i < kSteps; ++i) {
       SignedStep step[kChunks];
       Unroll<kChunks>([&](auto c) HEADRACE_LAMBDA {
@@ -120,7 +119,7 @@ void IntProducts(const ValueTile& at, const float* p_scale) {
         high[r][c] = DotSigned(high[r][c], step[c], p + r * 2 * kTilePositions);
         low[r][c] = DotSigned(low[r][c], step[c], p + (r * 2 + 1) * kTilePositions);
       });
-      p += VectorColumns(Format::kInt8);
+      p += kSplitPanels * 4;
     }
   }
   float* o = at.o + at.chunk * kLanes;
@@ -257,10 +256,12 @@ void IntValues(const AttentionCall& call, const TilePanels& panels, const BlockR
     if (visible[r].begin < all.begin) all.begin = visible[r].begin;
     if (visible[r].end > all.end) all.end = visible[r].end;
   }
+  const Range groups = SplitGroups(all);
   for (int r = 0; r < block.count; ++r) {
+    const Range seen = SplitGroups(visible[r]);
     for (char* half = p + r * 2 * kTilePositions; half < p + (r + 1) * 2 * kTilePositions; half += kTilePositions) {
-      memset(half + all.begin * kPanelPositions, 0, (visible[r].begin - all.begin) * kPanelPositions);
-      memset(half + visible[r].end * kPanelPositions, 0, (all.end - visible[r].end) * kPanelPositions);
+      memset(half + groups.begin * kSplitPositions, 0, (seen.begin - groups.begin) * kSplitPositions);
+      memset(half + seen.end * kSplitPositions, 0, (groups.end - seen.end) * kSplitPositions);
     }
   }
   const int64_t o_stride = OutputStride(call.layout);

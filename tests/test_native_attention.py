@@ -188,6 +188,15 @@ class TestResults:
 
     @each_target
     @each_format
+    @pytest.mark.parametrize("window", [7, 33, 70, 200])
+    def test_windows_that_begin_in_any_panel(self, target, cache_format, window):
+        """Panels are computed several at a time: what a row does not see among them counts for nothing."""
+        problem = make_problem(cache_format, lens=((330, 90), (290, 1), (64, 2)), query_scale=2.0)
+        spec = make_spec(sliding_window=window)
+        assert_right(run(target, problem, spec), problem, spec)
+
+    @each_target
+    @each_format
     @pytest.mark.parametrize("block_size", [1, 4, 8, 24, 32])
     def test_block_sizes(self, target, cache_format, block_size):
         problem = make_problem(cache_format, lens=((70, 70), (65, 1)), block_size=block_size)

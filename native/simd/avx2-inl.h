@@ -277,14 +277,17 @@ inline I32x16 AddInt(const I32x16& a, const I32x16& b) {
 inline I32x16 Join(const I32x16& high, const I32x16& low) {
   return AddInt({{_mm256_slli_epi32(high.half[0], 7), _mm256_slli_epi32(high.half[1], 7)}}, low);
 }
-inline void StoreSplit(uint8_t* high, uint8_t* low, const F32x16& a) {
-  alignas(32) int32_t whole[16];
+// Four vectors of nearest whole numbers, which must be in [0, 2^14), as their upper and lower seven bits: lanes 4 i to
+// 4 i + 3 of vector j go to bytes 16 i + 4 j and on, where DotSigned wants four consecutive ones.
+inline void StoreSplit(uint8_t* high, uint8_t* low, const F32x16 (&a)[4]) {
+  const __m256i bits = _mm256_set1_epi16(127);
   for (int h = 0; h < 2; ++h) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(whole + 8 * h), _mm256_cvtps_epi32(a.half[h]));
-  }
-  for (int i = 0; i < 16; ++i) {
-    high[i] = static_cast<uint8_t>(whole[i] >> 7);
-    low[i] = static_cast<uint8_t>(whole[i] & 127);
+    const __m256i first = _mm256_packs_epi32(_mm256_cvtps_epi32(a[0].half[h]), _mm256_cvtps_epi32(a[1].half[h]));
+    const __m256i second = _mm256_packs_epi32(_mm256_cvtps_epi32(a[2].half[h]), _mm256_cvtps_epi32(a[3].half[h]));
+    const __m256i upper = _mm256_packus_epi16(_mm256_srli_epi16(first, 7), _mm256_srli_epi16(second, 7));
+    const __m256i lower = _mm256_packus_epi16(_mm256_and_si256(first, bits), _mm256_and_si256(second, bits));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + 32 * h), upper);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + 32 * h), lower);
   }
 }
 

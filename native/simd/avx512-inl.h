@@ -222,12 +222,14 @@ inline I32x16 DotSigned(I32x16 acc, SignedStep v, const uint8_t* p) {
 // 128 * high + low.
 inline I32x16 Join(I32x16 high, I32x16 low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }
 inline I32x16 AddInt(I32x16 a, I32x16 b) { return _mm512_add_epi32(a, b); }
-// The nearest whole numbers, which must be in [0, 2^14), as their upper and lower seven bits.
-inline void StoreSplit(uint8_t* high, uint8_t* low, F32x16 a) {
-  const __m512i whole = _mm512_cvtps_epi32(a);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 7)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(low),
-                   _mm512_cvtepi32_epi8(_mm512_and_si512(whole, _mm512_set1_epi32(127))));
+// Four vectors of nearest whole numbers, which must be in [0, 2^14), as their upper and lower seven bits: lanes 4 i to
+// 4 i + 3 of vector j go to bytes 16 i + 4 j and on, where DotSigned wants four consecutive ones.
+inline void StoreSplit(uint8_t* high, uint8_t* low, const F32x16 (&a)[4]) {
+  const __m512i first = _mm512_packs_epi32(_mm512_cvtps_epi32(a[0]), _mm512_cvtps_epi32(a[1]));
+  const __m512i second = _mm512_packs_epi32(_mm512_cvtps_epi32(a[2]), _mm512_cvtps_epi32(a[3]));
+  const __m512i bits = _mm512_set1_epi16(127);
+  _mm512_storeu_si512(high, _mm512_packus_epi16(_mm512_srli_epi16(first, 7), _mm512_srli_epi16(second, 7)));
+  _mm512_storeu_si512(low, _mm512_packus_epi16(_mm512_and_si512(first, bits), _mm512_and_si512(second, bits)));
 }
 
 }  // namespace HEADRACE_TARGET

@@ -236,11 +236,14 @@ inline I32x16 Join(const I32x16& high, const I32x16& low) {
   for (int i = 0; i < 16; ++i) out.lane[i] = 128 * high.lane[i] + low.lane[i];
   return out;
 }
-inline void StoreSplit(uint8_t* high, uint8_t* low, const F32x16& a) {
-  for (int i = 0; i < 16; ++i) {
-    const uint32_t whole = Bits(a.lane[i] + kRoundingShift) - Bits(kRoundingShift);
-    high[i] = static_cast<uint8_t>(whole >> 7 & 127);
-    low[i] = static_cast<uint8_t>(whole & 127);
+inline void StoreSplit(uint8_t* high, uint8_t* low, const F32x16 (&a)[4]) {
+  for (int j = 0; j < 4; ++j) {
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t whole = Bits(a[j].lane[i] + kRoundingShift) - Bits(kRoundingShift);
+      const int place = i / 4 * 16 + 4 * j + i % 4;
+      high[place] = static_cast<uint8_t>(whole >> 7 & 127);
+      low[place] = static_cast<uint8_t>(whole & 127);
+    }
   }
 }
 
