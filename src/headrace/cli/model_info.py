@@ -7,7 +7,9 @@ from headrace.config import EngineConfig
 from headrace.costs.memory import kv_token_bytes
 from headrace.engine.engine_plan import resolve_max_model_len, resolve_plan
 from headrace.engine.kv_cache_spec import kv_block_bytes, resolve_kv_cache_format
+from headrace.engine.softmax import resolve_softmax
 from headrace.engine.tune import look_up_dataflow
+from headrace.engine.tune_attention import attention_shape, look_up_attention
 from headrace.kernels import Kernels
 from headrace.machine import available_memory_bytes, cpu_limits
 from headrace.models.hub import resolve_model_folder
@@ -15,17 +17,35 @@ from headrace.models.source import open_model, resolve_formats
 
 
 def dataflow_info(config: EngineConfig, kernels: Kernels) -> list[dict[str, str]]:
-    """Which implementation multiplies how many rows, for each shape of the model; empty without a choice.
+    """Which implementation multiplies how many rows, for each shape of the model, and how attention computes its
+    softmax; empty without a choice.
 
     Raises:
         CheckpointError, ConfigError: as loading the model would.
     """
     if kernels.dataflow is None:
         return []
-    source = open_model(resolve_model_folder(config.load.model, config.load.revision, show_progress=False))
-    shapes = linear_shapes(source.config, resolve_formats(source, config.load), kernels)
-    look_up_dataflow(kernels, config.dataflow, config.num_threads or cpu_limits().num_threads)
-    return [{"linear": str(shape), "dataflow": kernels.dataflow.explain(shape)} for shape in shapes]
+    folder = resolve_model_folder(config.load.model, config.load.revision, show_progress=False)
+    source = open_model(folder)
+    formats = resolve_formats(source, config.load)
+    num_threads = config.num_threads or cpu_limits().num_threads
+    look_up_dataflow(kernels, config.dataflow, num_threads)
+    cache_format = resolve_kv_cache_format(config.cache, formats)
+    attention = attention_shape(source.config, cache_format)
+    softmax = resolve_softmax(
+        config.softmax,
+        kernels,
+        folder,
+        num_layers=source.config.num_hidden_layers,
+        max_model_len=resolve_max_model_len(config.scheduler, source.config),
+        cache_format=cache_format,
+        tuned=look_up_attention(kernels, config.dataflow, attention, num_threads),
+    )
+    shapes = linear_shapes(source.config, formats, kernels)
+    return [
+        *({"linear": str(shape), "dataflow": kernels.dataflow.explain(shape)} for shape in shapes),
+        {"attention": str(attention), "dataflow": softmax.reason},
+    ]
 
 
 def model_info(config: EngineConfig, kernels: Kernels) -> dict[str, Any]:

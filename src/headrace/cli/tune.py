@@ -1,4 +1,4 @@
-"""`headrace tune`: measure which implementation of a linear layer suits how many rows, and remember it."""
+"""`headrace tune`: measure which implementations suit a model on this machine, and remember them."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from headrace.cli.terminal import aligned, format_ms, is_watched, note
 from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
+    from headrace.kernels.attention_tuning import AttentionShape, TunedAttention
     from headrace.kernels.tuning import LinearShape, TunedShape
 
 _ROUNDS = 12
@@ -20,8 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "GEMV takes one row at a time, flat GEMM all rows at each pass over the weights, GEMM blocks of rows. For\n"
         "each shape of the model all three are timed over M, the number of rows, in turn and several times; the best\n"
-        "times give the two points where one is overtaken by the next. They are kept in the user's cache for this\n"
-        "CPU, number of threads and build of the kernels, and later starts use them. Close other programs first."
+        "times give the two points where one is overtaken by the next. Attention of one new token is timed over the\n"
+        "length of the context, by softmax scheme and by the number of pieces that threads share. All is kept in the\n"
+        "user's cache for this CPU, number of threads and build of the kernels, and later starts use it. Close other\n"
+        "programs first."
     )
     parser.add_argument(
         "--rounds",
@@ -44,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         check_can_plot(args.plot)
     # From here on torch is needed.
     from headrace.engine.tune import FULL_ROWS, keep, measure_shapes
+    from headrace.engine.tune_attention import attention_shape, contexts_of, measure_attention
+    from headrace.kernels.attention_tuning import attention_to_json, keep_attention
     from headrace.kernels.tuning import TuningCache
 
     args.dataflow = "default"  # nothing is looked up or measured but here
@@ -64,14 +69,29 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     is_kept = keep(cache, tuned)
+    attention = attention_shape(model.config, model.kv_cache_format)
+    tuned_attention = measure_attention(
+        model.kernels,
+        attention,
+        contexts=contexts_of(model.plan.max_model_len),
+        num_threads=model.plan.num_threads,
+        num_rounds=args.rounds,
+    )
+    if is_kept:
+        keep_attention(cache, attention, tuned_attention)
     if args.plot is not None:
         from headrace.cli.tune_plot import plot
 
         plot(tuned, args.plot)
     if args.json:
-        print(json.dumps({"file": str(cache.file) if is_kept else None, "linear": list(map(_json, tuned.items()))}))
+        report = {
+            "file": str(cache.file) if is_kept else None,
+            "linear": list(map(_json, tuned.items())),
+            "attention": attention_to_json(attention, tuned_attention),
+        }
+        print(json.dumps(report))
     else:
-        print("\n".join(_table(tuned)))
+        print("\n".join([*_table(tuned), "", *_attention_table(attention, tuned_attention)]))
         note(f"kept in {cache.file}" if is_kept else f"could not be kept: {cache.file} cannot be written")
         if len(tuned) < len(shapes):
             note(f"stopped after {len(tuned)} of {len(shapes)} shapes")
@@ -91,6 +111,16 @@ def _table(tuned: "Mapping[LinearShape, TunedShape]") -> Iterator[str]:
     yield from aligned(rows)
     yield ""
     yield "GEMV below M1 rows, flat GEMM from M1 and below M2, GEMM from M2. Times in ms; - was given up as hopeless."
+
+
+def _attention_table(shape: "AttentionShape", tuned: "TunedAttention") -> Iterator[str]:
+    contexts = list(dict.fromkeys(n for seconds in tuned.times.values() for n in seconds))
+    rows = [(f"attention, {shape}", *(f"{n} tokens" for n in contexts))]
+    for choice, seconds in tuned.times.items():
+        rows.append((str(choice), *(format_ms(seconds[n]) for n in contexts)))
+    yield from aligned(rows)
+    yield ""
+    yield f"Chosen: {tuned.choice([choice.scheme for choice in tuned.times])}; asynchronized needs a calibration too."
 
 
 def _json(item: "tuple[LinearShape, TunedShape]") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from headrace.engine.kv_cache_spec import kv_block_bytes, kv_cache_spec, resolve
 from headrace.engine.runner import ModelRunner
 from headrace.engine.softmax import resolve_softmax
 from headrace.engine.tune import LinearWeights, prepare_dataflow
+from headrace.engine.tune_attention import attention_shape, look_up_attention
 from headrace.engine.worker import Worker
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels, kernel_choice_from, resolve_kernels
@@ -83,8 +84,11 @@ def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kern
         num_layers=source.config.num_hidden_layers,
         max_model_len=max_model_len,
         cache_format=cache_format,
+        tuned=look_up_attention(kernels, config.dataflow, attention_shape(source.config, cache_format), num_threads),
     )
-    context = LayerContext(kernels=kernels, tp_group=OneRankGroup(), softmax=softmax)
+    if kernels.dataflow is not None:
+        kernels.dataflow.max_pieces = softmax.max_pieces
+    context = LayerContext(kernels=kernels, tp_group=OneRankGroup(), softmax=softmax.layers)
     decoder = _load_with_progress(source, context, formats, max_model_len, config.load.show_progress)
     linear_weights = LinearWeights.of((p.weight for p in decoder.linear_parameters()), formats.dtype)
     show_progress = config.load.show_progress

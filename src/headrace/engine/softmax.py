@@ -1,4 +1,4 @@
-"""Which softmax each layer's attention uses: what the user asked for, with what is known of the model."""
+"""Which softmax each layer's attention uses: what the user asked for, with what is known of the model and machine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,10 +9,27 @@ from torch import Tensor
 from headrace.config import KvCacheFormat, Softmax, SoftmaxScheme
 from headrace.errors import ConfigError
 from headrace.kernels import AttentionSpec, Kernels, KvCache, SoftmaxCounts, SoftmaxSpec
-from headrace.models.softmax_calibration import FILE_NAME, asynchronized_spec, choose_layers, load_calibration
+from headrace.kernels.attention_tuning import AttentionChoice, TunedAttention
+from headrace.models.softmax_calibration import (
+    FILE_NAME,
+    LayerChoice,
+    asynchronized_spec,
+    choose_layers,
+    load_calibration,
+)
 
 DEFAULT_SCHEME = SoftmaxScheme.SYNCHRONIZED
-"""What `auto` stands for: it suits every model, and what the others gain on some is little (docs/benchmarks.md)."""
+"""What `auto` stands for where nothing was measured: it suits every model, and what the others gain on some is little
+(docs/benchmarks.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenSoftmax:
+    """layers: one for each; max_pieces: of a context (`Dataflow`); reason: one line for people."""
+
+    layers: tuple[SoftmaxSpec, ...]
+    max_pieces: int | None
+    reason: str
 
 
 def resolve_softmax(
@@ -23,23 +40,53 @@ def resolve_softmax(
     num_layers: int,
     max_model_len: int,
     cache_format: KvCacheFormat,
-) -> tuple[SoftmaxSpec, ...]:
-    """For each layer. Asynchronized without a calibration subtracts 0, which rows it does not suit make up for.
+    tuned: TunedAttention | None = None,
+) -> ChosenSoftmax:
+    """A scheme asked for is taken; else the one measured to be the fastest; else the synchronized one.
+
+    Asked for, asynchronized without a calibration subtracts 0, which rows it does not suit make up for. A measurement
+    alone never chooses it: it takes a calibration, and layers that this switches off stay synchronized.
 
     Raises:
         ConfigError: a scheme that these kernels lack.
         CheckpointError: a calibration that cannot be used.
     """
-    scheme = DEFAULT_SCHEME if choice is Softmax.AUTO else SoftmaxScheme(choice.value)
-    if scheme not in kernels.softmax_schemes:
+    if choice is not Softmax.AUTO and SoftmaxScheme(choice.value) not in kernels.softmax_schemes:
         allowed = ", ".join(known.value for known in kernels.softmax_schemes)
-        raise ConfigError(f"softmax is '{scheme.value}', which these kernels lack; allowed: auto, {allowed}")
-    if scheme is SoftmaxScheme.ASYNCHRONIZED:
-        layers = load_calibration(folder / FILE_NAME, num_layers=num_layers)
-        if layers is not None:
-            choices = choose_layers(layers, max_model_len=max_model_len, cache_format=cache_format)
-            return tuple(layer.softmax for layer in choices)
-    return (SoftmaxSpec(scheme=scheme),) * num_layers
+        raise ConfigError(f"softmax is '{choice.value}', which these kernels lack; allowed: auto, {allowed}")
+    layers = None
+    if choice is Softmax.ASYNCHRONIZED or (choice is Softmax.AUTO and tuned is not None):
+        ranges = load_calibration(folder / FILE_NAME, num_layers=num_layers)
+        if ranges is not None:
+            layers = choose_layers(ranges, max_model_len=max_model_len, cache_format=cache_format)
+    found = _choose(choice, kernels, layers, tuned)
+    reason = f"{found} ({_grounds(choice, tuned)})"
+    if found.scheme is not SoftmaxScheme.ASYNCHRONIZED or layers is None:
+        specs = (SoftmaxSpec(scheme=found.scheme),) * num_layers
+        return ChosenSoftmax(layers=specs, max_pieces=found.max_pieces, reason=reason)
+    num_off = sum(layer.reason is not None for layer in layers)
+    if num_off:
+        reason += f"; the calibration keeps {num_off} of {num_layers} layers synchronized"
+    return ChosenSoftmax(layers=tuple(layer.softmax for layer in layers), max_pieces=found.max_pieces, reason=reason)
+
+
+def _choose(
+    choice: Softmax, kernels: Kernels, layers: tuple[LayerChoice, ...] | None, tuned: TunedAttention | None
+) -> AttentionChoice:
+    if choice is not Softmax.AUTO:
+        scheme = SoftmaxScheme(choice.value)
+        return AttentionChoice(scheme=scheme) if tuned is None else tuned.choice([scheme])
+    if tuned is None:
+        return AttentionChoice(scheme=DEFAULT_SCHEME)
+    can_be_asynchronized = layers is not None and any(layer.reason is None for layer in layers)
+    return tuned.choice(
+        [s for s in kernels.softmax_schemes if s is not SoftmaxScheme.ASYNCHRONIZED or can_be_asynchronized]
+    )
+
+
+def _grounds(choice: Softmax, tuned: TunedAttention | None) -> str:
+    scheme = "" if choice is Softmax.AUTO else "softmax as asked for, "
+    return scheme + ("not measured here, the default" if tuned is None else f"measured on {tuned.measured_on}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ class Dataflow:
 
     def __init__(self) -> None:
         self.tuned: dict[LinearShape, TunedShape] = {}
+        self.max_pieces: int | None = None  # of a context in decode attention; None leaves it to the kernel
         self._forced: LinearArm | None = None
 
     def arm(self, shape: LinearShape, num_rows: int) -> LinearArm:

@@ -111,6 +111,9 @@ class TunedShape:
     times: ArmTimes = field(default_factory=dict)
 
 
+_SECTIONS = ("linear", "attention")
+
+
 class TuningCache:
     """Measurements of this user's machine, one file for each key.
 
@@ -123,21 +126,37 @@ class TuningCache:
 
     def load(self) -> dict[LinearShape, TunedShape]:
         try:
-            entries = json.loads(self.file.read_text())["linear"]
-            return dict(map(_shape_from_json, entries))
-        except (OSError, ValueError, KeyError, TypeError):
+            return dict(map(_shape_from_json, self.read("linear")))
+        except (ValueError, KeyError, TypeError, AttributeError):
             return {}
 
+    def read(self, section: str) -> list[dict[str, Any]]:
+        """The entries of a section as JSON has them; none if the file or the section is missing or broken."""
+        try:
+            entries = json.loads(self.file.read_text())[section]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+        return entries if isinstance(entries, list) else []
+
     def add(self, shapes: Mapping[LinearShape, TunedShape]) -> None:
-        """Keep these too. Written beside the file and moved over it, so that a reader never sees half of one.
+        """Keep these too.
 
         Raises:
             OSError: the folder cannot be written to.
         """
-        entries = [_shape_to_json(shape, tuned) for shape, tuned in ({**self.load(), **shapes}).items()]
+        self.write("linear", [_shape_to_json(shape, tuned) for shape, tuned in ({**self.load(), **shapes}).items()])
+
+    def write(self, section: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Replace one section and leave the others. Written beside the file and moved over it, so that a reader never
+        sees half of one.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        sections = {name: self.read(name) for name in _SECTIONS} | {section: list(entries)}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(f".{os.getpid()}.part")
-        partial.write_text(json.dumps({"key": asdict(self._key), "linear": entries}, indent=1))
+        partial.write_text(json.dumps({"key": asdict(self._key), **sections}, indent=1))
         partial.replace(self.file)
 
 

@@ -50,7 +50,7 @@ __all__ = [
 def make_ops(target: str, dataflow: Dataflow) -> dict[str, Callable[..., Any]]:
     """The ops that are native, by name, on one instruction set and one stream.
 
-    dataflow: asked by the linear op for an arm.
+    dataflow: asked by the linear op for an arm, and by attention for the number of pieces.
 
     Raises:
         BackendUnavailable: an instruction set this build or this machine does not have.
@@ -65,7 +65,7 @@ def make_ops(target: str, dataflow: Dataflow) -> dict[str, Callable[..., Any]]:
         "add_": norm.add_,
         "rotary_table": RotaryTable(stream),
         "rotary_store_kv_": RotaryStoreKv(target, stream),
-        "attention": Attention(target, stream),
+        "attention": Attention(target, stream, dataflow),
         "mixture": Mixture(target, stream, dataflow),
         "make_kv_cache": make_kv_cache,
         "kv_cache_num_bytes": kv_cache_num_bytes,

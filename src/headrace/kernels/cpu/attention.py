@@ -11,6 +11,7 @@ from headrace.kernels.cpu.kv_cache import packed
 from headrace.kernels.cpu.rotary import by_token
 from headrace.kernels.cpu.stream import Stream
 from headrace.kernels.cpu.targets import check_target
+from headrace.kernels.dataflow import Dataflow
 from headrace.kernels.kv_cache import KvCache, PackedKvCache
 from headrace.kernels.ops import AttentionSpec
 
@@ -33,9 +34,10 @@ class Attention:
         BackendUnavailable: an instruction set this machine cannot run.
     """
 
-    def __init__(self, target: str, stream: Stream) -> None:
+    def __init__(self, target: str, stream: Stream, dataflow: Dataflow | None = None) -> None:
         check_target(target)
         self._stream = stream
+        self._dataflow = dataflow or Dataflow()
         self.target = target
         self._native = _native.Attention(target)
         self._specs: dict[AttentionSpec, _native.AttentionSpec] = {}
@@ -52,7 +54,7 @@ class Attention:
         max_pieces: int | None = None,
     ) -> Tensor:
         """
-        max_pieces: a context is cut into at most so many pieces for several threads; None leaves it to the kernel.
+        max_pieces: a context is cut into at most so many pieces for several threads; None asks the dataflow.
 
         Shapes:
             query:        [num_tokens, num_heads, head_dim] float32 or bfloat16
@@ -86,7 +88,7 @@ class Attention:
             context_lens.data_ptr(),
             cu_seqlens_q.data_ptr(),
             out.data_ptr(),
-            max_pieces or 0,
+            max_pieces or self._dataflow.max_pieces or 0,
         )
         return out
 

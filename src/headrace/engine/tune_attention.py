@@ -1,0 +1,131 @@
+"""Measures the decode attention of a model over the length of its context: softmax schemes and numbers of pieces."""
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from itertools import count
+
+import torch
+
+from headrace.config import DataflowChoice, KvCacheFormat, ModelConfig, SoftmaxScheme
+from headrace.kernels import AttentionSpec, Kernels, KvCacheSpec, SoftmaxSpec
+from headrace.kernels.attention_tuning import AttentionChoice, AttentionShape, TunedAttention, load_attention
+from headrace.kernels.tuning import TuningCache
+
+CONTEXTS = (128, 512, 2048, 8192, 32768)
+
+_WORKING_SET_BYTES = 128 * 2**20
+"""More than caches hold: a model reads every layer's keys and values, and its weights, before it meets one again."""
+
+_BLOCK_SIZE = 16
+_FILL_TOKENS = 1024
+
+
+def attention_shape(model: ModelConfig, cache_format: KvCacheFormat) -> AttentionShape:
+    return AttentionShape(
+        cache_format=cache_format,
+        num_heads=model.attention.num_heads,
+        num_kv_heads=model.attention.num_kv_heads,
+        head_dim=model.attention.head_dim,
+    )
+
+
+def look_up_attention(
+    kernels: Kernels, choice: DataflowChoice, shape: AttentionShape, num_threads: int
+) -> TunedAttention | None:
+    """What `headrace tune` kept for this machine; None if nothing, or if the user chose not to have it used."""
+    if kernels.tuning_key is None or choice is not DataflowChoice.MEASURED:
+        return None
+    return load_attention(TuningCache(kernels.tuning_key(num_threads))).get(shape)
+
+
+def candidates(schemes: Sequence[SoftmaxScheme], num_threads: int) -> list[AttentionChoice]:
+    """The default first, then what differs from it more and more. One thread takes a context in one piece anyway."""
+    pieces = (None, num_threads, 2 * num_threads, 8 * num_threads) if num_threads > 1 else (None,)
+    order = (SoftmaxScheme.SYNCHRONIZED, SoftmaxScheme.LAZY, SoftmaxScheme.ASYNCHRONIZED)
+    return [AttentionChoice(scheme=scheme, max_pieces=most) for scheme in order if scheme in schemes for most in pieces]
+
+
+def contexts_of(max_model_len: int) -> list[int]:
+    """Those that the model can have, or its longest where all are longer."""
+    return [n for n in CONTEXTS if n <= max_model_len] or [max_model_len]
+
+
+def measure_attention(
+    kernels: Kernels,
+    shape: AttentionShape,
+    *,
+    contexts: Sequence[int],
+    num_threads: int,
+    num_rounds: int,
+    make_run: "MakeRun | None" = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> TunedAttention:
+    """Time every choice for each length of the context.
+
+    As with linear layers, rounds go through the choices in turn, so that a busy moment of the machine falls on all of
+    them, and each one's best round counts.
+
+    make_run: what runs one token's attention; None takes the kernels, over a cache that outgrows the machine's.
+    """
+    run = (make_run or _make_run)(kernels, shape, max(contexts))
+    choices = candidates(kernels.softmax_schemes, num_threads)
+    times: dict[AttentionChoice, dict[int, float]] = {choice: {} for choice in choices}
+    for context_len in contexts:
+        for _ in range(num_rounds):
+            for choice in choices:
+                start = clock()
+                run(choice, context_len)
+                seconds = clock() - start
+                times[choice][context_len] = min(seconds, times[choice].get(context_len, seconds))
+    return TunedAttention(measured_on=date.today().isoformat(), times=times)
+
+
+Run = Callable[[AttentionChoice, int], object]
+MakeRun = Callable[[Kernels, AttentionShape, int], Run]
+
+
+def _make_run(kernels: Kernels, shape: AttentionShape, longest: int) -> Run:
+    """Contexts lie in one cache, each call's after the one before; blocks in no order, as in a busy engine."""
+    dtype = torch.float32 if shape.cache_format is KvCacheFormat.FLOAT32 else torch.bfloat16
+    spec = _cache_spec(kernels, shape, -(-longest // _BLOCK_SIZE))
+    cache = kernels.make_kv_cache(spec)
+    no_queries = torch.empty(_FILL_TOKENS, 0, shape.head_dim, dtype=dtype)
+    key, value = (torch.randn(_FILL_TOKENS, shape.num_kv_heads, shape.head_dim).to(dtype) for _ in range(2))
+    for slots in torch.split(torch.arange(spec.num_slots), _FILL_TOKENS):
+        n = len(slots)
+        kernels.rotary_store_kv_(no_queries[:n], key[:n], value[:n], cache, slots, None)
+    query = torch.randn(1, shape.num_heads, shape.head_dim).to(dtype)
+    order, bounds = torch.randperm(spec.num_blocks, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    attention_specs = {
+        scheme: AttentionSpec(softmax_scale=shape.head_dim**-0.5, softmax=SoftmaxSpec(scheme=scheme))
+        for scheme in kernels.softmax_schemes
+    }
+    calls = count()
+
+    def run(choice: AttentionChoice, context_len: int) -> object:
+        assert kernels.dataflow is not None, "there is nothing to choose"
+        num_blocks = -(-context_len // _BLOCK_SIZE)
+        first = next(calls) % (spec.num_blocks // num_blocks) * num_blocks
+        table = order[first : first + num_blocks][None]
+        kernels.dataflow.max_pieces = choice.max_pieces
+        try:
+            lens = torch.tensor([context_len], dtype=torch.int32)
+            return kernels.attention(query, cache, table, lens, bounds, attention_specs[choice.scheme])
+        finally:
+            kernels.dataflow.max_pieces = None
+
+    return run
+
+
+def _cache_spec(kernels: Kernels, shape: AttentionShape, num_blocks: int) -> KvCacheSpec:
+    def spec(count: int) -> KvCacheSpec:
+        return KvCacheSpec(
+            cache_format=shape.cache_format,
+            num_blocks=count,
+            block_size=_BLOCK_SIZE,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+        )
+
+    return spec(max(num_blocks, _WORKING_SET_BYTES // kernels.kv_cache_num_bytes(spec(1))))

@@ -1,0 +1,120 @@
+"""Which softmax and how many pieces suit a model's decode attention, measured over the length of the context.
+
+A scheme rounds differently from another, so it is chosen once, when an engine starts, and from what was kept only: were
+it measured anew at each start, noise could change the text that a request gets. Pieces are another matter: kernels
+split a context at fixed positions and merge the splits in order whoever computes them, so their number changes no bit.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from headrace.config import KvCacheFormat, SoftmaxScheme
+from headrace.kernels.tuning import TIE, TuningCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """What decode attention reads for one token: the heads of a layer and how their cache is stored."""
+
+    cache_format: KvCacheFormat
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.num_heads} heads of {self.head_dim} over {self.num_kv_heads}, {self.cache_format.value}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionChoice:
+    """max_pieces: of a context, for several threads; None leaves it to the kernel."""
+
+    scheme: SoftmaxScheme = SoftmaxScheme.SYNCHRONIZED
+    max_pieces: int | None = None
+
+    def __str__(self) -> str:
+        pieces = "" if self.max_pieces is None else f", contexts in at most {self.max_pieces} pieces"
+        return f"{self.scheme.value} softmax{pieces}"
+
+
+AttentionTimes = Mapping[AttentionChoice, Mapping[int, float]]
+"""Seconds by choice and length of the context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedAttention:
+    """What was measured. The choice follows from it, because which schemes a model may use is known later."""
+
+    measured_on: str
+    times: AttentionTimes
+
+    def choice(self, schemes: Collection[SoftmaxScheme]) -> AttentionChoice:
+        return find_attention_choice(self.times, schemes)
+
+
+def find_attention_choice(times: AttentionTimes, schemes: Collection[SoftmaxScheme]) -> AttentionChoice:
+    """Of these schemes: the least sum over contexts of log(time of the choice / time of the best).
+
+    Ratios within TIE count as 1. Of equals the first one measured is taken: it is the nearest to the default. If none
+    of them was measured, the first is.
+    """
+    allowed = {choice: seconds for choice, seconds in times.items() if choice.scheme in schemes}
+    if not allowed:
+        return AttentionChoice(scheme=next(iter(schemes)))
+    lengths = set.intersection(*(set(seconds) for seconds in allowed.values()))
+    best_s = {n: min(seconds[n] for seconds in allowed.values()) for n in lengths}
+
+    def regret(seconds: Mapping[int, float]) -> float:
+        return round(sum(math.log(seconds[n] / best_s[n]) for n in lengths if seconds[n] > TIE * best_s[n]), 9)
+
+    return min(allowed, key=lambda choice: regret(allowed[choice]))
+
+
+def load_attention(cache: TuningCache) -> dict[AttentionShape, TunedAttention]:
+    """What was kept; nothing if that cannot be read."""
+    try:
+        return dict(map(_from_json, cache.read("attention")))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def keep_attention(cache: TuningCache, shape: AttentionShape, tuned: TunedAttention) -> None:
+    """
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    known = {**load_attention(cache), shape: tuned}
+    cache.write("attention", [attention_to_json(*item) for item in known.items()])
+
+
+def attention_to_json(shape: AttentionShape, tuned: TunedAttention) -> dict[str, Any]:
+    return {
+        **asdict(shape),
+        "cache_format": shape.cache_format.value,
+        "measured_on": tuned.measured_on,
+        "times": [
+            {
+                "scheme": choice.scheme.value,
+                "max_pieces": choice.max_pieces,
+                "seconds": {str(n): s for n, s in seconds.items()},
+            }
+            for choice, seconds in tuned.times.items()
+        ],
+    }
+
+
+def _from_json(entry: dict[str, Any]) -> tuple[AttentionShape, TunedAttention]:
+    shape = AttentionShape(
+        cache_format=KvCacheFormat(entry["cache_format"]),
+        num_heads=int(entry["num_heads"]),
+        num_kv_heads=int(entry["num_kv_heads"]),
+        head_dim=int(entry["head_dim"]),
+    )
+    times = {}
+    for row in entry["times"]:
+        pieces = None if row["max_pieces"] is None else int(row["max_pieces"])
+        choice = AttentionChoice(scheme=SoftmaxScheme(row["scheme"]), max_pieces=pieces)
+        times[choice] = {int(n): float(seconds) for n, seconds in row["seconds"].items()}
+    return shape, TunedAttention(measured_on=str(entry["measured_on"]), times=times)
