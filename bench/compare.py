@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,14 @@ def compare(
     idle_s: float,
     prefix: Sequence[str] = (),
     run: RunJson = run_json,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = partial(print, flush=True),
+    keep: Callable[[Findings], None] = lambda _: None,
 ) -> Findings:
-    """All engines in turn, `rounds` times. prefix: a command that each measurement is run under, such as `taskset`."""
+    """All engines in turn, `rounds` times.
+
+    prefix: a command that each measurement is run under, such as `taskset`. keep: takes all that was found so far, after
+    each round, since a run may take an hour and be cut off.
+    """
     findings = Findings()
     limits = [sys.executable, "-m", "bench.limits", "--threads", str(comparison.threads)]
     for index in range(rounds):
@@ -106,6 +112,7 @@ def compare(
                 continue
             findings.reports.setdefault(spec.key, []).append(report)
             say(f"round {index + 1} of {rounds}, {spec.key}: {_line(report)}")
+        keep(findings)
     return findings
 
 
@@ -167,7 +174,7 @@ def _line(report: Report) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--json", type=Path, help="write everything here, anew after each round")
     parser.add_argument("--rounds", type=int, default=3, help="times that all engines run (default: %(default)s)")
     parser.add_argument("--rounds-per-process", type=int, default=ROUNDS, help="(default: %(default)s)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(BATCH_SIZES))
@@ -179,6 +186,13 @@ def main() -> None:
     if args.only:
         engines = tuple(spec for spec in comparison.engines if spec.engine in args.only)
         comparison = Comparison(checkpoint=comparison.checkpoint, threads=comparison.threads, engines=engines)
+
+    def keep(findings: Findings) -> None:
+        if args.json:
+            report = to_json(comparison, findings, args.rounds_per_process)
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(report), encoding="utf-8")
+
     findings = compare(
         comparison,
         rounds=args.rounds,
@@ -186,12 +200,9 @@ def main() -> None:
         batch_sizes=args.batch_sizes,
         idle_s=args.idle_s,
         prefix=args.prefix,
+        keep=keep,
     )
-    report = to_json(comparison, findings, args.rounds_per_process)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report), encoding="utf-8")
-    print(table(report))
+    print(table(to_json(comparison, findings, args.rounds_per_process)))
     if findings.failed:
         sys.exit("".join(f"\n{key} failed: {error}" for key, error in findings.failed.items()))
 

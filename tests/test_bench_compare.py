@@ -40,12 +40,12 @@ class Machine:
         if name == "bench.limits":
             return {"read_gb_per_s": 30.0 + len(self.calls), "multiply_gops": {"int8": 900.0}}
         answer = self.answers[name].pop(0)
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise answer
         return answer
 
 
-def run(machine, rounds):
+def run(machine, rounds, keep=lambda _: None):
     said = []
     findings = compare(
         COMPARISON,
@@ -55,6 +55,7 @@ def run(machine, rounds):
         idle_s=0.0,
         run=machine,
         say=said.append,
+        keep=keep,
     )
     return findings, said
 
@@ -91,6 +92,16 @@ class TestCompare:
         assert data["failed"] == {"llamacpp q4_0": "no such model"}
         assert [engine["prefill_512"] for engine in data["engines"]] == [300, 120]
         assert "round 1 of 2, llamacpp q4_0: no such model" in said
+
+    def test_what_was_found_is_kept_after_each_round(self):
+        machine = Machine(
+            headrace=[report("headrace", 300, 50, b1=60), KeyboardInterrupt()],
+            llamacpp=[report("llama.cpp", 120, 30, b1=50)],
+        )
+        kept = []
+        with pytest.raises(KeyboardInterrupt):
+            run(machine, rounds=2, keep=lambda findings: kept.append(to_json(COMPARISON, findings, 3)))
+        assert [(data["rounds"], len(data["engines"])) for data in kept] == [(1, 2)]
 
     def test_commands_name_the_same_protocol(self):
         ours, theirs = (command(spec, 2, (1, 32), 3) for spec in (OURS, THEIRS))
