@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +89,13 @@ def compare(
     idle_s: float,
     prefix: Sequence[str] = (),
     run: RunJson = run_json,
-    say: Callable[[str], None] = partial(print, flush=True),
+    say: Callable[[str], None] = print,
     keep: Callable[[Findings], None] = lambda _: None,
 ) -> Findings:
     """All engines in turn, `rounds` times.
 
-    prefix: a command that each measurement is run under, such as `taskset`. keep: takes all that was found so far, after
-    each round, since a run may take an hour and be cut off.
+    prefix: a command that each measurement is run under, such as `taskset`. keep: takes all that was found so far,
+    after each round, since a run may take an hour and be cut off.
     """
     findings = Findings()
     limits = [sys.executable, "-m", "bench.limits", "--threads", str(comparison.threads)]
@@ -200,6 +199,7 @@ def main() -> None:
         batch_sizes=args.batch_sizes,
         idle_s=args.idle_s,
         prefix=args.prefix,
+        say=lambda line: print(line, flush=True),
         keep=keep,
     )
     print(table(to_json(comparison, findings, args.rounds_per_process)))
