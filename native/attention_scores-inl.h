@@ -133,6 +133,8 @@ struct ScoreFunctions {
 
 inline ScoreFunctions ScoreFunctionsOf(Format format) {
   using Rows = std::make_integer_sequence<int, kBlockRows>;
+  // Integers need two accumulators for each pair.
+  using WideIntRows = std::make_integer_sequence<int, kBlockRows / 2>;
   constexpr int kPanels = kFloatPanels;
   switch (format) {
     case Format::kFloat32:
@@ -145,8 +147,7 @@ inline ScoreFunctions ScoreFunctionsOf(Format format) {
     case Format::kInt4:
       break;
   }
-  // Integers need two accumulators for each pair.
-  return {IntScoreTable<kPanels, Rows>::functions, IntScoreTable<1, Rows>::functions, kBlockRows / 2};
+  return {IntScoreTable<kPanels, WideIntRows>::functions, IntScoreTable<1, Rows>::functions, kBlockRows / 2};
 }
 
 // t = cap * tanh(t), cap in base 2.

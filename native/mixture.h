@@ -4,7 +4,7 @@
 //   out = sum of p[e] * (act(x gate_e^T) * (x up_e^T)) down_e^T over the experts taken, e ascending
 //
 // The sum is in float32 and rounded once. Which experts run is read from the logits when the call runs, so that it can be
-// recorded: a row's bits depend on that row alone, and each expert meets all of its tokens at once.
+// recorded: a row's bits depend on that row alone, and each expert meets its tokens together, up to 512 at a time.
 // A row of logits with NaN takes some experts and becomes NaN.
 #ifndef HEADRACE_NATIVE_MIXTURE_H_
 #define HEADRACE_NATIVE_MIXTURE_H_

@@ -6,6 +6,14 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a user has tuned changes no test, and no test what a user has tuned."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def calm_torch() -> Iterator[None]:
     """One thread, as for models this small a second one costs more than it saves, and a fixed seed.

@@ -56,6 +56,20 @@ def test_a_prompt_of_as_many_tokens_is_not_taken_for_the_last_step(runner) -> No
     assert torch.equal(logits, runner._decoder.compute_logits(hidden_states))
 
 
+def test_logits_of_a_step_that_was_forgotten_are_computed_anew(runner) -> None:
+    """Its head was recorded over buffers that the next recording of that size does not write to."""
+    for _ in range(2):
+        hidden_states = runner.run(rows(2, 0))
+    expected = runner.logits(hidden_states).logits.clone()
+    runner.decode_step.forget()
+    logits, largest = runner.logits(hidden_states)
+    assert largest is None
+    assert torch.equal(logits, expected)
+    for position in (1, 2):
+        hidden_states = runner.run(rows(2, position))
+        assert torch.equal(runner.logits(hidden_states).logits, runner._decoder.compute_logits(hidden_states))
+
+
 def test_logits_of_many_sizes_are_kept_within_bounds(runner, monkeypatch) -> None:
     """Recordings come and go with the size of the batch; what they compute stays."""
     vocab_size = runner._decoder.config.vocab_size

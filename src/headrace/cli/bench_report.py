@@ -82,6 +82,7 @@ class BenchReport:
             "weight_bytes": model.weight_bytes,
             "num_parameters": self.facts.num_parameters,
             "formats": _formats(model),
+            "softmax": model.softmax.reason,
             "kernels": {choice.op: choice.implementation for choice in model.kernels.explain()},
             "protocol": asdict(self.settings),
             "limits": _limits_to_json(self.limits) | {"floors": {f.key: _floor_to_json(f) for f in figures}},
@@ -119,6 +120,7 @@ def _background(report: BenchReport) -> Iterator[tuple[str, str]]:
     yield "machine", machine()["cpu"]
     yield "threads", str(model.plan.num_threads)
     yield "limits", f"read {limits.read_gb_per_s:.1f} GB/s; {peaks}"
+    yield "attention", model.softmax.reason
     yield "kernels", ", ".join(sorted({choice.implementation for choice in model.kernels.explain()}))
     for remark in report.remarks:
         yield "note", remark

@@ -100,8 +100,9 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         "--softmax",
         choices=_values(Softmax),
         default=EngineConfig.softmax.value,
-        help="what attention subtracts from logits: their maximum, a constant (see `headrace calibrate`), or an "
-        "earlier maximum (default: %(default)s)",
+        help="what attention subtracts from logits: their maximum, a constant (see `headrace calibrate`), an earlier "
+        "maximum, or whichever `headrace tune` found to be the fastest; auto is their maximum, and texts may differ in "
+        "rounding between the others (default: %(default)s)",
     )
     group.add_argument(
         "--block-size", type=int, metavar="N", help=f"tokens per KV cache block (default: {CacheConfig.block_size})"

@@ -71,16 +71,18 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     is_kept = keep(cache, tuned)
-    attention = attention_shape(model.config, model.kv_cache_format)
-    tuned_attention = measure_attention(
-        model.kernels,
-        attention,
-        contexts=contexts_of(model.plan.max_model_len),
-        num_threads=model.plan.num_threads,
-        num_rounds=_ATTENTION_ROUNDS * args.rounds,
-    )
-    if is_kept:
-        keep_attention(cache, attention, tuned_attention)
+    attention, tuned_attention = attention_shape(model.config, model.kv_cache_format), None
+    if len(tuned) == len(shapes):  # else Ctrl-C has ended the measurement
+        tuned_attention = measure_attention(
+            model.kernels,
+            attention,
+            contexts=contexts_of(model.plan.max_model_len),
+            num_threads=model.plan.num_threads,
+            num_rounds=_ATTENTION_ROUNDS * args.rounds,
+            show_progress=show_progress,
+        )
+    if tuned_attention is not None:
+        is_kept = keep_attention(cache, attention, tuned_attention) and is_kept
     if args.plot is not None:
         from headrace.cli.tune_plot import plot
 
@@ -89,14 +91,16 @@ def run(args: argparse.Namespace) -> int:
         report = {
             "file": str(cache.file) if is_kept else None,
             "linear": list(map(_json, tuned.items())),
-            "attention": attention_to_json(attention, tuned_attention),
+            "attention": None if tuned_attention is None else attention_to_json(attention, tuned_attention),
         }
         print(json.dumps(report))
     else:
-        print("\n".join([*_table(tuned), "", *_attention_table(attention, tuned_attention)]))
+        print("\n".join([*_table(tuned), *_attention_table(attention, tuned_attention)]))
         note(f"kept in {cache.file}" if is_kept else f"could not be kept: {cache.file} cannot be written")
         if len(tuned) < len(shapes):
             note(f"stopped after {len(tuned)} of {len(shapes)} shapes")
+        elif tuned_attention is None:
+            note("stopped before attention was measured")
     return 0
 
 
@@ -115,14 +119,21 @@ def _table(tuned: "Mapping[LinearShape, TunedShape]") -> Iterator[str]:
     yield "GEMV below M1 rows, flat GEMM from M1 and below M2, GEMM from M2. Times in ms; - was given up as hopeless."
 
 
-def _attention_table(shape: "AttentionShape", tuned: "TunedAttention") -> Iterator[str]:
+def _attention_table(shape: "AttentionShape", tuned: "TunedAttention | None") -> Iterator[str]:
+    if tuned is None:
+        return
+    yield ""
+    from headrace.engine.softmax import DEFAULT_SCHEME
+
     contexts = list(dict.fromkeys(n for seconds in tuned.times.values() for n in seconds))
     rows = [(f"attention, {shape}", *(f"{n} tokens" for n in contexts))]
     for choice, seconds in tuned.times.items():
         rows.append((str(choice), *(f"{seconds[n] * 1e6:.0f} us" for n in contexts)))
     yield from aligned(rows)
     yield ""
-    yield f"Chosen: {tuned.choice([choice.scheme for choice in tuned.times])}; asynchronized needs a calibration too."
+    usual = tuned.choice([DEFAULT_SCHEME])
+    yield f"Used from now on: {usual}. With --softmax measured: {tuned.choice([c.scheme for c in tuned.times])}"
+    yield "(asynchronized needs a calibration too). Pieces change no result; schemes round differently."
 
 
 def _json(item: "tuple[LinearShape, TunedShape]") -> dict[str, Any]:

@@ -52,9 +52,14 @@ class KvCacheFormat(Enum):
 
 
 class Softmax(Enum):
-    """How attention finds what it subtracts from logits before the exponential; AUTO leaves it to Headrace."""
+    """How attention finds what it subtracts from logits before the exponential.
+
+    AUTO is the same everywhere; MEASURED is the scheme that `headrace tune` found to be the fastest on this machine.
+    Schemes round differently, so a text may depend on which one it was made with.
+    """
 
     AUTO = "auto"
+    MEASURED = "measured"
     SYNCHRONIZED = "synchronized"
     ASYNCHRONIZED = "asynchronized"
     LAZY = "lazy"

@@ -68,7 +68,7 @@ class DecodeStep:
         self._layers: dict[int, _Layers] = {}
         self._heads: dict[int, _Head] = {}
         self._last: _Layers | None = None
-        """What has run last and could be replayed."""
+        """What this object ran last, if it can be replayed."""
 
     @property
     def obstacle(self) -> str | None:
@@ -81,6 +81,7 @@ class DecodeStep:
         """Record anew from now on: a recording keeps the implementations that were chosen when it was made."""
         self._layers.clear()
         self._heads.clear()
+        self._last = None
 
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states [num_seqs, hidden_size], valid until the next run."""

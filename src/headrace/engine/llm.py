@@ -41,7 +41,7 @@ class LLM:
 
     model: a folder or a hub id. dtype: "auto", "float32" or "bfloat16". quantize: None, "int8" or "int4".
     settings: any field of `CacheConfig` or `SchedulerConfig`, `num_threads`, `dataflow` ("measured", "default") and
-        `softmax` ("auto", "synchronized", "asynchronized", "lazy").
+        `softmax` ("auto", "measured", "synchronized", "asynchronized", "lazy").
 
     One thread at a time: its requests share one engine, which is driven by whoever waits for one of them.
 

@@ -12,7 +12,7 @@ from headrace.engine.engine_plan import EnginePlan, resolve_max_model_len, resol
 from headrace.engine.executor import Executor
 from headrace.engine.kv_cache_spec import kv_block_bytes, kv_cache_spec, resolve_kv_cache_format
 from headrace.engine.runner import ModelRunner
-from headrace.engine.softmax import resolve_softmax
+from headrace.engine.softmax import ChosenSoftmax, resolve_softmax
 from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.engine.tune_attention import attention_shape, look_up_attention
 from headrace.engine.worker import Worker
@@ -44,6 +44,7 @@ class LoadedModel:
     kernels: Kernels
     formats: WeightFormats
     kv_cache_format: KvCacheFormat
+    softmax: ChosenSoftmax
     linear_weights: LinearWeights
     tokenizer: Tokenizer | None
     tokenizer_error: str | None
@@ -111,6 +112,7 @@ def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kern
         kernels=kernels,
         formats=formats,
         kv_cache_format=cache_format,
+        softmax=softmax,
         linear_weights=linear_weights,
         tokenizer=tokenizer,
         tokenizer_error=tokenizer_error,

@@ -11,8 +11,8 @@ from headrace.batch import ForwardBatch
 
 
 class Row(NamedTuple):
-    """New tokens of one sequence: positions start, start + 1, ...; block_table covers them and all before. An array
-    once given does not change: a table that grows is another array.
+    """New tokens of one sequence: positions start, start + 1, ...; block_table covers them and all before. A table that
+    has changed comes as another array.
 
     Shapes: block_table [num_blocks] int32
     """

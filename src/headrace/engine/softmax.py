@@ -19,8 +19,7 @@ from headrace.models.softmax_calibration import (
 )
 
 DEFAULT_SCHEME = SoftmaxScheme.SYNCHRONIZED
-"""What `auto` stands for where nothing was measured: it suits every model, and what the others gain on some is little
-(docs/benchmarks.md)."""
+"""What `auto` stands for: it suits every model, and what the others gain on some is little (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +41,23 @@ def resolve_softmax(
     cache_format: KvCacheFormat,
     tuned: TunedAttention | None = None,
 ) -> ChosenSoftmax:
-    """A scheme asked for is taken; else the one measured to be the fastest; else the synchronized one.
+    """A scheme asked for is taken; `auto` is the synchronized one, and `measured` the fastest of those measured.
 
     Asked for, asynchronized without a calibration subtracts 0, which rows it does not suit make up for. A measurement
     alone never chooses it: it takes a calibration, and layers that this switches off stay synchronized.
 
     Raises:
-        ConfigError: a scheme that these kernels lack.
+        ConfigError: a scheme that these kernels lack, or a measurement that there is none of.
         CheckpointError: a calibration that cannot be used.
     """
-    if choice is not Softmax.AUTO and SoftmaxScheme(choice.value) not in kernels.softmax_schemes:
-        allowed = ", ".join(known.value for known in kernels.softmax_schemes)
-        raise ConfigError(f"softmax is '{choice.value}', which these kernels lack; allowed: auto, {allowed}")
+    _check(choice, kernels, tuned)
     layers = None
-    if choice is Softmax.ASYNCHRONIZED or (choice is Softmax.AUTO and tuned is not None):
+    if choice in (Softmax.ASYNCHRONIZED, Softmax.MEASURED):
         ranges = load_calibration(folder / FILE_NAME, num_layers=num_layers)
         if ranges is not None:
             layers = choose_layers(ranges, max_model_len=max_model_len, cache_format=cache_format)
-    found = _choose(choice, kernels, layers, tuned)
+    schemes = _allowed(choice, kernels, layers)
+    found = AttentionChoice(scheme=schemes[0]) if tuned is None else tuned.choice(schemes)
     reason = f"{found} ({_grounds(choice, tuned)})"
     if found.scheme is not SoftmaxScheme.ASYNCHRONIZED or layers is None:
         specs = (SoftmaxSpec(scheme=found.scheme),) * num_layers
@@ -70,23 +68,33 @@ def resolve_softmax(
     return ChosenSoftmax(layers=tuple(layer.softmax for layer in layers), max_pieces=found.max_pieces, reason=reason)
 
 
-def _choose(
-    choice: Softmax, kernels: Kernels, layers: tuple[LayerChoice, ...] | None, tuned: TunedAttention | None
-) -> AttentionChoice:
-    if choice is not Softmax.AUTO:
-        scheme = SoftmaxScheme(choice.value)
-        return AttentionChoice(scheme=scheme) if tuned is None else tuned.choice([scheme])
-    if tuned is None:
-        return AttentionChoice(scheme=DEFAULT_SCHEME)
+def _check(choice: Softmax, kernels: Kernels, tuned: TunedAttention | None) -> None:
+    if choice is Softmax.MEASURED:
+        if tuned is None:
+            raise ConfigError(
+                "softmax is 'measured', and no measurement of this model's attention on so many threads is in use; run "
+                "`headrace tune --model` first, and leave --dataflow as 'measured'"
+            )
+    elif choice is not Softmax.AUTO and SoftmaxScheme(choice.value) not in kernels.softmax_schemes:
+        allowed = ", ".join(known.value for known in kernels.softmax_schemes)
+        raise ConfigError(f"softmax is '{choice.value}', which these kernels lack; allowed: auto, {allowed}")
+
+
+def _allowed(choice: Softmax, kernels: Kernels, layers: tuple[LayerChoice, ...] | None) -> list[SoftmaxScheme]:
+    if choice is Softmax.AUTO:
+        return [DEFAULT_SCHEME]
+    if choice is not Softmax.MEASURED:
+        return [SoftmaxScheme(choice.value)]
     can_be_asynchronized = layers is not None and any(layer.reason is None for layer in layers)
-    return tuned.choice(
-        [s for s in kernels.softmax_schemes if s is not SoftmaxScheme.ASYNCHRONIZED or can_be_asynchronized]
-    )
+    return [s for s in kernels.softmax_schemes if s is not SoftmaxScheme.ASYNCHRONIZED or can_be_asynchronized]
 
 
 def _grounds(choice: Softmax, tuned: TunedAttention | None) -> str:
-    scheme = "" if choice is Softmax.AUTO else "softmax as asked for, "
-    return scheme + ("not measured here, the default" if tuned is None else f"measured on {tuned.measured_on}")
+    if choice is Softmax.MEASURED:
+        assert tuned is not None, "checked above"
+        return f"measured on {tuned.measured_on}"
+    scheme = "the default softmax" if choice is Softmax.AUTO else "softmax as asked for"
+    return f"{scheme}, pieces " + ("not measured here" if tuned is None else f"measured on {tuned.measured_on}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,7 +97,8 @@ def measure_shapes(
     """Each shape as it is measured. Ctrl-C ends it there, with what has been measured so far."""
     assert kernels.dataflow is not None, "there is nothing to choose"
     shapes, rows = list(shapes), tuple(rows)
-    with _progress(len(shapes), show_progress) as on_start:
+    title = "measuring linear layers, once for this machine (Ctrl-C skips)"
+    with measuring_progress(title, len(shapes), show_progress) as on_start:
         for shape in shapes:
             on_start(str(shape))
             try:
@@ -124,16 +125,16 @@ def keep(cache: TuningCache, shapes: Mapping[LinearShape, TunedShape]) -> bool:
 
 
 @contextmanager
-def _progress(total: int, show_progress: bool) -> Iterator[Callable[[str], None]]:
-    title = TextColumn("measuring linear layers, once for this machine (Ctrl-C skips)")
-    columns = (title, BarColumn(), TextColumn("{task.fields[shape]}"))
+def measuring_progress(title: str, total: int, show_progress: bool) -> Iterator[Callable[[str], None]]:
+    """A bar; what it gives is told of each measurement as it begins."""
+    columns = (TextColumn(title), BarColumn(), TextColumn("{task.fields[what]}"))
     with Progress(*columns, console=Console(stderr=True), disable=not show_progress, transient=True) as bar:
-        task = bar.add_task("", total=total, shape="")
+        task = bar.add_task("", total=total, what="")
         num_started = 0
 
-        def on_start(shape: str) -> None:
+        def on_start(what: str) -> None:
             nonlocal num_started
-            bar.update(task, completed=num_started, shape=shape)
+            bar.update(task, completed=num_started, what=what)
             num_started += 1
 
         yield on_start

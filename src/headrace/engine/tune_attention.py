@@ -8,6 +8,7 @@ from itertools import count
 import torch
 
 from headrace.config import DataflowChoice, KvCacheFormat, ModelConfig, SoftmaxScheme
+from headrace.engine.tune import measuring_progress
 from headrace.kernels import AttentionSpec, Kernels, KvCacheSpec, SoftmaxSpec
 from headrace.kernels.attention_tuning import AttentionChoice, AttentionShape, TunedAttention, load_attention
 from headrace.kernels.tuning import TuningCache
@@ -58,26 +59,31 @@ def measure_attention(
     contexts: Sequence[int],
     num_threads: int,
     num_rounds: int,
+    show_progress: bool = False,
     make_run: "MakeRun | None" = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> TunedAttention:
-    """Time every choice for each length of the context.
+) -> TunedAttention | None:
+    """Time every choice for each length of the context; None if Ctrl-C ends it.
 
     As with linear layers, rounds go through the choices in turn, so that a busy moment of the machine falls on all of
     them, and each one's best round counts.
 
     make_run: what runs one token's attention; None takes the kernels, over a cache that outgrows the machine's.
     """
-    run = (make_run or _make_run)(kernels, shape, max(contexts))
     choices = candidates(kernels.softmax_schemes, num_threads)
     times: dict[AttentionChoice, dict[int, float]] = {choice: {} for choice in choices}
-    for context_len in contexts:
-        for _ in range(num_rounds):
-            for choice in choices:
-                start = clock()
-                run(choice, context_len)
-                seconds = clock() - start
-                times[choice][context_len] = min(seconds, times[choice].get(context_len, seconds))
+    try:
+        run = (make_run or _make_run)(kernels, shape, max(contexts))
+        with measuring_progress("measuring attention (Ctrl-C skips)", len(contexts), show_progress) as on_start:
+            for context_len in contexts:
+                on_start(f"{context_len} tokens")
+                for choice in choices * num_rounds:
+                    start = clock()
+                    run(choice, context_len)
+                    seconds = clock() - start
+                    times[choice][context_len] = min(seconds, times[choice].get(context_len, seconds))
+    except KeyboardInterrupt:
+        return None
     return TunedAttention(measured_on=date.today().isoformat(), times=times)
 
 

@@ -1,8 +1,7 @@
 """Which softmax and how many pieces suit a model's decode attention, measured over the length of the context.
 
-A scheme rounds differently from another, so it is chosen once, when an engine starts, and from what was kept only: were
-it measured anew at each start, noise could change the text that a request gets. Pieces are another matter: kernels
-split a context at fixed positions and merge the splits in order whoever computes them, so their number changes no bit.
+Pieces change no bit: kernels split a context at fixed positions and merge the splits in order, whoever computes them. A
+scheme rounds differently from another, so that a measurement chooses it only for those who ask for that.
 """
 
 import math
@@ -55,10 +54,10 @@ class TunedAttention:
 
 
 def find_attention_choice(times: AttentionTimes, schemes: Collection[SoftmaxScheme]) -> AttentionChoice:
-    """Of these schemes: the least sum over contexts of log(time of the choice / time of the best).
+    """Of these schemes: the least mean over contexts of log(time of the choice / time of the best).
 
-    Ratios within TIE count as 1. Of equals the first one measured is taken: it is the nearest to the default. If none
-    of them was measured, the first is.
+    Those within log(TIE) of the least are equal, and of equals the first one measured is taken: it is the nearest to
+    the default. If none of them was measured, the first is.
     """
     allowed = {choice: seconds for choice, seconds in times.items() if choice.scheme in schemes}
     if not allowed:
@@ -67,9 +66,11 @@ def find_attention_choice(times: AttentionTimes, schemes: Collection[SoftmaxSche
     best_s = {n: min(seconds[n] for seconds in allowed.values()) for n in lengths}
 
     def regret(seconds: Mapping[int, float]) -> float:
-        return round(sum(math.log(seconds[n] / best_s[n]) for n in lengths if seconds[n] > TIE * best_s[n]), 9)
+        return sum(math.log(seconds[n] / best_s[n]) for n in lengths) / len(lengths)
 
-    return min(allowed, key=lambda choice: regret(allowed[choice]))
+    regrets = {choice: regret(seconds) for choice, seconds in allowed.items()}
+    good = min(regrets.values()) + math.log(TIE)
+    return next(choice for choice, found in regrets.items() if found <= good)
 
 
 def load_attention(cache: TuningCache) -> dict[AttentionShape, TunedAttention]:
@@ -80,13 +81,22 @@ def load_attention(cache: TuningCache) -> dict[AttentionShape, TunedAttention]:
         return {}
 
 
-def keep_attention(cache: TuningCache, shape: AttentionShape, tuned: TunedAttention) -> None:
-    """
-    Raises:
-        OSError: the folder cannot be written to.
-    """
-    known = {**load_attention(cache), shape: tuned}
-    cache.write("attention", [attention_to_json(*item) for item in known.items()])
+def keep_attention(cache: TuningCache, shape: AttentionShape, tuned: TunedAttention) -> bool:
+    """Save for the next start, beside contexts that only an earlier measurement has; whether that was possible. A cache
+    that cannot be written is no reason to fail."""
+    known = load_attention(cache)
+    known[shape] = _join(known[shape], tuned) if shape in known else tuned
+    try:
+        cache.write("attention", [attention_to_json(*item) for item in known.items()])
+    except OSError:
+        return False
+    return True
+
+
+def _join(earlier: TunedAttention, tuned: TunedAttention) -> TunedAttention:
+    """A model with shorter contexts may have the same heads."""
+    times = {choice: {**earlier.times.get(choice, {}), **seconds} for choice, seconds in tuned.times.items()}
+    return TunedAttention(measured_on=tuned.measured_on, times=times)
 
 
 def attention_to_json(shape: AttentionShape, tuned: TunedAttention) -> dict[str, Any]:

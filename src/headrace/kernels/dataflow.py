@@ -36,7 +36,8 @@ _HOPELESS = 2.0
 class Dataflow:
     """Which implementation multiplies how many rows: as measured where it was, else by default, or one forced on all.
 
-    All give the same bits, so that the choice is one of speed alone and may change at any time.
+    All give the same bits, so that the choice is one of speed alone and may change at any time; recorded steps keep
+    what they were recorded with.
     """
 
     def __init__(self) -> None:
