@@ -87,6 +87,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "formats": formats,
     "bench": bench,
     "peers": peers,
+    "peers-135m": peers,
 }
 
 
