@@ -51,7 +51,7 @@ struct Workspace {
   int64_t* starts;      // [num_experts + 1]: picks of an expert begin here
   int32_t* ids;         // [num_tokens, k]: experts taken
   float* weights;       // [num_tokens, k]
-  float* exponentials;  // [num_experts]
+  float* exponentials;  // [num_tokens, num_experts]; those of experts taken become negative
   Pick* picks;          // [num_tokens * k], by expert, tokens ascending
   char* x;              // [max_rows, hidden_size] of an expert's tokens
   char* up;             // [max_rows, 2 * intermediate_size]
@@ -74,7 +74,7 @@ Workspace Cut(const MixtureCall& call, const Shape& shape) {
   w.starts = reinterpret_cast<int64_t*>(cut((shape.num_experts + 1) * 8));
   w.ids = reinterpret_cast<int32_t*>(cut(num_picks * 4));
   w.weights = reinterpret_cast<float*>(cut(num_picks * 4));
-  w.exponentials = reinterpret_cast<float*>(cut(shape.num_experts * 4));
+  w.exponentials = reinterpret_cast<float*>(cut(call.num_tokens * shape.num_experts * 4));
   w.picks = reinterpret_cast<Pick*>(cut(num_picks * static_cast<int64_t>(sizeof(Pick))));
   w.x = cut(shape.max_rows * shape.hidden_size * shape.element_bytes);
   w.up = cut(shape.max_rows * 2 * shape.intermediate_size * shape.element_bytes);
@@ -95,29 +95,52 @@ void Route(const MixtureCall& call, const Shape& shape, const Workspace& w, int6
   const int64_t k = call.experts_per_token;
   int32_t* ids = w.ids + token * k;
   float* weights = w.weights + token * k;
+  float* exponentials = w.exponentials + token * shape.num_experts;
   float largest = -INFINITY;
   for (int64_t e = 0; e < shape.num_experts; ++e) {
-    w.exponentials[e] = LogitAt(call, token * shape.num_experts + e);
-    largest = std::max(largest, w.exponentials[e]);
+    exponentials[e] = LogitAt(call, token * shape.num_experts + e);
+    largest = std::max(largest, exponentials[e]);
   }
   float sum = 0;
   for (int64_t e = 0; e < shape.num_experts; ++e) {
-    w.exponentials[e] = std::exp(w.exponentials[e] - largest);
-    sum += w.exponentials[e];
+    exponentials[e] = std::exp(exponentials[e] - largest);
+    sum += exponentials[e];
   }
   float taken = 0;
   for (int64_t i = 0; i < k; ++i) {
     int32_t best = -1;
     for (int32_t e = 0; e < shape.num_experts; ++e) {
-      const bool is_free = std::find(ids, ids + i, e) == ids + i;
-      if (is_free && (best < 0 || w.exponentials[e] > w.exponentials[best])) best = e;
+      const bool is_free = !(exponentials[e] < 0);
+      if (is_free && (best < 0 || exponentials[e] > exponentials[best])) best = e;
     }
     ids[i] = best;
-    weights[i] = w.exponentials[best] / sum;
+    weights[i] = exponentials[best] / sum;
+    exponentials[best] = -1;
     taken += weights[i];
   }
   if (!call.is_renormalized) return;
   for (int64_t i = 0; i < k; ++i) weights[i] /= taken;
+}
+
+// Tokens apart, on all threads where there are many.
+void RouteAll(const MixtureCall& call, const Shape& shape, const Workspace& w) {
+  RunParts(call.num_tokens * shape.num_experts >= kMinParallelElements, [&](int part, int num_parts) {
+    const Range tokens = Part({0, call.num_tokens}, part, num_parts);
+    for (int64_t token = tokens.begin; token < tokens.end; ++token) Route(call, shape, w, token);
+  });
+}
+
+// Sums, rounded once.
+void StoreSums(const MixtureCall& call, const float* sums, int64_t num_entries) {
+  RunParts(num_entries >= kMinParallelElements, [&](int part, int num_parts) {
+    const Range entries = Part({0, num_entries}, part, num_parts);
+    if (call.dtype == DType::kFloat32) {
+      std::copy(sums + entries.begin, sums + entries.end, static_cast<float*>(call.out) + entries.begin);
+    } else {
+      std::transform(sums + entries.begin, sums + entries.end, static_cast<uint16_t*>(call.out) + entries.begin,
+                     ToBfloat16);
+    }
+  });
 }
 
 // Sorts what the tokens take by expert.
@@ -164,7 +187,7 @@ size_t MixtureWorkspaceBytes(const MixtureCall& call) { return Cut(call, ShapeOf
 void Mixture(Target target, const MixtureCall& call) {
   const Shape shape = ShapeOf(call);
   const Workspace w = Cut(call, shape);
-  for (int64_t token = 0; token < call.num_tokens; ++token) Route(call, shape, w, token);
+  RouteAll(call, shape, w);
   SortPicks(call, shape, w);
   const int64_t num_entries = call.num_tokens * shape.hidden_size;
   std::fill(w.sums, w.sums + num_entries, 0.0f);
@@ -174,11 +197,7 @@ void Mixture(Target target, const MixtureCall& call) {
       RunExpert(target, call, shape, w, (*call.experts)[static_cast<size_t>(e)], w.picks + begin, num_rows);
     }
   }
-  if (call.dtype == DType::kFloat32) {
-    std::copy(w.sums, w.sums + num_entries, static_cast<float*>(call.out));
-  } else {
-    std::transform(w.sums, w.sums + num_entries, static_cast<uint16_t*>(call.out), ToBfloat16);
-  }
+  StoreSums(call, w.sums, num_entries);
 }
 
 }  // namespace headrace
