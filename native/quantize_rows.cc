@@ -38,8 +38,11 @@ bool QuantizeRows(Target target, Format format, const RowsView& x, int64_t colum
     auto* q = reinterpret_cast<int8_t*>(Scratch(static_cast<size_t>(num_groups * kGroup)));
     const Range rows = Part({0, x.num_rows}, part, num_parts);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      if (!kernels.quantize_row(format, x.dtype, x.Row(row), columns, q, scales + row * num_groups)) is_finite = false;
-      StoreValues(format, q, columns, values + row * row_bytes);
+      if (kernels.quantize_row(format, x.dtype, x.Row(row), columns, q, scales + row * num_groups)) {
+        StoreValues(format, q, columns, values + row * row_bytes);
+      } else {
+        is_finite = false;
+      }
     }
   });
   return is_finite;
