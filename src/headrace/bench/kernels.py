@@ -8,6 +8,7 @@ bandwidth itself changes from one second to the next: it is measured beside each
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -81,6 +82,22 @@ def measure_kernel_limits(kernels: Kernels) -> KernelLimits:
     )
 
 
+class _Recorded:
+    """A kernel on each copy of what it reads, as a decode step replays it: asking for a small one from Python may take
+    longer than it runs."""
+
+    def __init__(self, kernels: Kernels, run: Callable[[int], object], num_copies: int) -> None:
+        self._run = run  # a recording holds pointers to what is kept here
+        self._replays = [kernels.record(partial(run, i))[1].replay for i in range(num_copies)]
+
+    def __call__(self, i: int) -> None:
+        replay = self._replays[i]
+        if replay is None:
+            self._run(i)
+        else:
+            replay()
+
+
 class _Rounds:
     """Times some kernels, each on its copies of what it reads, and the memory's bandwidth, in turn and then again."""
 
@@ -88,10 +105,11 @@ class _Rounds:
         self, kernels: Kernels, limits: KernelLimits, runs: Sequence[Callable[[int], object]], num_copies: int
     ) -> None:
         self.seconds = [float("inf")] * len(runs)
+        recorded = [_Recorded(kernels, run, num_copies) for run in runs]
         read_bytes_per_s = 0.0
         for _ in range(_NUM_ROUNDS):
             read_bytes_per_s = max(read_bytes_per_s, kernels.machine.read_bytes_per_s(_READ_BUFFER_BYTES))
-            for i, run in enumerate(runs):
+            for i, run in enumerate(recorded):
                 self.seconds[i] = min(self.seconds[i], _best_s(run, num_copies))
         self.limits = replace(limits, read_bytes_per_s=read_bytes_per_s)
 
