@@ -18,7 +18,7 @@ from headrace.bench.rounds import RoundRunner
 from headrace.cli.main import main
 from headrace.config import MoeConfig, WeightFormat
 from headrace.errors import ConfigError, RequestError
-from headrace.kernels import KernelChoice, resolve_kernels
+from headrace.kernels import KernelChoice, kernel_choice_from, resolve_kernels
 from headrace.kernels.reference import machine_ops as torch_machine_ops
 from headrace.models.loading import WeightFormats
 
@@ -271,6 +271,23 @@ def test_bench_kernels_as_tables(capsys):
     assert "M = 2" in out
     assert "gate_up" in out
     assert "attention" not in out
+
+
+def test_kernels_are_replayed_and_each_copy_in_its_turn():
+    """Asked for from Python, a small kernel was charged with the asking."""
+    kernels = resolve_kernels(kernel_choice_from())
+    if kernels.dataflow is None:
+        pytest.skip("only native kernels are recorded")
+    asked, one, copies = [], torch.ones(1, 16), [torch.zeros(1, 16) for _ in range(3)]
+
+    def run(i):
+        asked.append(i)
+        kernels.add_(copies[i], one)
+
+    recorded = kernels_module._Recorded(kernels, run, 3)
+    recorded(1)
+    assert asked == [0, 1, 2]
+    assert [copy[0, 0].item() for copy in copies] == [1, 2, 1]
 
 
 def test_bench_kernels_refuses_sizes_below_one(capsys):

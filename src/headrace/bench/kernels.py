@@ -115,16 +115,9 @@ class _Rounds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearFigure:
-    """One linear layer for num_rows rows. num_bytes: the weight's, packed, scales included. read_bytes_per_s: the
-    machine's, measured beside this layer.
-    """
+class KernelFigure:
+    """num_bytes: what the kernel must read; read_bytes_per_s: the machine's, measured beside it."""
 
-    weight_format: WeightFormat
-    layer: str
-    out_features: int
-    in_features: int
-    num_rows: int
     num_bytes: int
     seconds: float
     read_bytes_per_s: float
@@ -134,6 +127,17 @@ class LinearFigure:
     def share(self) -> float:
         """How much of the limit was reached: 1 is all of it."""
         return self.floor_s / self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearFigure(KernelFigure):
+    """One linear layer for num_rows rows. num_bytes: the weight's, packed, scales included."""
+
+    weight_format: WeightFormat
+    layer: str
+    out_features: int
+    in_features: int
+    num_rows: int
 
 
 def measure_linears(
@@ -182,24 +186,16 @@ def _weights(kernels: Kernels, weight_format: WeightFormat, n: int, k: int) -> l
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionFigure:
+class AttentionFigure(KernelFigure):
     """num_new tokens at the end of a context: one while decoding, all of it in a prefill.
 
-    num_bytes: of the keys and values seen, scales included. read_bytes_per_s: the machine's, measured beside it.
+    num_bytes: of the keys and values seen, scales included.
     """
 
     cache_format: KvCacheFormat
     scheme: SoftmaxScheme
     context_len: int
     num_new: int
-    num_bytes: int
-    seconds: float
-    read_bytes_per_s: float
-    floor_s: float
-
-    @property
-    def share(self) -> float:
-        return self.floor_s / self.seconds
 
 
 def measure_attention(
