@@ -7,9 +7,9 @@ from headrace.config import EngineConfig
 from headrace.costs.memory import kv_token_bytes
 from headrace.engine.engine_plan import resolve_max_model_len, resolve_plan
 from headrace.engine.kv_cache_spec import kv_block_bytes, resolve_kv_cache_format
-from headrace.engine.softmax import resolve_softmax
+from headrace.engine.load import resolve_softmax_of
 from headrace.engine.tune import look_up_dataflow
-from headrace.engine.tune_attention import attention_shape, look_up_attention
+from headrace.engine.tune_attention import attention_shape
 from headrace.kernels import Kernels
 from headrace.machine import available_memory_bytes, cpu_limits
 from headrace.models.hub import resolve_model_folder
@@ -31,20 +31,11 @@ def dataflow_info(config: EngineConfig, kernels: Kernels) -> list[dict[str, str]
     num_threads = config.num_threads or cpu_limits().num_threads
     look_up_dataflow(kernels, config.dataflow, num_threads)
     cache_format = resolve_kv_cache_format(config.cache, formats)
-    attention = attention_shape(source.config, cache_format)
-    softmax = resolve_softmax(
-        config.softmax,
-        kernels,
-        folder,
-        num_layers=source.config.num_hidden_layers,
-        max_model_len=resolve_max_model_len(config.scheduler, source.config),
-        cache_format=cache_format,
-        tuned=look_up_attention(kernels, config.dataflow, attention, num_threads),
-    )
+    softmax = resolve_softmax_of(config, kernels, folder, source.config, cache_format, num_threads)
     shapes = linear_shapes(source.config, formats, kernels)
     return [
         *({"linear": str(shape), "dataflow": kernels.dataflow.explain(shape)} for shape in shapes),
-        {"attention": str(attention), "dataflow": softmax.reason},
+        {"attention": str(attention_shape(source.config, cache_format)), "dataflow": softmax.reason},
     ]
 
 

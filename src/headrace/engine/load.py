@@ -78,15 +78,7 @@ def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kern
     kernels.set_num_threads(num_threads)
 
     cache_format = resolve_kv_cache_format(config.cache, formats)
-    softmax = resolve_softmax(
-        config.softmax,
-        kernels,
-        folder,
-        num_layers=source.config.num_hidden_layers,
-        max_model_len=max_model_len,
-        cache_format=cache_format,
-        tuned=look_up_attention(kernels, config.dataflow, attention_shape(source.config, cache_format), num_threads),
-    )
+    softmax = resolve_softmax_of(config, kernels, folder, source.config, cache_format, num_threads)
     if kernels.dataflow is not None:
         kernels.dataflow.max_pieces = softmax.max_pieces
     context = LayerContext(kernels=kernels, tp_group=OneRankGroup(), softmax=softmax.layers)
@@ -121,6 +113,26 @@ def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kern
         generation_config=generation_config,
         weight_bytes=sum(parameter.num_bytes for parameter in decoder.parameters()),
         load_s=time.monotonic() - started_s,
+    )
+
+
+def resolve_softmax_of(
+    config: EngineConfig,
+    kernels: Kernels,
+    folder: Path,
+    model: ModelConfig,
+    cache_format: KvCacheFormat,
+    num_threads: int,
+) -> ChosenSoftmax:
+    """The softmax that an engine with these settings uses for the model in a folder, see `resolve_softmax`."""
+    return resolve_softmax(
+        config.softmax,
+        kernels,
+        folder,
+        num_layers=model.num_hidden_layers,
+        max_model_len=resolve_max_model_len(config.scheduler, model),
+        cache_format=cache_format,
+        tuned=look_up_attention(kernels, config.dataflow, attention_shape(model, cache_format), num_threads),
     )
 
 
