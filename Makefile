@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := pyproject.toml CMakeLists.txt $(wildcard native/* native/*/*)
+INSTALL = @echo "Setting up $(VENV) and compiling the kernels, which takes some minutes on 2 cores ..."; \
+	$(BIN)/python -m pip install --quiet --editable
 
 .PHONY: demo test check bench clean
 
@@ -25,15 +27,15 @@ $(BIN)/python:
 		{ rm -rf $(VENV); echo "Python's venv module is missing. On Debian and Ubuntu: apt install python3-venv"; exit 2; }
 
 $(VENV)/.installed: $(BUILD) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(INSTALL) .
 	@touch $@
 
 $(VENV)/.installed-test: $(BUILD) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(INSTALL) '.[test]'
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-check: $(BUILD) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[test,check]'
+	$(INSTALL) '.[test,check]'
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
 clean:
