@@ -1,6 +1,7 @@
 """How a model is cut among ranks: pure shares as partitions, and ranks in threads against one rank."""
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headrace.config import Quantize
+from headrace.costs.sharding import check_heads_divide, shard_kv_heads, shard_range
 from headrace.errors import ParallelismError
 from headrace.kernels import KernelChoice
 from headrace.models.source import open_model
 from headrace.parallel import OneRankGroup
-from headrace.parallel.sharding import check_heads_divide, shard_kv_heads, shard_range
 
 TIMEOUT_S = 30
 
@@ -26,15 +27,22 @@ class ThreadGroup:
     board: one place per rank for the tensor it brings.
     """
 
+    name = "tp"
+
     def __init__(self, rank: int, world_size: int, board: list, barrier: threading.Barrier) -> None:
         self.rank, self.world_size = rank, world_size
         self._board, self._barrier = board, barrier
 
-    def all_reduce_(self, tensor: Tensor) -> None:
-        tensor.copy_(torch.stack(self._meet(tensor)).sum(0))
+    def all_reduce(self, tensor: Tensor, site: str, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        return torch.stack(self._meet(tensor)).float().sum(0).to(out_dtype or tensor.dtype)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return torch.cat(self._meet(tensor), dim=-1)
+    def all_gather(self, tensor: Tensor, site: str, sizes: Sequence[int] | None = None) -> list[Tensor]:
+        brought = self._meet(tensor)
+        assert [part.shape[-1] for part in brought] == list(sizes or [tensor.shape[-1]] * self.world_size)
+        return brought
+
+    def reduce_scatter(self, tensor: Tensor, site: str) -> Tensor:
+        return self.all_reduce(tensor, site)[self.rank]
 
     def _meet(self, tensor: Tensor) -> list[Tensor]:
         self._board[self.rank] = tensor.clone()
@@ -105,8 +113,9 @@ def test_refusal_names_the_sizes_that_work(heads, kv_heads, size, working):
 
 def test_one_rank_exchanges_nothing():
     group, tensor = OneRankGroup(), torch.arange(6.0).view(2, 3)
-    group.all_reduce_(tensor)
-    assert torch.equal(group.all_gather(tensor), torch.arange(6.0).view(2, 3))
+    assert torch.equal(group.all_reduce(tensor, "here"), torch.arange(6.0).view(2, 3))
+    assert torch.equal(*group.all_gather(tensor, "here"), torch.arange(6.0).view(2, 3))
+    assert torch.equal(group.reduce_scatter(tensor[None], "here"), torch.arange(6.0).view(2, 3))
 
 
 # Ranks in threads

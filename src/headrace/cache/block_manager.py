@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from headrace.config.engine import check_at_least_one
+from headrace.config.checks import check_at_least_one
 
 # Token ids of positions start to stop. A function, so that a decode step does not build the whole sequence.
 TokenReader = Callable[[int, int], tuple[int, ...]]

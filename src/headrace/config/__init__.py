@@ -29,10 +29,12 @@ from headrace.config.model import (
     RopeScaling,
     RopeType,
 )
+from headrace.config.parallel import AllReduceDtype, KvSharding, ParallelConfig, Transport
 from headrace.config.sampling import SamplingParams
 
 __all__ = [
     "Activation",
+    "AllReduceDtype",
     "AttentionConfig",
     "CacheConfig",
     "DataflowChoice",
@@ -41,6 +43,7 @@ __all__ = [
     "EngineConfig",
     "KvCacheDtype",
     "KvCacheFormat",
+    "KvSharding",
     "LayerConfig",
     "LoadConfig",
     "MlpConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "NormConfig",
     "NormKind",
     "NormPlacement",
+    "ParallelConfig",
     "Quantize",
     "RopeConfig",
     "RopeScaling",
@@ -57,5 +61,6 @@ __all__ = [
     "SchedulerConfig",
     "Softmax",
     "SoftmaxScheme",
+    "Transport",
     "WeightFormat",
 ]

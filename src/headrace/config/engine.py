@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from headrace.config.checks import check_at_least_one
+from headrace.config.parallel import ParallelConfig
 from headrace.errors import ConfigError
 
 MAX_THREADS = 4096
@@ -153,7 +155,8 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """num_threads: None takes the CPUs of the affinity mask within the cgroup's quota.
+    """num_threads: of one rank; None takes the CPUs of the affinity mask within the cgroup's quota, divided among the
+    ranks on this host.
 
     dataflow: how linear layers are computed, which changes their speed alone.
     """
@@ -161,6 +164,7 @@ class EngineConfig:
     load: LoadConfig
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     softmax: Softmax = Softmax.AUTO
     num_threads: int | None = None
     dataflow: DataflowChoice = DataflowChoice.MEASURED
@@ -169,10 +173,3 @@ class EngineConfig:
         check_at_least_one("num_threads", self.num_threads)
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
             raise ConfigError(f"num_threads is {self.num_threads}; allowed: 1 to {MAX_THREADS}")
-
-
-def check_at_least_one(name: str, value: int | None) -> None:
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")

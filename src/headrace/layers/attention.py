@@ -7,12 +7,12 @@ from torch import Tensor
 
 from headrace.batch import ForwardBatch
 from headrace.config import LayerConfig, ModelConfig
+from headrace.costs.sharding import check_heads_divide, shard_kv_heads, shard_range
 from headrace.kernels import AttentionSpec, KvCache, SoftmaxSpec
 from headrace.layers.context import LayerContext
 from headrace.layers.linear import ColumnParallelLinear, OutputPart, RowParallelLinear
 from headrace.layers.norm import RmsNorm
 from headrace.layers.parameter import Parameter
-from headrace.parallel.sharding import check_heads_divide, shard_kv_heads, shard_range
 
 
 class Attention:
@@ -22,7 +22,14 @@ class Attention:
     """
 
     def __init__(
-        self, prefix: str, config: ModelConfig, layer: LayerConfig, softmax: SoftmaxSpec, context: LayerContext
+        self,
+        prefix: str,
+        config: ModelConfig,
+        layer: LayerConfig,
+        softmax: SoftmaxSpec,
+        context: LayerContext,
+        *,
+        site: str,
     ) -> None:
         attention, group = config.attention, context.tp_group
         check_heads_divide(attention.num_heads, attention.num_kv_heads, group.world_size)
@@ -54,6 +61,7 @@ class Attention:
             attention.num_heads * attention.head_dim,
             context,
             columns=self._rows(heads),
+            site=site,
             has_bias=attention.output_bias,
         )
         self.q_norm = RmsNorm(f"{prefix}.q_norm", self._head_dim, config.norm, context) if attention.qk_norm else None

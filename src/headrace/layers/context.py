@@ -2,17 +2,24 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from headrace.kernels import Kernels, SoftmaxSpec
 from headrace.parallel import Group
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerContext:
-    """softmax: for each layer of the model; empty if all are synchronized."""
+    """What a model's layers are built with.
+
+    softmax: for each layer of the model; empty if all are synchronized.
+    partial_dtype: of a rank's summand before an all-reduce; None is that of the activations.
+    """
 
     kernels: Kernels
     tp_group: Group
     softmax: tuple[SoftmaxSpec, ...] = ()
+    partial_dtype: torch.dtype | None = None
 
     def layer_softmax(self, index: int) -> SoftmaxSpec:
         return self.softmax[index] if self.softmax else SoftmaxSpec()

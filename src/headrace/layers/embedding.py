@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from headrace.config import ModelConfig
+from headrace.costs.sharding import shard_range
+from headrace.costs.sites import Site
 from headrace.layers.context import LayerContext
 from headrace.layers.linear import ColumnParallelLinear, even_part
 from headrace.layers.parameter import Parameter, whole_matrix
@@ -66,6 +68,8 @@ class LmHead:
         self._linear = context.kernels.linear
         self._group = context.tp_group
         self._soft_cap = config.final_logit_soft_cap
+        num_ranks = self._group.world_size
+        self._sizes = [len(shard_range(config.vocab_size, rank, num_ranks)) for rank in range(num_ranks)]
         width = config.embedding.projection_size or config.hidden_size
         self._tied = embedding.table if config.tie_word_embeddings and embedding is not None else None
         # A last pipeline stage has no embedding: it loads the tied matrix for its head alone.
@@ -98,7 +102,8 @@ class LmHead:
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
         if self._own is not None:
-            return self._group.all_gather(self._own(hidden_states, out_dtype=torch.float32))
+            parts = self._group.all_gather(self._own(hidden_states, out_dtype=torch.float32), Site.LOGITS, self._sizes)
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         assert self._tied is not None
         return self._linear(hidden_states, self._tied.weight, out_dtype=torch.float32)
 

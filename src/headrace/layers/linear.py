@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headrace.costs.sharding import shard_range
 from headrace.layers.context import LayerContext
 from headrace.layers.parameter import Parameter, TensorSlice, vector_slice
-from headrace.parallel.sharding import shard_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,8 @@ class ColumnParallelLinear:
 class RowParallelLinear:
     """y = sum over ranks of x_local W_local^T, + b: each rank holds some inputs; one all-reduce joins the outputs.
 
+    site: that of the all-reduce in the ledger.
+
     Shapes:
         x:       [num_tokens, local part of in_features]
         returns: [num_tokens, out_features], the same on every rank
@@ -74,10 +76,13 @@ class RowParallelLinear:
         context: LayerContext,
         *,
         columns: range,
+        site: str,
         has_bias: bool = False,
     ) -> None:
         self._linear = context.kernels.linear
         self._group = context.tp_group
+        self._site = site
+        self._partial_dtype = context.partial_dtype
         shape = (out_features, in_features)
         self.weight = Parameter(
             [TensorSlice(name=f"{name}.weight", shape=shape, rows=range(out_features), columns=columns)],
@@ -88,9 +93,9 @@ class RowParallelLinear:
     def __call__(self, x: Tensor) -> Tensor:
         # The bias belongs to the sum, so one rank adds it.
         adds_bias = self.bias is not None and self._group.rank == 0
-        y = self._linear(x, self.weight.weight, self.bias.vector if self.bias is not None and adds_bias else None)
-        self._group.all_reduce_(y)
-        return y
+        bias = self.bias.vector if self.bias is not None and adds_bias else None
+        y = self._linear(x, self.weight.weight, bias, out_dtype=self._partial_dtype)
+        return self._group.all_reduce(y, self._site, out_dtype=x.dtype)
 
     def parameters(self) -> Iterator[Parameter]:
         yield self.weight

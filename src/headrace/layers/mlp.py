@@ -6,17 +6,17 @@ from functools import cached_property
 from torch import Tensor
 
 from headrace.config import MlpConfig, ModelConfig, MoeConfig
+from headrace.costs.sharding import shard_range
 from headrace.kernels import Experts, MixtureSpec
 from headrace.layers.context import LayerContext
 from headrace.layers.linear import ColumnParallelLinear, RowParallelLinear, even_part
 from headrace.layers.parameter import Parameter, whole_matrix
-from headrace.parallel.sharding import shard_range
 
 
 class Mlp:
     """down(act(gate(x)) * up(x)), gate and up in one fused projection; or down(act(up(x))) if not gated."""
 
-    def __init__(self, prefix: str, hidden_size: int, config: MlpConfig, context: LayerContext) -> None:
+    def __init__(self, prefix: str, hidden_size: int, config: MlpConfig, context: LayerContext, *, site: str) -> None:
         size, group = config.intermediate_size, context.tp_group
         kernels = context.kernels
         self._config = config
@@ -27,7 +27,7 @@ class Mlp:
         )
         columns = shard_range(size, group.rank, group.world_size)
         self.down = RowParallelLinear(
-            f"{prefix}.down_proj", hidden_size, size, context, columns=columns, has_bias=config.bias
+            f"{prefix}.down_proj", hidden_size, size, context, columns=columns, site=site, has_bias=config.bias
         )
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
@@ -44,10 +44,11 @@ class MoeMlp:
     One all-reduce a layer, whatever the router chose: ranks must never differ in the collectives they call.
     """
 
-    def __init__(self, prefix: str, config: ModelConfig, moe: MoeConfig, context: LayerContext) -> None:
+    def __init__(self, prefix: str, config: ModelConfig, moe: MoeConfig, context: LayerContext, *, site: str) -> None:
         self._linear = context.kernels.linear
         self._mixture = context.kernels.mixture
         self._group = context.tp_group
+        self._site = site
         self._spec = MixtureSpec(
             num_experts_per_token=moe.num_experts_per_token,
             renormalize=moe.renormalize,
@@ -56,14 +57,13 @@ class MoeMlp:
         expert = MlpConfig(intermediate_size=moe.intermediate_size, activation=config.mlp.activation)
         self.router = Parameter([whole_matrix(f"{prefix}.gate.weight", moe.num_experts, config.hidden_size)])
         self.experts = [
-            Mlp(f"{prefix}.experts.{i}", config.hidden_size, expert, context) for i in range(moe.num_experts)
+            Mlp(f"{prefix}.experts.{i}", config.hidden_size, expert, context, site=site) for i in range(moe.num_experts)
         ]
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         router_logits = self._linear(hidden_states, self.router.weight)
         out = self._mixture(hidden_states, router_logits, self._weights, self._spec)
-        self._group.all_reduce_(out)
-        return out
+        return self._group.all_reduce(out, self._site)
 
     @cached_property
     def _weights(self) -> Experts:
@@ -78,7 +78,9 @@ class MoeMlp:
             yield from expert.parameters()
 
 
-def make_mlp(prefix: str, config: ModelConfig, moe: MoeConfig | None, context: LayerContext) -> Mlp | MoeMlp:
+def make_mlp(
+    prefix: str, config: ModelConfig, moe: MoeConfig | None, context: LayerContext, *, site: str
+) -> Mlp | MoeMlp:
     if moe is not None:
-        return MoeMlp(prefix, config, moe, context)
-    return Mlp(prefix, config.hidden_size, config.mlp, context)
+        return MoeMlp(prefix, config, moe, context, site=site)
+    return Mlp(prefix, config.hidden_size, config.mlp, context, site=site)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from headrace.batch import ForwardBatch
 from headrace.config import LayerConfig, ModelConfig, NormPlacement, RopeConfig
+from headrace.costs.sites import Site
 from headrace.kernels import Kernels, KvCache
 from headrace.layers.attention import Attention
 from headrace.layers.context import LayerContext
@@ -77,8 +78,10 @@ class DecoderLayer:
         prefix = f"model.layers.{index}"
         layer: LayerConfig = config.layers[index]
         self.rope = layer.rope
-        self.attention = Attention(f"{prefix}.self_attn", config, layer, context.layer_softmax(index), context)
-        self.mlp = make_mlp(f"{prefix}.mlp", config, layer.moe, context)
+        self.attention = Attention(
+            f"{prefix}.self_attn", config, layer, context.layer_softmax(index), context, site=Site.attention(index)
+        )
+        self.mlp = make_mlp(f"{prefix}.mlp", config, layer.moe, context, site=Site.mlp(index))
         self.attention_residual = Residual(
             f"{prefix}.input_layernorm", f"{prefix}.post_self_attn_layernorm", config, context
         )

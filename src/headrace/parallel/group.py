@@ -1,15 +1,26 @@
 """The one door through which ranks exchange tensors."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from headrace.costs.sites import Phase
+from headrace.parallel.ledger import LedgerRow
 
 
 class Group(Protocol):
-    """Ranks that run the same layers on different shards.
+    """Ranks that exchange tensors, in a fixed order: those of one stage (tp) or of one place in every stage (pp).
 
-    Layers call these and never ask whether they are distributed: with one rank each call is the identity.
+    Layers call these and never ask whether they are distributed: with one rank a collective is the identity. All ranks
+    of a group make the same calls in the same order. Tensors are contiguous.
+
+    site: what the exchange is for, as the ledger counts it: see `costs.sites.Site`.
     """
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def rank(self) -> int: ...
@@ -17,12 +28,35 @@ class Group(Protocol):
     @property
     def world_size(self) -> int: ...
 
-    def all_reduce_(self, tensor: Tensor) -> None:
-        """Replace the tensor on every rank by the sum over ranks."""
+    def all_reduce(self, tensor: Tensor, site: str, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        """The sum over ranks, the same bits on each; added in rank order in float32 and rounded once.
+
+        The result has out_dtype (the tensor's own if None) and may lie where the tensor did, which is overwritten.
+        """
         ...
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """Concatenate the ranks' tensors along the last dimension, rank 0 first; sizes there may differ by rank."""
+    def all_gather(self, tensor: Tensor, site: str, sizes: Sequence[int] | None = None) -> list[Tensor]:
+        """The ranks' tensors, rank 0 first; sizes: of each rank's last dimension where these differ."""
+        ...
+
+    def reduce_scatter(self, tensor: Tensor, site: str) -> Tensor:
+        """Row `rank` of the sum over ranks of tensors [world_size, ...], added as `all_reduce` does."""
+        ...
+
+    def send(self, tensor: Tensor, to: int, site: str) -> None:
+        """Hand a tensor over; returns once the tensor may be changed, whether or not it was received."""
+        ...
+
+    def recv_(self, tensor: Tensor, source: int, site: str) -> None:
+        """Fill a tensor with what `source` sends next."""
+        ...
+
+    def set_phase(self, phase: Phase) -> None:
+        """What the calls that follow are counted as."""
+        ...
+
+    def ledger_rows(self) -> list[LedgerRow]:
+        """What this rank has exchanged in this group so far."""
         ...
 
 
@@ -32,8 +66,26 @@ class OneRankGroup:
     rank = 0
     world_size = 1
 
-    def all_reduce_(self, tensor: Tensor) -> None:
+    def __init__(self, name: str = "tp") -> None:
+        self.name = name
+
+    def all_reduce(self, tensor: Tensor, site: str, *, out_dtype: torch.dtype | None = None) -> Tensor:  # noqa: ARG002
+        return tensor if out_dtype is None else tensor.to(out_dtype)
+
+    def all_gather(self, tensor: Tensor, site: str, sizes: Sequence[int] | None = None) -> list[Tensor]:  # noqa: ARG002
+        return [tensor]
+
+    def reduce_scatter(self, tensor: Tensor, site: str) -> Tensor:  # noqa: ARG002
+        return tensor[0]
+
+    def send(self, tensor: Tensor, to: int, site: str) -> None:  # noqa: ARG002
+        raise ValueError(f"a group of one rank has no rank {to}")
+
+    def recv_(self, tensor: Tensor, source: int, site: str) -> None:  # noqa: ARG002
+        raise ValueError(f"a group of one rank has no rank {source}")
+
+    def set_phase(self, phase: Phase) -> None:
         pass
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return tensor
+    def ledger_rows(self) -> list[LedgerRow]:
+        return []

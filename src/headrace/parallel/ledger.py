@@ -1,0 +1,31 @@
+"""What was exchanged: the columns of the ledger."""
+
+from dataclasses import dataclass
+
+from headrace.costs.sites import Phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerRow:
+    """What one rank exchanged at one place in one phase.
+
+    operation: all_reduce, all_gather, reduce_scatter, send or recv.
+    algorithm: what wire_bytes hold for: "direct" (each rank to each other), "two_shot" (reduce-scatter and all-gather,
+        both direct), "ring", "point_to_point".
+    count: calls.
+    payload_bytes: of the tensors this rank handed to its calls (those it received, for recv).
+    wire_bytes: what this rank sent.
+    wait_s: until the last of the others had come; transfer_s: from then on. None where the library below does not
+        tell them apart, and then all of it is transfer.
+    """
+
+    operation: str
+    group: str
+    site: str
+    phase: Phase
+    algorithm: str
+    count: int
+    payload_bytes: int
+    wire_bytes: int
+    wait_s: float | None
+    transfer_s: float
