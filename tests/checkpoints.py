@@ -494,7 +494,7 @@ def load_folder(folder: Path, **settings: Any) -> Decoder:
 def run(decoder: Decoder, batch: ForwardBatch, pool: KvPool) -> Tensor:
     """Logits of every token of a batch."""
     with torch.inference_mode():
-        return decoder.compute_logits(decoder.run_layers(decoder.embed(batch), batch, pool.layers))
+        return decoder.compute_logits(decoder.forward(batch, pool.layers))
 
 
 def make_pool(

@@ -16,6 +16,7 @@ from headrace.demo_model import demo_model_path
 from headrace.engine.plan import SampledToken, StepPlan, StepResult
 from headrace.engine.rows import Row
 from headrace.engine.sampler import SampleOutcome, SamplingRow
+from headrace.engine.wire import decode_plan, encode_plan
 from headrace.errors import CheckpointError, ConfigError, ContextLengthError, RequestError
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -392,7 +393,7 @@ def test_plans_are_data_that_any_rank_can_run(monkeypatch: pytest.MonkeyPatch) -
     execute = leader.execute
 
     def execute_both(plan: StepPlan) -> StepResult:
-        follower.execute(StepPlan.from_mapping(json.loads(json.dumps(plan.to_mapping()))))
+        follower.execute(decode_plan(encode_plan(plan)))
         return execute(plan)
 
     monkeypatch.setattr(follower, "_sampler", OnlyZeros())

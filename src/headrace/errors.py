@@ -9,6 +9,7 @@ HeadraceError
 │   └── BackendUnavailable    an implementation asked for by name that cannot run here
 ├── RequestError              one request's fault (HTTP 400); never touches another request
 │   └── ContextLengthError    prompt or output longer than the model or the cache can hold
+├── RankError                 a rank died, stalled or failed; the engine ends with it
 └── EngineStopped             the engine no longer takes requests (HTTP 503)
 
 The command line prints any of them as one line and exits with code 2.
@@ -51,6 +52,10 @@ class RequestError(HeadraceError):
 
 
 class ContextLengthError(RequestError):
+    pass
+
+
+class RankError(HeadraceError):
     pass
 
 

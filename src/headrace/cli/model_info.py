@@ -6,14 +6,15 @@ from headrace.bench.facts import linear_shapes, weight_facts
 from headrace.config import EngineConfig
 from headrace.costs.memory import kv_token_bytes
 from headrace.engine.engine_plan import resolve_max_model_len, resolve_plan
-from headrace.engine.kv_cache_spec import kv_block_bytes, resolve_kv_cache_format
-from headrace.engine.load import resolve_softmax_of
+from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, resolve_kv_cache_format
+from headrace.engine.load_rank import resolve_softmax_of
 from headrace.engine.tune import look_up_dataflow
 from headrace.engine.tune_attention import attention_shape
 from headrace.kernels import Kernels
 from headrace.machine import available_memory_bytes, cpu_limits
 from headrace.models.hub import resolve_model_folder
 from headrace.models.source import open_model, resolve_formats
+from headrace.parallel.place import Place
 
 
 def dataflow_info(config: EngineConfig, kernels: Kernels) -> list[dict[str, str]]:
@@ -31,11 +32,12 @@ def dataflow_info(config: EngineConfig, kernels: Kernels) -> list[dict[str, str]
     num_threads = config.num_threads or cpu_limits().num_threads
     look_up_dataflow(kernels, config.dataflow, num_threads)
     cache_format = resolve_kv_cache_format(config.cache, formats)
-    softmax = resolve_softmax_of(config, kernels, folder, source.config, cache_format, num_threads)
+    shape = RankShape.of(source.config, Place(rank=0, config=config.parallel))
+    softmax = resolve_softmax_of(config, kernels, folder, source.config, shape, cache_format, num_threads)
     shapes = linear_shapes(source.config, formats, kernels)
     return [
         *({"linear": str(shape), "dataflow": kernels.dataflow.explain(shape)} for shape in shapes),
-        {"attention": str(attention_shape(source.config, cache_format)), "dataflow": softmax.reason},
+        {"attention": str(attention_shape(shape, cache_format)), "dataflow": softmax.reason},
     ]
 
 
@@ -50,10 +52,11 @@ def model_info(config: EngineConfig, kernels: Kernels) -> dict[str, Any]:
     model, formats = source.config, resolve_formats(source, config.load)
     facts = weight_facts(model, formats, kernels)
     cache_format = resolve_kv_cache_format(config.cache, formats)
+    shape = RankShape.of(model, Place(rank=0, config=config.parallel))
     plan = resolve_plan(
         config,
         max_model_len=resolve_max_model_len(config.scheduler, model),
-        block_bytes=kv_block_bytes(kernels, model, cache_format, config.cache.block_size),
+        block_bytes=kv_block_bytes(kernels, shape, cache_format, config.cache.block_size),
         available_bytes=max(0, available_memory_bytes() - facts.weight_bytes),
         num_threads=config.num_threads or cpu_limits().num_threads,
     )

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     is_kept = keep(cache, tuned)
-    attention, tuned_attention = attention_shape(model.config, model.kv_cache_format), None
+    attention, tuned_attention = attention_shape(model.shape, model.kv_cache_format), None
     if len(tuned) == len(shapes):  # else Ctrl-C has ended the measurement
         tuned_attention = measure_attention(
             model.kernels,

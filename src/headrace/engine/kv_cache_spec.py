@@ -1,8 +1,39 @@
-"""What the KV cache of one layer must hold, and what a block of it takes."""
+"""What the KV cache of one layer must hold on one rank, and what a block of it takes there."""
+
+from dataclasses import dataclass
 
 from headrace.config import CacheConfig, KvCacheDtype, KvCacheFormat, ModelConfig
+from headrace.costs.sharding import check_heads_divide, shard_kv_heads, stage_layers
 from headrace.kernels import Kernels, KvCacheSpec
 from headrace.models.loading import WeightFormats
+from headrace.parallel.place import Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankShape:
+    """What of a model one rank holds: its stage's layers, its heads of each."""
+
+    layers: range
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, place: Place) -> "RankShape":
+        """
+        Raises:
+            ParallelismError: a layout that does not divide the model.
+        """
+        attention, parallel = model.attention, place.config
+        size = parallel.tensor_parallel_size
+        check_heads_divide(attention.num_heads, attention.num_kv_heads, size)
+        stages = stage_layers(model.num_hidden_layers, parallel.pipeline_parallel_size, parallel.pipeline_layers)
+        return cls(
+            layers=stages[place.stage],
+            num_heads=attention.num_heads // size,
+            num_kv_heads=len(shard_kv_heads(attention.num_kv_heads, place.tp_rank, size)),
+            head_dim=attention.head_dim,
+        )
 
 
 def resolve_kv_cache_format(config: CacheConfig, formats: WeightFormats) -> KvCacheFormat:
@@ -11,17 +42,17 @@ def resolve_kv_cache_format(config: CacheConfig, formats: WeightFormats) -> KvCa
     return KvCacheFormat(config.kv_cache_dtype.value)
 
 
-def kv_cache_spec(model: ModelConfig, cache_format: KvCacheFormat, *, num_blocks: int, block_size: int) -> KvCacheSpec:
+def kv_cache_spec(shape: RankShape, cache_format: KvCacheFormat, *, num_blocks: int, block_size: int) -> KvCacheSpec:
     return KvCacheSpec(
         cache_format=cache_format,
         num_blocks=num_blocks,
         block_size=block_size,
-        num_kv_heads=model.attention.num_kv_heads,
-        head_dim=model.attention.head_dim,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
     )
 
 
-def kv_block_bytes(kernels: Kernels, model: ModelConfig, cache_format: KvCacheFormat, block_size: int) -> int:
-    """Of one block on all layers, padding included."""
-    spec = kv_cache_spec(model, cache_format, num_blocks=1, block_size=block_size)
-    return model.num_hidden_layers * kernels.kv_cache_num_bytes(spec)
+def kv_block_bytes(kernels: Kernels, shape: RankShape, cache_format: KvCacheFormat, block_size: int) -> int:
+    """Of one block on all layers of a rank, padding included."""
+    spec = kv_cache_spec(shape, cache_format, num_blocks=1, block_size=block_size)
+    return len(shape.layers) * kernels.kv_cache_num_bytes(spec)

@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any, Self
 
 from headrace.config import (
+    AllReduceDtype,
     CacheConfig,
     DataflowChoice,
     Dtype,
     EngineConfig,
     KvCacheDtype,
+    KvSharding,
     LoadConfig,
+    ParallelConfig,
     Quantize,
     SamplingParams,
     SchedulerConfig,
     Softmax,
+    Transport,
 )
 from headrace.engine.engine import Engine
 from headrace.engine.load import load_model
@@ -40,8 +44,8 @@ class LLM:
             print(output.outputs[0].text)
 
     model: a folder or a hub id. dtype: "auto", "float32" or "bfloat16". quantize: None, "int8" or "int4".
-    settings: any field of `CacheConfig` or `SchedulerConfig`, `num_threads`, `dataflow` ("measured", "default") and
-        `softmax` ("auto", "measured", "synchronized", "asynchronized", "lazy").
+    settings: any field of `CacheConfig`, `SchedulerConfig` or `ParallelConfig`, `num_threads`, `dataflow` ("measured",
+        "default") and `softmax` ("auto", "measured", "synchronized", "asynchronized", "lazy").
 
     One thread at a time: its requests share one engine, which is driven by whoever waits for one of them.
 
@@ -285,16 +289,25 @@ class CompletionStream:
 def _engine_config(load: LoadConfig, settings: dict[str, Any]) -> EngineConfig:
     """Hand each setting to the config that has a field of its name."""
     cache_fields, scheduler_fields = CacheConfig.__dataclass_fields__, SchedulerConfig.__dataclass_fields__
-    allowed = {*cache_fields, *scheduler_fields, "num_threads", "dataflow", "softmax"}
+    parallel_fields = ParallelConfig.__dataclass_fields__
+    allowed = {*cache_fields, *scheduler_fields, *parallel_fields, "num_threads", "dataflow", "softmax"}
     for name in settings:
         if name not in allowed:
             raise ConfigError(f"LLM has no setting '{name}'; {nearest_name(name, allowed)}")
-    if "kv_cache_dtype" in settings:
-        settings = settings | {"kv_cache_dtype": _member(KvCacheDtype, "kv_cache_dtype", settings["kv_cache_dtype"])}
+    kinds = {
+        "kv_cache_dtype": KvCacheDtype,
+        "transport": Transport,
+        "all_reduce_dtype": AllReduceDtype,
+        "kv_sharding": KvSharding,
+    }
+    settings = settings | {k: _member(kind, k, settings[k]) for k, kind in kinds.items() if k in settings}
+    if settings.get("pipeline_layers") is not None:
+        settings["pipeline_layers"] = tuple(settings["pipeline_layers"])
     return EngineConfig(
         load=load,
         cache=CacheConfig(**{k: v for k, v in settings.items() if k in cache_fields}),
         scheduler=SchedulerConfig(**{k: v for k, v in settings.items() if k in scheduler_fields}),
+        parallel=ParallelConfig(**{k: v for k, v in settings.items() if k in parallel_fields}),
         softmax=_member(Softmax, "softmax", settings.get("softmax", EngineConfig.softmax.value)),
         num_threads=settings.get("num_threads"),
         dataflow=_member(DataflowChoice, "dataflow", settings.get("dataflow", EngineConfig.dataflow.value)),

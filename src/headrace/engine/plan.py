@@ -6,9 +6,9 @@ Nothing here is decided by a rank: whoever holds the same plans in the same orde
 What is made at every step is a named tuple, which costs a third of a frozen dataclass.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 from headrace.config import SamplingParams
 
@@ -61,40 +61,6 @@ class StepPlan(NamedTuple):
         if self.num_decode_tokens == len(self.chunks):
             return self.num_decode_tokens
         return sum([chunk.num_tokens for chunk in self.chunks])
-
-    def to_mapping(self) -> dict[str, Any]:
-        """JSON-able data, for the way to other ranks."""
-        return {
-            "step": self.step,
-            "sampled": self.sampled,
-            "new": [vars(new) | {"params": new.params.to_mapping()} for new in self.new],
-            "finished": self.finished,
-            "chunks": [chunk._asdict() for chunk in self.chunks],
-            "num_decode_tokens": self.num_decode_tokens,
-        }
-
-    @classmethod
-    def from_mapping(cls, data: Mapping[str, Any]) -> Self:
-        """The plan that `to_mapping` wrote, also after JSON has made lists of its tuples."""
-        return cls(
-            step=data["step"],
-            sampled=tuple((seq_id, token_id) for seq_id, token_id in data["sampled"]),
-            new=tuple(_new_sequence(**new) for new in data["new"]),
-            finished=tuple(data["finished"]),
-            chunks=tuple(
-                ScheduledChunk(**(chunk | {"new_block_ids": tuple(chunk["new_block_ids"])})) for chunk in data["chunks"]
-            ),
-            num_decode_tokens=data["num_decode_tokens"],
-        )
-
-
-def _new_sequence(*, seq_id: int, prompt_token_ids: Sequence[int], params: Mapping[str, Any], seed: int) -> NewSequence:
-    return NewSequence(
-        seq_id=seq_id,
-        prompt_token_ids=tuple(prompt_token_ids),
-        params=SamplingParams.from_mapping(params),
-        seed=seed,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from headrace.cache.kv_pool import KvPool
 from headrace.engine.decode_step import MAX_DECODE_STEP_SEQS, DecodeStep
 from headrace.engine.logits import Logits
 from headrace.engine.rows import Row, build_forward_batch
+from headrace.models.boundary import Boundary
 from headrace.models.decoder import Decoder
 
 
@@ -17,10 +18,12 @@ class ModelRunner:
     """One stage's decoder and the cache it writes to.
 
     max_model_len: the longest sequence that will come.
+    boundary: to the stages before and after; None for a model that is one stage.
     """
 
-    def __init__(self, decoder: Decoder, kv_pool: KvPool, max_model_len: int) -> None:
+    def __init__(self, decoder: Decoder, kv_pool: KvPool, max_model_len: int, boundary: Boundary | None = None) -> None:
         self._decoder = decoder
+        self._boundary = boundary
         self._kv_pool = kv_pool
         self._decode_step = DecodeStep(
             decoder.kernels,
@@ -33,6 +36,11 @@ class ModelRunner:
     @property
     def decode_step(self) -> DecodeStep:
         return self._decode_step
+
+    @property
+    def has_head(self) -> bool:
+        """The last stage computes logits; the others hand their hidden states on and keep none."""
+        return self._decoder.lm_head is not None
 
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states of all rows' tokens, laid end to end: [num_tokens, hidden_size]. Valid until the next run."""
@@ -49,4 +57,15 @@ class ModelRunner:
     # several ops do.
     @torch.inference_mode()
     def _forward(self, batch: ForwardBatch) -> Tensor:
-        return self._decoder.run_layers(self._decoder.embed(batch), batch, self._kv_pool.layers)
+        decoder, boundary = self._decoder, self._boundary
+        if decoder.embedding is not None:
+            stream = decoder.embed(batch)
+        else:
+            assert boundary is not None, "a later stage has one before it"
+            stream = boundary.receive(len(batch.input_ids))
+        decoder.run_layers(stream, batch, self._kv_pool.layers)
+        if self.has_head:
+            return stream.total(decoder.kernels)
+        assert boundary is not None, "an earlier stage has one after it"
+        boundary.send(stream)
+        return stream.hidden_states

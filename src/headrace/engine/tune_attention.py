@@ -7,7 +7,8 @@ from itertools import count
 
 import torch
 
-from headrace.config import DataflowChoice, KvCacheFormat, ModelConfig, SoftmaxScheme
+from headrace.config import DataflowChoice, KvCacheFormat, SoftmaxScheme
+from headrace.engine.kv_cache_spec import RankShape
 from headrace.engine.tune import measuring_progress
 from headrace.kernels import AttentionSpec, Kernels, KvCacheSpec, SoftmaxSpec
 from headrace.kernels.attention_tuning import AttentionChoice, AttentionShape, TunedAttention, load_attention
@@ -22,12 +23,12 @@ _BLOCK_SIZE = 16
 _FILL_TOKENS = 1024
 
 
-def attention_shape(model: ModelConfig, cache_format: KvCacheFormat) -> AttentionShape:
+def attention_shape(shape: RankShape, cache_format: KvCacheFormat) -> AttentionShape:
     return AttentionShape(
         cache_format=cache_format,
-        num_heads=model.attention.num_heads,
-        num_kv_heads=model.attention.num_kv_heads,
-        head_dim=model.attention.head_dim,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
     )
 
 

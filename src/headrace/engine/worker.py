@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from headrace.costs.sites import Phase
 from headrace.engine.block_table import BlockTable
 from headrace.engine.decode_step import DecodeStep
 from headrace.engine.logprobs import prompt_logprobs
@@ -16,6 +17,7 @@ from headrace.engine.rows import Row
 from headrace.engine.runner import ModelRunner
 from headrace.engine.sampler import Sampler, SamplingRow
 from headrace.errors import KernelError
+from headrace.parallel import Group
 
 _PROMPT_LOGITS_ROWS = 64
 """Prompt positions whose logits exist at once: 64 rows of 128 Ki entries are 32 MiB of float32."""
@@ -42,9 +44,12 @@ class Worker:
     """Owns the live sequences of one rank, their block tables included.
 
     eos_token_ids: the model's end-of-sequence tokens, which `min_tokens` holds back.
+    groups: those whose ledgers count by phase.
     """
 
-    def __init__(self, runner: ModelRunner, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, runner: ModelRunner, eos_token_ids: frozenset[int], groups: Sequence[Group] = ()) -> None:
+        self.groups = tuple(group for group in groups if group.world_size > 1)
+        self._phase: Phase | None = None
         self._runner = runner
         self._sampler = Sampler()
         self._eos_token_ids = eos_token_ids
@@ -65,12 +70,22 @@ class Worker:
             self._sequences[new.seq_id] = self._sequence(new)
         if not plan.chunks:
             return StepResult(sampled=(), prompt_logprobs=(), failed={})
+        if self.groups:
+            self._set_phase(Phase.DECODE if plan.num_decode_tokens == plan.num_tokens else Phase.PREFILL)
         hidden_states = self._runner.run([self._row(chunk) for chunk in plan.chunks])
+        if not self._runner.has_head:
+            return StepResult(sampled=(), prompt_logprobs=(), failed={})
         return self._sample(plan, hidden_states)
 
     def reset(self) -> None:
         """Forget every sequence, as after a step that failed half way."""
         self._sequences.clear()
+
+    def _set_phase(self, phase: Phase) -> None:
+        if phase is not self._phase:
+            self._phase = phase
+            for group in self.groups:
+                group.set_phase(phase)
 
     def _sequence(self, new: NewSequence) -> _WorkerSequence:
         output_token_ids: list[int] = []

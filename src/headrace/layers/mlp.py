@@ -6,10 +6,10 @@ from functools import cached_property
 from torch import Tensor
 
 from headrace.config import MlpConfig, ModelConfig, MoeConfig
-from headrace.costs.sharding import shard_range
+from headrace.costs.sharding import shard_features
 from headrace.kernels import Experts, MixtureSpec
 from headrace.layers.context import LayerContext
-from headrace.layers.linear import ColumnParallelLinear, RowParallelLinear, even_part
+from headrace.layers.linear import ColumnParallelLinear, OutputPart, RowParallelLinear
 from headrace.layers.parameter import Parameter, whole_matrix
 
 
@@ -22,10 +22,13 @@ class Mlp:
         self._config = config
         self._activation = kernels.gated_activation if config.gated else kernels.activation
         names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"] if config.gated else [f"{prefix}.up_proj"]
+        columns = shard_features(size, group.rank, group.world_size)
         self.up = ColumnParallelLinear(
-            [even_part(name, size, context) for name in names], hidden_size, context, has_bias=config.bias
+            [OutputPart(name=name, size=size, rows=columns) for name in names],
+            hidden_size,
+            context,
+            has_bias=config.bias,
         )
-        columns = shard_range(size, group.rank, group.world_size)
         self.down = RowParallelLinear(
             f"{prefix}.down_proj", hidden_size, size, context, columns=columns, site=site, has_bias=config.bias
         )

@@ -131,21 +131,24 @@ class Decoder:
         ropes = {layer.rope for layer in self.layers if layer.rope is not None}
         self._rotary = {rope: RotaryTable(rope, max_model_len, context) for rope in ropes}
 
-    def embed(self, batch: ForwardBatch) -> Tensor:
-        """First stage: [num_tokens, hidden_size]."""
+    def embed(self, batch: ForwardBatch) -> ResidualStream:
+        """First stage: what the layers start from."""
         assert self.embedding is not None, "only the first stage embeds"
-        return self.embedding(batch.input_ids, batch.positions)
+        return ResidualStream(hidden_states=self.embedding(batch.input_ids, batch.positions))
 
-    def run_layers(self, hidden_states: Tensor, batch: ForwardBatch, kv_caches: Sequence[KvCache]) -> Tensor:
-        """This stage's layers: [num_tokens, hidden_size] in, changed, and out; kv_caches: one per local layer, written
-        to."""
+    def forward(self, batch: ForwardBatch, kv_caches: Sequence[KvCache]) -> Tensor:
+        """All layers of a model that is one stage: hidden states [num_tokens, hidden_size]."""
+        stream = self.embed(batch)
+        self.run_layers(stream, batch, kv_caches)
+        return stream.total(self.kernels)
+
+    def run_layers(self, stream: ResidualStream, batch: ForwardBatch, kv_caches: Sequence[KvCache]) -> None:
+        """This stage's layers, which change the stream; kv_caches: one per local layer, written to."""
         cos_sin: dict[RopeConfig | None, tuple[Tensor, Tensor] | None] = {None: None}
         for rope, table in self._rotary.items():
             cos_sin[rope] = table(batch.positions)
-        stream = ResidualStream(hidden_states=hidden_states)
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             layer(stream, batch, kv_cache, cos_sin[layer.rope])
-        return stream.total(self.kernels)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Last stage: [num_rows, hidden_size] to [num_rows, vocab_size] float32."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headrace.config import ModelConfig, WeightFormat
 from headrace.errors import CheckpointError, KernelError, ParallelismError
-from headrace.kernels import Kernels, quantized_columns
+from headrace.kernels import QUANTIZATION_GROUP_SIZE, Kernels, quantized_columns
 from headrace.layers.parameter import Parameter, TensorSlice
 from headrace.models.checkpoint import Checkpoint
 from headrace.models.families import Family
@@ -55,13 +55,15 @@ class WeightLoader:
         self._kernels, self._formats, self._progress = kernels, formats, progress
         self._stored_format = stored_format
 
-    def load(self, parameters: Sequence[Parameter]) -> None:
+    def load(self, parameters: Sequence[Parameter], *, model: Sequence[Parameter]) -> None:
         """Check every tensor first, so that nothing is loaded from a checkpoint that does not fit.
+
+        model: the parameters of all stages, to check; only `parameters` are read.
 
         Raises:
             CheckpointError: missing, unexpected or misshapen tensors, the first five of each; weights that hold NaN.
         """
-        self._check_tensors(parameters)
+        self._check_tensors(model)
         for parameter in parameters:
             if parameter.is_matrix:
                 self._load_matrix(parameter)
@@ -91,23 +93,20 @@ class WeightLoader:
     def _copy_dense(self, part: TensorSlice, row: int, write: Callable[[int, Tensor], None]) -> None:
         name, rows = self._locate(part)
         for start, block in self._checkpoint.row_blocks(name, rows):
+            kept = _columns(block, part.columns)
             try:
-                write(row + start - rows.start, _columns(block, part.columns))
+                write(row + start - rows.start, kept)
             except KernelError as error:
                 raise CheckpointError(f"tensor '{name}': {error}") from None
-            self._progress(block.nbytes)
+            self._progress(kept.nbytes)
 
     def _copy_quantized(self, part: TensorSlice, row: int, write: Callable[[int, Tensor, Tensor], None]) -> None:
         name, rows = self._locate(part)
-        if part.columns != range(part.shape[1]):
-            raise ParallelismError(
-                f"'{name}' is stored quantized and can only be read in whole rows; sizes that work: 1. "
-                "Quantize the original on load instead"
-            )
+        columns = _quantized_columns(name, part, self._stored_format)
         qweight_name, scales_name = quantized_names(name)
         for start, qweight in self._checkpoint.row_blocks(qweight_name, rows):
             scales = self._checkpoint.read_rows(scales_name, start, start + len(qweight))
-            write(row + start - rows.start, qweight, scales)
+            write(row + start - rows.start, _columns(qweight, columns[0]), _columns(scales, columns[1]))
             self._checkpoint.release(scales_name)
             self._progress(qweight.nbytes + scales.nbytes)
 
@@ -163,6 +162,23 @@ class WeightLoader:
 
 def _columns(block: Tensor, columns: range | None) -> Tensor:
     return block if columns is None else block[:, columns.start : columns.stop]
+
+
+def _quantized_columns(
+    name: str, part: TensorSlice, stored_format: WeightFormat | None
+) -> tuple[range | None, range | None]:
+    """The columns of `qweight` and `scales` that hold a slice, which must begin and end with groups."""
+    assert part.columns is not None, "only matrices are stored quantized"
+    assert stored_format is not None
+    start, stop = part.columns.start, part.columns.stop
+    if start % QUANTIZATION_GROUP_SIZE or (stop % QUANTIZATION_GROUP_SIZE and stop != part.shape[1]):
+        raise ParallelismError(
+            f"'{name}' is stored quantized, in groups of {QUANTIZATION_GROUP_SIZE} columns, and columns {start} to "
+            f"{stop} cut a group; use fewer tensor-parallel ranks, or quantize the original on load instead"
+        )
+    firsts = quantized_columns(stored_format, start)
+    ends = quantized_columns(stored_format, stop)
+    return range(firsts[0], ends[0]), range(firsts[1], ends[1])
 
 
 def _tied_head(config: ModelConfig, family: Family) -> tuple[str, ...]:

@@ -74,15 +74,27 @@ def resolve_formats(source: ModelSource, load: LoadConfig) -> WeightFormats:
 
 
 def load_decoder(
-    source: ModelSource, context: LayerContext, formats: WeightFormats, *, max_model_len: int, progress: Progress
+    source: ModelSource,
+    context: LayerContext,
+    formats: WeightFormats,
+    *,
+    max_model_len: int,
+    progress: Progress,
+    layer_range: range | None = None,
 ) -> Decoder:
-    """Build the decoder and fill it. Raises CheckpointError for tensors that are missing, unknown or misshapen."""
-    decoder = Decoder(source.config, context, dtype=formats.dtype, max_model_len=max_model_len)
+    """Build the decoder, or the stage of it that has these layers, and fill it.
+
+    Raises:
+        CheckpointError: tensors that are missing, unknown or misshapen.
+    """
+    decoder = Decoder(source.config, context, dtype=formats.dtype, max_model_len=max_model_len, layer_range=layer_range)
     loader = WeightLoader(
         source.checkpoint, source.family, source.config, context.kernels, formats, source.stored_format, progress
     )
+    is_whole = decoder.layer_range == range(source.config.num_hidden_layers)
+    model = decoder if is_whole else Decoder(source.config, context, dtype=formats.dtype, max_model_len=max_model_len)
     with torch.inference_mode():
-        loader.load(list(decoder.parameters()))
+        loader.load(list(decoder.parameters()), model=list(model.parameters()))
     return decoder
 
 

@@ -1,0 +1,177 @@
+"""One rank's part of a model: from a folder to a decoder stage, and, once all ranks agree on the cache, to a worker."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from headrace.cache.kv_pool import KvPool
+from headrace.config import AllReduceDtype, EngineConfig, KvCacheFormat, ModelConfig
+from headrace.engine.engine_plan import resolve_max_model_len
+from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, kv_cache_spec, resolve_kv_cache_format
+from headrace.engine.runner import ModelRunner
+from headrace.engine.softmax import ChosenSoftmax, resolve_softmax
+from headrace.engine.tune import LinearWeights, prepare_dataflow
+from headrace.engine.tune_attention import attention_shape, look_up_attention
+from headrace.engine.worker import Worker
+from headrace.kernels import Kernels, kernel_choice_from, resolve_kernels
+from headrace.layers.context import LayerContext
+from headrace.machine import cpu_limits
+from headrace.models.boundary import Boundary
+from headrace.models.decoder import Decoder
+from headrace.models.loading import WeightFormats
+from headrace.models.progress import bytes_progress
+from headrace.models.source import ModelSource, load_decoder, open_model, resolve_formats
+from headrace.parallel import Group
+from headrace.parallel.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRank:
+    """weight_bytes: weights in memory; block_bytes: of a cache block on all layers of this rank; load_s: so far."""
+
+    source: ModelSource
+    shape: RankShape
+    kernels: Kernels
+    decoder: Decoder
+    boundary: Boundary
+    groups: tuple[Group, ...]
+    formats: WeightFormats
+    kv_cache_format: KvCacheFormat
+    softmax: ChosenSoftmax
+    linear_weights: LinearWeights
+    num_threads: int
+    max_model_len: int
+    block_bytes: int
+    weight_bytes: int
+    load_s: float
+
+    def make_worker(
+        self, *, num_blocks: int, block_size: int, max_model_len: int, eos_token_ids: frozenset[int]
+    ) -> Worker:
+        spec = kv_cache_spec(self.shape, self.kv_cache_format, num_blocks=num_blocks, block_size=block_size)
+        pool = KvPool(self.kernels, spec, num_layers=len(self.shape.layers))
+        runner = ModelRunner(self.decoder, pool, max_model_len, self.boundary)
+        return Worker(runner, eos_token_ids, self.groups)
+
+
+def default_num_threads(config: EngineConfig, num_ranks_on_host: int) -> int:
+    """Threads of one rank: those asked for, else this rank's share of the CPUs this process may use."""
+    return config.num_threads or max(1, cpu_limits().num_threads // num_ranks_on_host)
+
+
+def load_rank(
+    config: EngineConfig, folder: Path, world: World, *, change_kernels: Callable[[Kernels], Kernels] | None = None
+) -> LoadedRank:
+    """Read this rank's share of the weights. Sets the thread count of the kernels for this process.
+
+    change_kernels: what the model calls instead of the ops themselves, to watch it at work.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        ConfigError: settings that do not fit the model.
+    """
+    started_s = time.monotonic()
+    kernels = resolve_kernels(kernel_choice_from())
+    if change_kernels is not None:
+        kernels = change_kernels(kernels)
+    place, show_progress = world.place, config.load.show_progress
+    source = open_model(folder)
+    shape = RankShape.of(source.config, place)
+    formats = resolve_formats(source, config.load)
+    max_model_len = resolve_max_model_len(config.scheduler, source.config)
+    num_threads = default_num_threads(config, world.num_ranks_on_host)
+    kernels.set_num_threads(num_threads)
+
+    cache_format = resolve_kv_cache_format(config.cache, formats)
+    softmax = resolve_softmax_of(config, kernels, folder, source.config, shape, cache_format, num_threads)
+    if kernels.dataflow is not None:
+        kernels.dataflow.max_pieces = softmax.max_pieces
+    tp_group = world.fabric.make_group("tp", place.tp_ranks, kernels)
+    pp_group = world.fabric.make_group("pp", place.pp_ranks, kernels)
+    context = LayerContext(
+        kernels=kernels,
+        tp_group=tp_group,
+        softmax=softmax.layers,
+        partial_dtype=_partial_dtype(config.parallel.all_reduce_dtype),
+    )
+    decoder = _load_with_progress(
+        source, context, formats, max_model_len, shape.layers, config.parallel.world_size, show_progress
+    )
+    linear_weights = LinearWeights.of((p.weight for p in decoder.linear_parameters()), formats.dtype)
+    prepare_dataflow(kernels, linear_weights, config.dataflow, num_threads, show_progress=show_progress)
+    return LoadedRank(
+        source=source,
+        shape=shape,
+        kernels=kernels,
+        decoder=decoder,
+        boundary=Boundary(
+            config.parallel,
+            kernels,
+            tp_group,
+            pp_group,
+            hidden_size=source.config.hidden_size,
+            dtype=formats.dtype,
+            max_num_tokens=config.scheduler.max_num_batched_tokens,
+        ),
+        groups=(tp_group, pp_group),
+        formats=formats,
+        kv_cache_format=cache_format,
+        softmax=softmax,
+        linear_weights=linear_weights,
+        num_threads=num_threads,
+        max_model_len=max_model_len,
+        block_bytes=kv_block_bytes(kernels, shape, cache_format, config.cache.block_size),
+        weight_bytes=sum(parameter.num_bytes for parameter in decoder.parameters()),
+        load_s=time.monotonic() - started_s,
+    )
+
+
+def resolve_softmax_of(
+    config: EngineConfig,
+    kernels: Kernels,
+    folder: Path,
+    model: ModelConfig,
+    shape: RankShape,
+    cache_format: KvCacheFormat,
+    num_threads: int,
+) -> ChosenSoftmax:
+    """The softmax that an engine with these settings uses for the model in a folder, see `resolve_softmax`."""
+    return resolve_softmax(
+        config.softmax,
+        kernels,
+        folder,
+        num_layers=model.num_hidden_layers,
+        max_model_len=resolve_max_model_len(config.scheduler, model),
+        cache_format=cache_format,
+        tuned=look_up_attention(kernels, config.dataflow, attention_shape(shape, cache_format), num_threads),
+    )
+
+
+def _partial_dtype(choice: AllReduceDtype) -> torch.dtype | None:
+    match choice:
+        case AllReduceDtype.FLOAT32:
+            return torch.float32
+        case AllReduceDtype.BFLOAT16:
+            return torch.bfloat16
+        case AllReduceDtype.AUTO | AllReduceDtype.INT8:
+            return None
+
+
+def _load_with_progress(
+    source: ModelSource,
+    context: LayerContext,
+    formats: WeightFormats,
+    max_model_len: int,
+    layers: range,
+    num_ranks: int,
+    show_progress: bool,
+) -> Decoder:
+    # About what one rank reads: a bar need not know which tensors are not cut.
+    total_bytes = source.checkpoint_bytes // num_ranks
+    with bytes_progress("loading weights", total_bytes, show_progress) as progress:
+        return load_decoder(
+            source, context, formats, max_model_len=max_model_len, progress=progress, layer_range=layers
+        )

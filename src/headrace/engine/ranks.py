@@ -1,0 +1,175 @@
+"""All ranks of an engine: how they start, agree on the cache, follow rank 0 and end."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headrace.engine.load_rank import LoadedRank
+from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.wire import decode_plan, decode_result, encode_plan, encode_result
+from headrace.engine.worker import Worker
+from headrace.errors import EngineStopped, RankError
+from headrace.machine import available_memory_bytes
+from headrace.parallel.world import World
+
+_PLAN, _LEDGER, _END = b"p", b"l", b"e"
+"""First byte of what rank 0 says to the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """What rank 0 must know of a rank to size the cache. host: equal for ranks that share memory."""
+
+    host: str
+    block_bytes: int
+    available_bytes: int
+    weight_bytes: int
+
+    @classmethod
+    def of(cls, loaded: LoadedRank) -> "RankReport":
+        return cls(
+            host=host_id(),
+            block_bytes=loaded.block_bytes,
+            available_bytes=available_memory_bytes(),
+            weight_bytes=loaded.weight_bytes,
+        )
+
+
+def host_id() -> str:
+    """Equal for processes of one running system."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.exists() else os.uname().nodename
+
+
+def tightest_host(reports: Sequence[RankReport]) -> tuple[int, int]:
+    """(block_bytes, available_bytes) of the host with room for the fewest blocks; a block is one of all its ranks."""
+    rooms = {}
+    for host in {report.host for report in reports}:
+        there = [report for report in reports if report.host == host]
+        rooms[host] = (sum(r.block_bytes for r in there), min(r.available_bytes for r in there))
+    return min(rooms.values(), key=lambda room: room[1] / room[0])
+
+
+class RankedExecutor:
+    """Rank 0's executor: sends each plan to every rank, runs its own part, and takes the tokens of the last stage.
+
+    Raises:
+        RankError: a rank died, stalled or failed, from whatever was going on at that time; and
+        EngineStopped: ever after.
+    """
+
+    def __init__(self, world: World, worker: Worker) -> None:
+        self.worker = worker
+        self._world = world
+        self._config = world.place.config
+        self._reporter = self._config.world_size - self._config.tensor_parallel_size
+        self._own_results: list[StepResult] = []
+        self._has_failed = False
+
+    @property
+    def max_in_flight(self) -> int:
+        """A micro-batch for each stage."""
+        return self._config.pipeline_parallel_size
+
+    def submit(self, plan: StepPlan) -> None:
+        self._check()
+        message = _PLAN + encode_plan(plan)
+        try:
+            for rank in self._world.control:
+                self._world.send(rank, message)
+            self._own_results.append(self.worker.execute(plan))
+        except BaseException as error:
+            raise self._failed(error) from None
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.submit(plan)
+        return self.collect()
+
+    def collect(self) -> StepResult:
+        result = self._own_results.pop(0)
+        if self._reporter == 0:
+            return result
+        try:
+            return decode_result(self._world.receive(self._reporter))
+        except BaseException as error:
+            raise self._failed(error) from None
+
+    def reset(self) -> None:
+        """After a step that failed half way the ranks cannot go on, as nobody knows how far each has come."""
+        self._own_results.clear()
+        if not self._has_failed:
+            self._failed(RankError("a step was cut short"))
+
+    def ledger_rows(self) -> list[list[dict[str, Any]]]:
+        """The rows of each rank's ledger, as plain data; while no plan is in flight."""
+        self._check()
+        rows = [ledger_data(self.worker)]
+        for rank in self._world.control:
+            self._world.send(rank, _LEDGER)
+            rows.append(json.loads(self._world.receive(rank)))
+        return rows
+
+    def close(self) -> None:
+        """End all ranks in order."""
+        if self._world.failure is None:
+            for channel in self._world.control.values():
+                channel.send(_END)
+        self._world.close()
+
+    def _check(self) -> None:
+        if self._world.failure is not None:
+            self._has_failed = True
+            raise EngineStopped(f"{self._world.failure}; the other ranks have ended with it: load the model again")
+
+    def _failed(self, error: BaseException) -> BaseException:
+        self._has_failed = True
+        if self._world.failure is None:
+            self._world.fail(error)
+        assert self._world.failure is not None
+        return RankError(self._world.failure) if isinstance(error, RankError) else error
+
+
+def ledger_data(worker: Worker) -> list[dict[str, Any]]:
+    rows = (row for group in worker.groups for row in group.ledger_rows())
+    return [vars(row) | {"phase": row.phase.value} for row in rows]
+
+
+def agree(world: World, loaded: LoadedRank) -> list[RankReport]:
+    """Rank 0: hear what every rank has loaded, rank 0 first."""
+    reports = [RankReport.of(loaded)]
+    for rank in world.control:
+        reports.append(RankReport(**json.loads(world.receive(rank))))
+    return reports
+
+
+def announce(world: World, agreement: Mapping[str, Any]) -> None:
+    """Rank 0: tell every rank what was agreed on, the arguments of `LoadedRank.make_worker`."""
+    for rank in world.control:
+        world.send(rank, json.dumps(agreement).encode())
+
+
+def follow(world: World, loaded: LoadedRank) -> None:
+    """Another rank: report, agree, and then run plans until rank 0 ends it.
+
+    Raises:
+        RankError: another rank was lost.
+    """
+    world.send(0, json.dumps(vars(RankReport.of(loaded))).encode())
+    agreement = json.loads(world.receive(0))
+    eos_token_ids = frozenset(agreement.pop("eos_token_ids"))
+    worker = loaded.make_worker(**agreement, eos_token_ids=eos_token_ids)
+    must_report = world.place.reports
+    while True:
+        message = world.receive(0)
+        match message[:1]:
+            case b"p":
+                result = worker.execute(decode_plan(message[1:]))
+                if must_report:
+                    world.send(0, encode_result(result))
+            case b"l":
+                world.send(0, json.dumps(ledger_data(worker)).encode())
+            case b"e":
+                return

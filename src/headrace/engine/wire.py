@@ -1,0 +1,72 @@
+"""Plans and results as messages between ranks: JSON, by position where something is sent at every step."""
+
+import json
+from typing import Any
+
+from headrace.config import SamplingParams
+from headrace.engine.plan import (
+    NewSequence,
+    PromptLogprobs,
+    SampledToken,
+    ScheduledChunk,
+    StepPlan,
+    StepResult,
+    TokenLogprob,
+)
+
+
+def encode_plan(plan: StepPlan) -> bytes:
+    new = [(n.seq_id, n.prompt_token_ids, n.params.to_mapping(), n.seed) for n in plan.new]
+    return json.dumps(plan._replace(new=new)).encode()  # type: ignore[arg-type]
+
+
+def decode_plan(message: bytes) -> StepPlan:
+    step, sampled, new, finished, chunks, num_decode_tokens = json.loads(message)
+    return StepPlan(
+        step=step,
+        sampled=tuple([(seq_id, token_id) for seq_id, token_id in sampled]),
+        new=tuple([_new_sequence(*fields) for fields in new]),
+        finished=tuple(finished),
+        chunks=tuple([_chunk(*fields) for fields in chunks]),
+        num_decode_tokens=num_decode_tokens,
+    )
+
+
+def encode_result(result: StepResult) -> bytes:
+    prompts = [(p.seq_id, p.start, [_logprobs(row) for row in p.rows]) for p in result.prompt_logprobs]
+    sampled = [(token.seq_id, token.token_id, _logprobs(token.logprobs)) for token in result.sampled]
+    return json.dumps([sampled, prompts, list(result.failed.items())]).encode()
+
+
+def decode_result(message: bytes) -> StepResult:
+    sampled, prompts, failed = json.loads(message)
+    return StepResult(
+        sampled=tuple([SampledToken(seq_id, token_id, _as_logprobs(row)) for seq_id, token_id, row in sampled]),
+        prompt_logprobs=tuple(
+            [
+                PromptLogprobs(seq_id=seq_id, start=start, rows=tuple([_as_logprobs(row) for row in rows]))
+                for seq_id, start, rows in prompts
+            ]
+        ),
+        failed=dict(failed),
+    )
+
+
+def _new_sequence(seq_id: int, prompt: list[int], params: dict[str, Any], seed: int) -> NewSequence:
+    return NewSequence(
+        seq_id=seq_id, prompt_token_ids=tuple(prompt), params=SamplingParams.from_mapping(params), seed=seed
+    )
+
+
+def _chunk(
+    seq_id: int, start: int, num_tokens: int, new_block_ids: list[int], resets_blocks: bool, samples: bool
+) -> ScheduledChunk:
+    return ScheduledChunk(seq_id, start, num_tokens, tuple(new_block_ids), resets_blocks, samples)
+
+
+def _logprobs(row: tuple[TokenLogprob, ...]) -> list[tuple[int, float, int]]:
+    return [(entry.token_id, entry.logprob, entry.rank) for entry in row]
+
+
+def _as_logprobs(row: list[tuple[int, float, int]]) -> tuple[TokenLogprob, ...]:
+    return tuple([TokenLogprob(token_id=i, logprob=logprob, rank=rank) for i, logprob, rank in row])

@@ -1,0 +1,120 @@
+"""All ranks of one engine, as one of them sees the others: where it stands, its lines, and what became of them."""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+
+from headrace.config import ParallelConfig
+from headrace.errors import HeadraceError, RankError
+from headrace.parallel.channel import Channel, ChannelClosed
+from headrace.parallel.fabric import Fabric, NoFabric
+from headrace.parallel.place import Place
+from headrace.parallel.pulse import Pulse
+
+logger = logging.getLogger(__name__)
+
+
+class World:
+    """Owns this process's lines to the other ranks. Rank 0 has a line to each, the others have one to rank 0.
+
+    control: plans and results. lines: signs of life, see `Pulse`. num_ranks_on_host: this one included.
+    describe: what is known of how a rank ended, where this process started it.
+    on_failure: called once, on the pulse's thread, after a rank was lost and everybody told; ends what is left.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        fabric: Fabric,
+        control: Mapping[int, Channel],
+        lines: Mapping[int, Channel],
+        *,
+        num_ranks_on_host: int,
+        describe: Callable[[int], str | None] = lambda _: None,
+        on_failure: Callable[[], None] = lambda: None,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.place = place
+        self.fabric = fabric
+        self.control = dict(control)
+        self.num_ranks_on_host = num_ranks_on_host
+        self._lines = dict(lines)
+        self._describe, self._on_failure, self._on_close = describe, on_failure, on_close
+        self._failure: str | None = None
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._pulse = Pulse(lines, place.config.deadline_s, self._lose)
+        if lines:
+            self._pulse.start()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the ranks can no longer work together, once that is so."""
+        return self._failure
+
+    def send(self, rank: int, message: bytes) -> None:
+        """
+        Raises:
+            RankError: a rank was lost; says which, and why.
+        """
+        try:
+            self.control[rank].send(message)
+        except ChannelClosed as error:
+            raise self.error(rank, f"cannot be reached: {error}") from None
+
+    def receive(self, rank: int) -> bytes:
+        """
+        Raises:
+            RankError: a rank was lost; says which, and why.
+        """
+        try:
+            return self.control[rank].receive()
+        except ChannelClosed as error:
+            raise self.error(rank, f"cannot be heard: {error}") from None
+
+    def error(self, rank: int, reason: str) -> RankError:
+        """The first failure that was noticed, which is this one if there was none before.
+
+        A broken line is a consequence of what the pulse learns at the same time: it is given a moment to say so.
+        """
+        self._pulse.wait_for_loss(timeout_s=1.0)
+        self._lose(rank, reason)
+        assert self._failure is not None
+        return RankError(self._failure)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell all ranks that this one cannot go on, and why; unless that is because another one was lost."""
+        if isinstance(error, RankError):
+            self._pulse.wait_for_loss(timeout_s=1.0)
+        reason = str(error) if isinstance(error, HeadraceError) else f"{type(error).__name__}: {error}"
+        self._lose(self.place.rank, f"failed: {reason}")
+
+    def close(self) -> None:
+        """An orderly end; whatever has failed has ended before."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        self._pulse.stop()
+        self._on_close()
+        for channel in (*self.control.values(), *self._lines.values()):
+            channel.close()
+        self.fabric.close()
+
+    def _lose(self, rank: int, reason: str) -> None:
+        with self._lock:
+            if self._failure is not None or self._is_closed:
+                return
+            place = Place(rank=rank, config=self.place.config)
+            known = self._describe(rank) if reason == "has gone" else None
+            self._failure = f"{place} {known or reason}"
+        self._pulse.tell(rank, known or reason)
+        self.fabric.abort(self._failure)
+        for channel in self.control.values():
+            channel.close()
+        self._on_failure()
+
+
+def one_rank_world() -> World:
+    place = Place(rank=0, config=ParallelConfig())
+    return World(place, NoFabric(), {}, {}, num_ranks_on_host=1)
