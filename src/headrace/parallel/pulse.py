@@ -41,13 +41,15 @@ class Pulse:
     def start(self) -> None:
         self._thread.start()
 
+    def __del__(self) -> None:
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
     def stop(self) -> None:
         """End the thread without a word: the other side must know that this is an orderly end."""
-        if self._is_stopping:
-            return
         self._is_stopping = True
-        os.write(self._wake_write, b".")
-        if threading.current_thread() is not self._thread:
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            os.write(self._wake_write, b".")
             self._thread.join()
 
     def wait_for_loss(self, timeout_s: float) -> None:
