@@ -143,4 +143,4 @@ def test_decode_steps_are_replayed(folders, model):
     """Otherwise the test above compares a thing with itself."""
     llm = make_llm(folders[model])
     results(llm, prompts())
-    assert llm.engine.model.executor.decode_step.obstacle is None
+    assert llm.engine.model.executor.worker.decode_step.obstacle is None

@@ -222,7 +222,7 @@ def test_without_a_calibration_rows_far_from_zero_are_computed_again(own_tiny):
         llm = headrace.LLM(str(own_tiny), softmax=softmax)
         [outputs[softmax]] = llm.generate([TEXT], SamplingParams(temperature=0, max_tokens=8))
     assert outputs["synchronized"].outputs[0].token_ids == outputs["asynchronized"].outputs[0].token_ids
-    counts = llm.engine.model.executor._runner._kv_pool.softmax_counts()
+    counts = llm.engine.model.executor.worker._runner._kv_pool.softmax_counts()
     assert any(0 < count.num_recomputed_rows < count.num_rows for count in counts)
     assert any(layer.largest_row_max > 89 for layer in calibrated(own_tiny).layers)
 

@@ -15,7 +15,7 @@ pytest.importorskip("headrace.kernels.cpu", reason="the native module is not bui
 
 @pytest.fixture
 def runner(tmp_path) -> ModelRunner:
-    return LLM(str(write_tiny_model(tmp_path / "tiny")), num_blocks=32).engine.model.executor._runner
+    return LLM(str(write_tiny_model(tmp_path / "tiny")), num_blocks=32).engine.model.executor.worker._runner
 
 
 def rows(num_seqs: int, position: int) -> list[Row]:

@@ -234,14 +234,15 @@ class TestFaults:
         params = SamplingParams(**GREEDY, max_tokens=8)
         expected = text_of(llm.generate(PROMPTS[0], params)[0])
         stream, steps = llm.stream(PROMPTS[1], params), count(1)
-        execute = llm.engine.model.executor.execute
+        worker = llm.engine.model.executor.worker
+        execute = worker.execute
 
         def fail(plan: StepPlan) -> StepResult:
             if next(steps) == at_step:
                 raise error("injected")
             return execute(plan)
 
-        monkeypatch.setattr(llm.engine.model.executor, "execute", fail)
+        monkeypatch.setattr(worker, "execute", fail)
         with pytest.raises(error, match="injected"):
             llm.generate(PROMPTS[0], params)
         assert text_of(llm.generate(PROMPTS[0], params)[0]) == expected
@@ -389,7 +390,7 @@ def test_plans_are_data_that_any_rank_can_run(monkeypatch: pytest.MonkeyPatch) -
         LLM(str(demo_model_path()), dtype="float32", num_threads=1, max_num_batched_tokens=64) for _ in range(2)
     )
     mine, theirs = record_rows(llm, monkeypatch), record_rows(second, monkeypatch)
-    leader, follower = llm.engine.model.executor, second.engine.model.executor
+    leader, follower = llm.engine.model.executor.worker, second.engine.model.executor.worker
     execute = leader.execute
 
     def execute_both(plan: StepPlan) -> StepResult:
@@ -410,7 +411,7 @@ class OnlyZeros:
 
 
 def record_rows(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[object, ...]]]:
-    runner = llm.engine.model.executor._runner  # type: ignore[attr-defined]
+    runner = llm.engine.model.executor.worker._runner  # type: ignore[attr-defined]
     run, recorded = runner.run, []
 
     def spy(rows: list[Row]) -> torch.Tensor:

@@ -14,9 +14,9 @@ from headrace.bench.rounds import RoundRunner
 from headrace.config import DataflowChoice, EngineConfig, Softmax, SoftmaxScheme
 from headrace.engine.engine import Engine
 from headrace.engine.load import LoadedModel, load_model
+from headrace.engine.local_executor import LocalExecutor
 from headrace.engine.softmax import ForcedSoftmax, SwitchableAttention, force_asynchronized
 from headrace.engine.tune import prepare_dataflow
-from headrace.engine.worker import Worker
 from headrace.errors import ConfigError
 from headrace.kernels import Kernels, SoftmaxCounts, SoftmaxSpec
 from headrace.kernels.dataflow import DEFAULT_INFLECTIONS
@@ -88,10 +88,10 @@ class Switchboard:
 
     def __init__(self, model: LoadedModel, attention: SwitchableAttention, asynchronized: ForcedSoftmax) -> None:
         assert model.kernels.dataflow is not None, "the loader has asked for it"
-        assert isinstance(model.executor, Worker)
+        assert isinstance(model.executor, LocalExecutor)
         self.model = model
         self.asynchronized = asynchronized
-        self._attention, self._worker, self._dataflow = attention, model.executor, model.kernels.dataflow
+        self._attention, self._worker, self._dataflow = attention, model.executor.worker, model.kernels.dataflow
         self._measured = dict(self._dataflow.tuned)
 
     @property

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import count
@@ -34,6 +35,7 @@ class Engine:
         self.model = model
         self._requests: dict[str, RequestState] = {}
         self._by_sequence: dict[int, RequestState] = {}
+        """Of unfinished sequences alone: whatever else comes back from the ranks is of no interest any more."""
         self._failed: list[RequestUpdate] = []
         self._sequence_ids = count()
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = self._num_finished = 0
@@ -85,7 +87,8 @@ class Engine:
         return self._close(state, ())
 
     def step(self) -> list[RequestUpdate]:
-        """Run one step and say what it brought to each request.
+        """Let the ranks have as many steps as they can run at the same time, and say what the oldest brought to each
+        request.
 
         A step that raises (out of memory, Ctrl-C) ends every request with that error, reported by the next step; the
         engine is then empty and takes new ones.
@@ -93,20 +96,16 @@ class Engine:
         if self._failed:
             updates, self._failed = self._failed, []
             return updates
-        plan = self._scheduler.schedule()
         try:
-            self._mark_scheduled(plan)
-            result = self.model.executor.execute(plan)
+            self._fill_pipeline()
+            plan = self._in_flight.popleft()
+            result = self.model.executor.collect()
         except BaseException as error:
-            # Which ranks saw how much of the plan is unknown: nothing of it can be kept.
+            # Which ranks saw how much of the plans is unknown: nothing of them can be kept.
             self._fail_all(f"the step was cut short: {type(error).__name__}: {error}")
             raise
         self._count(plan)
-        for seq_id, reason in result.failed.items():
-            self._by_sequence[seq_id].fail(seq_id, reason)
-            self._scheduler.finish(self._by_sequence[seq_id].sequence(seq_id), FinishReason.ERROR)
-        self._scheduler.update(plan, {token.seq_id: token.token_id for token in result.sampled})
-        return self._collect(result)
+        return self._report(plan, result)
 
     def metrics(self) -> EngineMetrics:
         return EngineMetrics(
@@ -131,7 +130,8 @@ class Engine:
         """An empty cache and an empty line."""
         plan = self.model.plan
         self._blocks = BlockManager(plan.num_blocks, plan.cache.block_size, plan.cache.enable_prefix_caching)
-        self._scheduler = Scheduler(plan.scheduler, self._blocks)
+        self._scheduler = Scheduler(plan.scheduler, self._blocks, self.model.executor.max_in_flight)
+        self._in_flight: deque[StepPlan] = deque()
 
     def _fail_all(self, error: str) -> None:
         for state in list(self._requests.values()):
@@ -168,6 +168,17 @@ class Engine:
             )
         return sequences
 
+    def _fill_pipeline(self) -> None:
+        while len(self._in_flight) < self.model.executor.max_in_flight:
+            plan = self._scheduler.schedule()
+            if plan is None:
+                return
+            self._mark_scheduled(plan)
+            self.model.executor.submit(plan)
+            self._in_flight.append(plan)
+            if not plan.chunks:
+                return
+
     def _mark_scheduled(self, plan: StepPlan) -> None:
         for new in plan.new:
             state = self._by_sequence[new.seq_id]
@@ -181,20 +192,29 @@ class Engine:
         self._num_decode_tokens += plan.num_decode_tokens
         self._num_prefill_tokens += plan.num_tokens - plan.num_decode_tokens
 
-    def _collect(self, result: StepResult) -> list[RequestUpdate]:
+    def _report(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
+        """Sequences that have left while the plan was in flight are passed over."""
         now = time.monotonic()
         touched: dict[str, RequestState] = {}
         for prompt in result.prompt_logprobs:
-            self._by_sequence[prompt.seq_id].add_prompt_logprobs(prompt)
-        for seq_id in result.failed:
-            touched[self._by_sequence[seq_id].request_id] = self._by_sequence[seq_id]
+            state = self._by_sequence.get(prompt.seq_id)
+            if state is not None:
+                state.add_prompt_logprobs(prompt)
+        for seq_id, error in result.failed.items():
+            state = self._by_sequence.pop(seq_id, None)
+            if state is not None:
+                touched[state.request_id] = state
+                state.fail(seq_id, error)
+                self._scheduler.finish(state.sequence(seq_id), FinishReason.ERROR)
+        self._scheduler.update(plan, {token.seq_id: token.token_id for token in result.sampled})
         for token in result.sampled:
-            if token.seq_id in result.failed:
+            state = self._by_sequence.get(token.seq_id)
+            if state is None:
                 continue
-            state = self._by_sequence[token.seq_id]
             touched[state.request_id] = state
             reason = state.append(token, now)
             if reason is not None:
+                del self._by_sequence[token.seq_id]
                 self._scheduler.finish(state.sequence(token.seq_id), reason)
         return [self._update(state) for state in touched.values()]
 
@@ -208,7 +228,7 @@ class Engine:
         """The last update of a request; nothing of it stays behind."""
         del self._requests[state.request_id]
         for sequence in state.sequences:
-            del self._by_sequence[sequence.seq_id]
+            self._by_sequence.pop(sequence.seq_id, None)
         self._num_finished += 1
         return RequestUpdate(request_id=state.request_id, chunks=chunks, finished=state.finish(now_s=time.monotonic()))
 

@@ -6,10 +6,25 @@ from headrace.engine.plan import StepPlan, StepResult
 
 
 class Executor(Protocol):
-    """Runs plans in the order given and returns what they sampled."""
+    """Runs plans in the order given and returns what they sampled, in the same order.
 
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    Every rank runs every plan after the one before it, so what an earlier plan writes to the cache is there for a later
+    one, and is overwritten by a later one, never the other way round.
+    """
+
+    @property
+    def max_in_flight(self) -> int:
+        """Plans that are worth having submitted and not collected: one for each stage of a pipeline."""
+        ...
+
+    def submit(self, plan: StepPlan) -> None:
+        """Start a step. At most max_in_flight are open at a time."""
+        ...
+
+    def collect(self) -> StepResult:
+        """What the oldest open plan sampled; waits for it."""
+        ...
 
     def reset(self) -> None:
-        """Forget every sequence, as after a step that failed half way."""
+        """Drop all open plans and forget every sequence, as after a step that failed half way."""
         ...

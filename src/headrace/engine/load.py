@@ -11,6 +11,7 @@ from headrace.engine.engine_plan import EnginePlan, resolve_plan
 from headrace.engine.executor import Executor
 from headrace.engine.kv_cache_spec import RankShape
 from headrace.engine.load_rank import load_rank
+from headrace.engine.local_executor import LocalExecutor
 from headrace.engine.ranks import RankedExecutor, agree, announce, tightest_host
 from headrace.engine.softmax import ChosenSoftmax
 from headrace.engine.start import start_world
@@ -92,7 +93,7 @@ def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kern
         config=loaded.source.config,
         shape=loaded.shape,
         plan=plan,
-        executor=worker if config.parallel.world_size == 1 else RankedExecutor(world, worker),
+        executor=LocalExecutor(worker) if config.parallel.world_size == 1 else RankedExecutor(world, worker),
         kernels=loaded.kernels,
         formats=loaded.formats,
         kv_cache_format=loaded.kv_cache_format,

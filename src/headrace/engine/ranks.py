@@ -84,10 +84,6 @@ class RankedExecutor:
         except BaseException as error:
             raise self._failed(error) from None
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        self.submit(plan)
-        return self.collect()
-
     def collect(self) -> StepResult:
         result = self._own_results.pop(0)
         if self._reporter == 0:

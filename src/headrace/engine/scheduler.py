@@ -9,6 +9,23 @@ A step has room for `max_num_batched_tokens` tokens of at most `max_num_seqs` se
 A sequence gets blocks for all tokens it has when it is admitted, so only the first pass ever asks for more. When none
 are left, the running sequence that arrived last gives up its own and starts over later. The oldest therefore always
 moves on, and `add` refuses what would not fit alone: every request ends.
+
+The stages of a pipeline work at the same time if several plans are in flight, each with sequences that no other one
+waits for. The passes then become:
+
+1. A fair share of the sequences that decode (`decode_share`), of those whose last token is known, oldest first.
+2. and 3. At most `max_prompt_tokens` prompt tokens, so that even one prompt fills all stages. The next chunk of a
+   prompt does not wait for the one before it.
+
+Blocks change hands while plans that use them are in flight, which needs no waiting: every rank runs every plan after
+the one before it, so all that an earlier plan reads and writes is done when a later one starts.
+
+-  Freed blocks (a sequence finished, aborted or preempted in flight) may be given away in the next plan. What the
+   earlier plan still writes to them is overwritten: a sequence writes every slot of its blocks before it reads it.
+-  A block becomes findable by others once the plan that fills it has come back, if its sequence still holds it then. It
+   is full from then on and nobody writes to it, so those who share it read what was published.
+-  A preempted sequence is not admitted again before all plans of its former life have come back, so a chunk that comes
+   back belongs to the blocks that its sequence holds, or to none. The token it brings is kept.
 """
 
 from bisect import bisect_left, insort
@@ -18,6 +35,8 @@ from operator import attrgetter
 
 from headrace.cache.block_manager import BlockManager
 from headrace.config import SchedulerConfig
+from headrace.config.checks import check_at_least_one
+from headrace.costs.micro_batches import decode_share, max_prompt_tokens
 from headrace.engine.plan import NewSequence, ScheduledChunk, StepPlan
 from headrace.engine.sequence import FinishReason, Sequence, SequenceStatus
 from headrace.errors import ConfigError, ContextLengthError, RequestError
@@ -25,11 +44,15 @@ from headrace.errors import ConfigError, ContextLengthError, RequestError
 
 @dataclass(eq=False, slots=True)
 class _Entry:
-    """A live sequence and its place in line. The place stays with it through preemptions."""
+    """A live sequence and its place in line. The place stays with it through preemptions.
+
+    last_step: that was planned when it was preempted; chunks of its life before are in no later one.
+    """
 
     sequence: Sequence
     arrival: int
     is_known_to_ranks: bool = False
+    last_step: int = 0
 
 
 _by_arrival = attrgetter("arrival")
@@ -48,13 +71,15 @@ class _Draft:
 
     def add_prefill(self, sequence: Sequence, new_block_ids: tuple[int, ...], *, resets_blocks: bool = False) -> None:
         """As many of the sequence's tokens as there is room for."""
-        num_left = sequence.num_tokens - sequence.num_computed_tokens
+        start = sequence.num_scheduled_tokens
+        num_left = sequence.num_tokens - start
         num_tokens = min(num_left, self.num_free_tokens)
         self.num_free_tokens -= num_tokens
+        sequence.num_scheduled_tokens = start + num_tokens
         self.prefills.append(
             ScheduledChunk(
                 seq_id=sequence.seq_id,
-                start=sequence.num_computed_tokens,
+                start=start,
                 num_tokens=num_tokens,
                 new_block_ids=new_block_ids,
                 resets_blocks=resets_blocks,
@@ -71,20 +96,25 @@ class Scheduler:
     clients: whoever drives it calls `finish` when a sequence has its last token.
 
     One step is `plan = schedule()`, then the ranks run the plan, then `update(plan, sampled)`. Between the two,
-    sequences may be added and aborted, but no other step may be planned. Sequence ids are never used again.
+    sequences may be added and aborted, and up to `max_in_flight` plans may be open; they are updated in the order in
+    which they were made. Sequence ids are never used again.
 
     Invariants:
         Both queues are in order of arrival; only running sequences hold blocks.
-        A plan has chunks as long as a sequence is unfinished.
+        A plan has chunks, or another one is open, as long as a sequence is unfinished.
+        A sequence is in at most one open plan that samples it, and in none after that one.
         Ranks hear of a sequence once when it is first scheduled and once when it has left.
     """
 
-    def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
+    def __init__(self, config: SchedulerConfig, block_manager: BlockManager, max_in_flight: int = 1) -> None:
+        check_at_least_one("max_in_flight", max_in_flight)
         if config.max_model_len is None:
             raise ConfigError("max_model_len is None; the scheduler needs the model's length filled in")
         self._max_model_len = config.max_model_len
         self._max_num_seqs = config.max_num_seqs
         self._max_num_batched_tokens = config.max_num_batched_tokens
+        self._max_prompt_tokens = max_prompt_tokens(config.max_num_batched_tokens, max_in_flight)
+        self._max_in_flight = max_in_flight
         self._blocks = block_manager
         self._entries: dict[int, _Entry] = {}
         self._waiting: list[_Entry] = []
@@ -93,7 +123,7 @@ class Scheduler:
         self._sampled: list[tuple[int, int]] = []
         self._num_arrived = 0
         self._step = 0
-        self._is_step_open = False
+        self._updated_step = 0
         self.num_preemptions = 0
 
     @property
@@ -150,19 +180,26 @@ class Scheduler:
         if entry.is_known_to_ranks:
             self._finished.append(sequence.seq_id)
 
-    def schedule(self) -> StepPlan:
+    def schedule(self) -> StepPlan | None:
         """Plan the next step. Without unfinished sequences it has no chunks, but may still report finished ones.
 
+        None if all there is to do waits for plans that are open.
+
         Raises:
-            RuntimeError: the last plan's `update` is missing, or a sequence outgrew what `add` allowed it.
+            RuntimeError: an `update` of max_in_flight plans is missing, or a sequence outgrew what `add` allowed it.
         """
-        if self._is_step_open:
-            raise RuntimeError(f"step {self._step} was planned but not updated; call update() before schedule()")
+        num_in_flight = self._step - self._updated_step
+        if num_in_flight == self._max_in_flight:
+            raise RuntimeError(
+                f"step {self._updated_step + 1} was planned but not updated; call update() before schedule()"
+            )
         draft = _Draft(self._max_num_batched_tokens)
         self._schedule_running(draft)
         # Blocks that a preemption has just freed go to those who still run, not to a newcomer that would go next.
         if not draft.has_preempted:
             self._admit_waiting(draft)
+        if num_in_flight and not draft.decodes and not draft.prefills:
+            return None
         self._step += 1
         plan = StepPlan(
             step=self._step,
@@ -175,7 +212,8 @@ class Scheduler:
         self._finished.clear()
         self._sampled.clear()
         self._check_progress(plan)
-        self._is_step_open = bool(plan.chunks)
+        if not plan.chunks:
+            self._updated_step = self._step
         return plan
 
     def update(self, plan: StepPlan, sampled: Mapping[int, int]) -> None:
@@ -184,19 +222,25 @@ class Scheduler:
         sampled: token id by sequence id; those of sequences that left meanwhile are ignored.
 
         Raises:
+            ValueError: an earlier plan has not been updated.
             KeyError: the token of a live sequence is missing.
         """
-        self._is_step_open = False
+        if plan.chunks and plan.step != self._updated_step + 1:
+            raise ValueError(f"step {plan.step} was updated, but step {self._updated_step + 1} is the oldest open one")
+        self._updated_step = plan.step
         for chunk in plan.chunks:
             entry = self._entries.get(chunk.seq_id)
             if entry is None:
                 continue
             sequence = entry.sequence
-            sequence.num_computed_tokens = chunk.start + chunk.num_tokens
             if chunk.samples:
                 token_id = sampled[chunk.seq_id]
                 sequence.output_token_ids.append(token_id)
                 self._sampled.append((chunk.seq_id, token_id))
+            if sequence.status is SequenceStatus.WAITING:
+                # Preempted since: the blocks are gone.
+                continue
+            sequence.num_computed_tokens = chunk.start + chunk.num_tokens
             self._blocks.commit(chunk.seq_id, sequence.tokens, sequence.num_computed_tokens)
 
     def _check_sibling(self, sequence: Sequence) -> None:
@@ -243,6 +287,7 @@ class Scheduler:
     def _schedule_running(self, draft: _Draft) -> None:
         """Passes 1 and 2. The loop over decodes is the scheduler's hot path: a few microseconds per sequence."""
         prefilling: list[Sequence] = []
+        num_free_seqs = self._decode_share()
         index = 0
         # Oldest first, while preemption takes from the end: nobody who has a chunk already loses its blocks.
         while index < len(self._running):
@@ -250,23 +295,38 @@ class Scheduler:
             index += 1
             sequence = entry.sequence
             num_tokens = sequence.num_tokens
-            if num_tokens - sequence.num_computed_tokens > 1:
-                prefilling.append(sequence)
+            num_left = num_tokens - sequence.num_scheduled_tokens
+            if num_left != 1:
+                # Where none is left, the token that follows is on its way.
+                if num_left:
+                    prefilling.append(sequence)
+                continue
+            if not num_free_seqs:
                 continue
             new_block_ids = self._grow(entry, num_tokens, draft)
             if new_block_ids is None:
                 continue
+            num_free_seqs -= 1
+            sequence.num_scheduled_tokens = num_tokens
             draft.decodes.append(
                 # By position: names would cost a seventh of the loop.
                 ScheduledChunk(sequence.seq_id, num_tokens - 1, 1, new_block_ids, False, True)
             )
             # The last token of a prompt may come alone, too.
             draft.num_decode_tokens += num_tokens > sequence.num_prompt_tokens
-        draft.num_free_tokens -= len(draft.decodes)
+        draft.num_free_tokens = min(draft.num_free_tokens - len(draft.decodes), self._max_prompt_tokens)
         for sequence in prefilling:
             if draft.num_free_tokens == 0:
                 break
             draft.add_prefill(sequence, ())
+
+    def _decode_share(self) -> int:
+        """How many sequences may decode in the next step."""
+        if self._max_in_flight == 1:
+            return len(self._running)
+        sequences = [entry.sequence for entry in self._running]
+        num_decoding = sum([sequence.num_tokens - sequence.num_scheduled_tokens <= 1 for sequence in sequences])
+        return decode_share(num_decoding, self._max_in_flight)
 
     def _grow(self, entry: _Entry, num_tokens: int, draft: _Draft) -> tuple[int, ...] | None:
         """Blocks for num_tokens tokens in all, most often no new ones. Preempts from the end until they are there; None
@@ -284,8 +344,9 @@ class Scheduler:
         sequence = entry.sequence
         self._blocks.free(sequence.seq_id)
         sequence.status = SequenceStatus.WAITING
-        sequence.num_computed_tokens = 0
+        sequence.num_scheduled_tokens = sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
+        entry.last_step = self._step
         self.num_preemptions += 1
         insort(self._waiting, entry, key=_by_arrival)
 
@@ -308,6 +369,8 @@ class Scheduler:
         One block for each running sequence stays free: each can then fill the block it is in and the next one before
         somebody must be preempted. Alone a sequence needs no such reserve.
         """
+        if entry.last_step > self._updated_step:
+            return False
         sequence = entry.sequence
         num_reserved_blocks = len(self._running)
         if self._blocks.num_free_blocks <= num_reserved_blocks:
@@ -317,7 +380,7 @@ class Scheduler:
             return False
         block_ids = self._blocks.allocate(sequence.seq_id, sequence.num_tokens, shared)
         sequence.status = SequenceStatus.RUNNING
-        sequence.num_computed_tokens = len(shared) * self._blocks.block_size
+        sequence.num_scheduled_tokens = sequence.num_computed_tokens = len(shared) * self._blocks.block_size
         if not entry.is_known_to_ranks:
             self._introduce(entry, draft)
         draft.add_prefill(sequence, block_ids, resets_blocks=True)
@@ -352,7 +415,8 @@ class Scheduler:
         return self._blocks.forkable_prefix(sibling.seq_id, num_common_tokens)
 
     def _check_progress(self, plan: StepPlan) -> None:
-        """An empty plan with sequences left would repeat for ever: an error is better than a hang."""
+        """An empty plan with sequences left and nothing in flight would repeat for ever: an error is better than a
+        hang."""
         if self._entries and not plan.chunks:
             seq_id = min(self._entries.values(), key=_by_arrival).sequence.seq_id
             raise RuntimeError(

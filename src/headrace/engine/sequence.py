@@ -28,7 +28,8 @@ class Sequence:
 
     seed: names the stream of random draws that belongs to this sequence alone.
     forked_from: the sibling whose prompt this one repeats; it waits for the sibling's prefill and shares its blocks.
-    num_computed_tokens: tokens whose keys and values are in the cache; back to 0 on preemption.
+    num_scheduled_tokens: tokens that are computed once all plans made so far have run; back to 0 on preemption.
+    num_computed_tokens: those whose keys and values are known to be in the cache.
     num_cached_tokens: prompt tokens found in the cache at first admission instead of being computed.
     """
 
@@ -41,6 +42,7 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
+    num_scheduled_tokens: int = 0
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
