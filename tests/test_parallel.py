@@ -195,7 +195,13 @@ def test_ranks_share_the_weights(tmp_path, name, world_size):
     shares = [sharded_bytes(group) for group in thread_groups(world_size)]
     repeated = max(1.0, world_size / source.config.attention.num_kv_heads)
     assert whole <= sum(shares) <= whole * repeated
-    assert max(shares) == min(shares)
+    # Features are dealt out in whole groups: gate, up and down projections may differ by one.
+    group_bytes = 3 * 32 * source.config.hidden_size * 4 * source.config.num_hidden_layers * num_experts(source.config)
+    assert max(shares) - min(shares) <= group_bytes
+
+
+def num_experts(config) -> int:
+    return max(1 if layer.moe is None else layer.moe.num_experts for layer in config.layers)
 
 
 def test_size_that_does_not_divide_the_model_is_refused(tmp_path):
