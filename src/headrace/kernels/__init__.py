@@ -12,7 +12,7 @@ from headrace.kernels.kv_cache import (
     QuantizedKvCache,
     SoftmaxCounts,
 )
-from headrace.kernels.ops import AttentionSpec, MixtureSpec, Recording, SoftmaxSpec
+from headrace.kernels.ops import AttentionSpec, MixtureSpec, NativeStream, Recording, SoftmaxSpec
 from headrace.kernels.weights import (
     QUANTIZATION_GROUP_SIZE,
     DenseWeight,
@@ -35,6 +35,7 @@ __all__ = [
     "KvCache",
     "KvCacheSpec",
     "MixtureSpec",
+    "NativeStream",
     "OpChoice",
     "PackedKvCache",
     "PackedWeight",

@@ -44,6 +44,7 @@ class Kernels:
     """The ops a model runs on, chosen once. `explain()` says which implementation each one is, and why.
 
     dataflow, tuning_key: None where linear layers have one implementation only.
+    stream: None where ops run in torch.
     """
 
     linear: ops.LinearOp
@@ -73,6 +74,7 @@ class Kernels:
     choices: tuple[OpChoice, ...]
     dataflow: Dataflow | None = None
     tuning_key: TuningKeyMaker | None = None
+    stream: ops.NativeStream | None = None
 
     def explain(self) -> tuple[OpChoice, ...]:
         return self.choices
@@ -172,7 +174,8 @@ def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> K
     reason_by_op = dict.fromkeys(_OPS, f"{reason}, but not for this op yet")
     implementations = {op: getattr(reference, op) for op in _OPS}
     dataflow = Dataflow()
-    native = cpu.make_ops(target, dataflow)
+    stream = cpu.Stream()
+    native = cpu.make_ops(target, stream, dataflow)
     reason_by_op |= dict.fromkeys(native, f"{reason}; instruction set {target}")
     choices = tuple(
         OpChoice(op=op, implementation="cpu" if op in native else "reference", reason=reason_by_op[op]) for op in _OPS
@@ -184,6 +187,7 @@ def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> K
         softmax_schemes=tuple(SoftmaxScheme),
         choices=choices,
         dataflow=dataflow,
+        stream=stream,
         tuning_key=lambda num_threads: TuningKey(
             cpu=cpu_name(), num_threads=num_threads, instruction_set=target, kernels=cpu.kernels_digest()
         ),

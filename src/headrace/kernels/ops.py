@@ -1,8 +1,8 @@
 """The signature of each op: what layers may call and what an implementation must provide."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from headrace.config import Activation, SoftmaxScheme, WeightFormat
 from headrace.kernels.kv_cache import KvCache, KvCacheSpec
 from headrace.kernels.weights import Experts, Weight, WeightBuilder
+
+if TYPE_CHECKING:
+    from headrace import _native
 
 T = TypeVar("T")
 """What a recorded function returns: tensors, however they are put together."""
@@ -171,6 +174,20 @@ class WeightNumBytesOp(Protocol):
 
 class RecordOp(Protocol):
     def __call__(self, forward: Callable[[], T]) -> tuple[T, Recording]: ...
+
+
+class NativeStream(Protocol):
+    """What native ops are launched on: those that join ranks run, are recorded and are replayed among the others.
+
+    native: the stream itself.
+    """
+
+    @property
+    def native(self) -> "_native.Stream": ...
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for an op's output; while recording it stays an output of the recording."""
+        ...
 
 
 class MachineOps(Protocol):

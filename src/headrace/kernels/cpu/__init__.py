@@ -47,15 +47,14 @@ __all__ = [
 ]
 
 
-def make_ops(target: str, dataflow: Dataflow) -> dict[str, Callable[..., Any]]:
-    """The ops that are native, by name, on one instruction set and one stream.
+def make_ops(target: str, stream: Stream, dataflow: Dataflow) -> dict[str, Callable[..., Any]]:
+    """The ops that are native, by name, on one instruction set and launched on one stream.
 
     dataflow: asked by the linear op for an arm, and by attention for the number of pieces.
 
     Raises:
         BackendUnavailable: an instruction set this build or this machine does not have.
     """
-    stream = Stream()
     norm, activate, sampling = Norm(target, stream), Activate(target, stream), Sampling(target, stream)
     return {
         "linear": Linear(target, stream, dataflow),
