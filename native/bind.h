@@ -18,6 +18,7 @@ T* Pointer(uintptr_t address) {
 }
 
 void DefineAttention(nb::module_& m);
+void DefineCommunicator(nb::module_& m);
 void DefineNorm(nb::module_& m);
 void DefineActivation(nb::module_& m);
 void DefineMixture(nb::module_& m);

@@ -131,6 +131,7 @@ NB_MODULE(_native, m) {
   DefineLinear(m);
   DefinePeaks(m);
   DefineAttention(m);
+  DefineCommunicator(m);
   DefineStream(m);
   DefineNorm(m);
   DefineActivation(m);

@@ -1,4 +1,5 @@
-"""The private extension module: addresses and shapes in, nothing known of tensors. For headrace.kernels.cpu alone."""
+"""The private extension module: addresses and shapes in, nothing known of tensors. For headrace.kernels.cpu alone, and
+for headrace.parallel what joins ranks."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -165,6 +166,84 @@ class StoreKv:
         slot_mapping_ptr: int,
     ) -> None: ...
 
+class Phase(Enum):
+    PREFILL = 0
+    DECODE = 1
+
+class Operation(Enum):
+    ALL_REDUCE = 0
+    ALL_GATHER = 1
+    REDUCE_SCATTER = 2
+    SEND = 3
+    RECV = 4
+
+class Algorithm(Enum):
+    DIRECT = 0
+    TWO_SHOT = 1
+    TWO_SHOT_INT8 = 2
+    POINT_TO_POINT = 3
+
+class SharedRegion:
+    def __init__(
+        self, world_size: int, ring_bytes: int, pair_ring_bytes: Sequence[tuple[int, int, int]] = ()
+    ) -> None: ...
+    @staticmethod
+    def attach(fd: int) -> SharedRegion: ...
+    @property
+    def fd(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+class Communicator:
+    @staticmethod
+    def over_shared_memory(region: SharedRegion, rank: int) -> Communicator: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def header_bytes(self) -> int: ...
+    def abort(self, reason: str) -> None: ...
+
+class GroupCommunicator:
+    def __init__(self, communicator: Communicator, name: str, ranks: Sequence[int]) -> None: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    def set_phase(self, phase: Phase) -> None: ...
+    def channel(self, operation: Operation, site: str) -> int: ...
+    def ledger_rows(self) -> list[tuple[Operation, str, Phase, Algorithm, int, int, int, int, int]]: ...
+    def all_reduce(
+        self,
+        stream: Stream | None,
+        channel: int,
+        algorithm: Algorithm,
+        dtype: DType,
+        count: int,
+        in_ptr: int,
+        out_ptr: int,
+        out_dtype: DType,
+    ) -> None: ...
+    def reduce_scatter(
+        self,
+        stream: Stream | None,
+        channel: int,
+        dtype: DType,
+        count: int,
+        in_ptr: int,
+        out_ptr: int,
+        out_dtype: DType,
+    ) -> None: ...
+    def all_gather(
+        self, stream: Stream | None, channel: int, in_ptr: int, out_ptrs: Sequence[int], num_bytes: Sequence[int]
+    ) -> None: ...
+    def send(self, stream: Stream | None, channel: int, to: int, data_ptr: int, num_bytes: int) -> None: ...
+    def recv(self, stream: Stream | None, channel: int, source: int, data_ptr: int, num_bytes: int) -> None: ...
+
+def all_reduce_algorithm(payload_bytes: int, world_size: int) -> Algorithm: ...
 def rotary_table(
     stream: Stream,
     positions_ptr: int,
