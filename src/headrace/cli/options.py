@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import headrace
 from headrace.config import (
+    AllReduceDtype,
     CacheConfig,
     DataflowChoice,
     Dtype,
     EngineConfig,
     KvCacheDtype,
+    KvSharding,
     LoadConfig,
+    ParallelConfig,
     Quantize,
     SamplingParams,
     SchedulerConfig,
     Softmax,
+    Transport,
 )
 from headrace.demo_model import demo_model_path
 
@@ -79,6 +83,12 @@ def add_model_options(
         help="format of linear weights, converted while loading (default: %(default)s, as stored)",
     )
     _add_engine_options(parser.add_argument_group("engine"))
+    _add_parallel_options(
+        parser.add_argument_group(
+            "ranks",
+            "processes that share the model; started on this host, or by `mpiexec -n N headrace ...` on several",
+        )
+    )
 
 
 def _add_engine_options(group: argparse._ArgumentGroup) -> None:
@@ -147,6 +157,67 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_parallel_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--tp",
+        dest="tensor_parallel_size",
+        type=int,
+        metavar="T",
+        help="ranks that share each layer (tensor parallelism; default: 1)",
+    )
+    group.add_argument(
+        "--pp",
+        dest="pipeline_parallel_size",
+        type=int,
+        metavar="P",
+        help="stages of layers, one after the other (pipeline parallelism; default: 1)",
+    )
+    group.add_argument(
+        "--pp-layers",
+        dest="pipeline_layers",
+        type=parse_layer_counts,
+        metavar="N,N",
+        help="layers of each stage (default: as even as possible)",
+    )
+    group.add_argument(
+        "--transport",
+        choices=_values(Transport),
+        help=f"what carries tensors between ranks (default: {ParallelConfig.transport.value}: mpi under mpiexec, else "
+        "shm, shared memory)",
+    )
+    group.add_argument(
+        "--all-reduce-dtype",
+        choices=_values(AllReduceDtype),
+        help="type that ranks' summands travel as (default: that of the activations); int8 serves long messages over "
+        "slow links, and is a little less exact",
+    )
+    group.add_argument(
+        "--kv-sharding",
+        choices=_values(KvSharding),
+        help="what ranks that share a KV head hold of its context: all of it, or a share "
+        f"(default: {ParallelConfig.kv_sharding.value})",
+    )
+    group.add_argument(
+        "--deadline",
+        dest="deadline_s",
+        type=float,
+        metavar="S",
+        help=f"give a rank up that shows no sign of life for so many seconds (default: {ParallelConfig.deadline_s:g})",
+    )
+    group.add_argument(
+        "--literal",
+        action="store_true",
+        default=None,
+        help="exchange what the published formulas count: --shard-embedding, --send-residual and --gather-logits",
+    )
+    group.add_argument("--shard-embedding", action="store_true", default=None, help="sum input embeddings over ranks")
+    group.add_argument("--send-residual", action="store_true", default=None, help="two tensors from stage to stage")
+    group.add_argument(
+        "--slice-boundary", action="store_true", default=None, help="each rank sends its share, the next stage gathers"
+    )
+    group.add_argument("--gather-logits", action="store_true", default=None, help="gather whole logits for sampling")
+
+
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
     """How tokens are chosen and when an output ends; max_tokens: this command's default, None is no limit."""
     group = parser.add_argument_group("sampling", "defaults are what the model's generation_config.json recommends")
@@ -177,6 +248,14 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int | N
     group.add_argument("--seed", type=int, metavar="N", help="makes the same call give the same text")
 
 
+def parallel_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the layout, `--literal` as what it stands for."""
+    given = _given(args, tuple(ParallelConfig.__dataclass_fields__))
+    if getattr(args, "literal", None):
+        given |= {"shard_embedding": True, "send_residual": True, "gather_logits": True}
+    return given
+
+
 def make_llm(args: argparse.Namespace, *, show_progress: bool, require_tokenizer: bool = True) -> "LLM":
     """Load the model that the options name."""
     return headrace.LLM(
@@ -189,6 +268,7 @@ def make_llm(args: argparse.Namespace, *, show_progress: bool, require_tokenizer
         dataflow=args.dataflow,
         softmax=args.softmax,
         **_given(args, _ENGINE_SETTINGS),
+        **parallel_settings(args),
     )
 
 
@@ -204,10 +284,22 @@ def engine_config(args: argparse.Namespace, *, show_progress: bool) -> EngineCon
         ),
         cache=CacheConfig(**_cache_settings(_given(args, tuple(CacheConfig.__dataclass_fields__)))),
         scheduler=SchedulerConfig(**_given(args, tuple(SchedulerConfig.__dataclass_fields__))),
+        parallel=parallel_config(args),
         softmax=Softmax(args.softmax),
         num_threads=args.num_threads,
         dataflow=DataflowChoice(args.dataflow),
     )
+
+
+def parallel_config(args: argparse.Namespace) -> ParallelConfig:
+    """The layout that the options describe."""
+    given = parallel_settings(args)
+    kinds: dict[str, type[Enum]] = {
+        "transport": Transport,
+        "all_reduce_dtype": AllReduceDtype,
+        "kv_sharding": KvSharding,
+    }
+    return ParallelConfig(**(given | {k: kind(given[k]) for k, kind in kinds.items() if k in given}))
 
 
 def _cache_settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -257,6 +349,14 @@ def parse_max_tokens(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text[:80]}' is neither a number of tokens nor 'none'") from None
+
+
+def parse_layer_counts(text: str) -> tuple[int, ...]:
+    """Numbers of layers separated by commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text[:80]}' is not a list of layer counts; write 10,12") from None
 
 
 def parse_token_ids(text: str) -> list[int]:

@@ -25,6 +25,10 @@ class Executor(Protocol):
         """What the oldest open plan sampled; waits for it."""
         ...
 
+    def close(self) -> None:
+        """End the ranks there are beside this one."""
+        ...
+
     def reset(self) -> None:
         """Drop all open plans and forget every sequence, as after a step that failed half way."""
         ...

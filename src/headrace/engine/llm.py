@@ -80,6 +80,16 @@ class LLM:
         self._dropped: deque[str] = deque()
         self._listeners: dict[str, Callable[[], Callable[[RequestUpdate], None] | None]] = {}
 
+    def close(self) -> None:
+        """End the other ranks, if there are any; they end with this object, too."""
+        self.engine.model.executor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],

@@ -20,6 +20,9 @@ class LocalExecutor:
         assert self._plan is not None, "nothing was submitted"
         return self.worker.execute(self._plan)
 
+    def close(self) -> None:
+        pass
+
     def reset(self) -> None:
         self._plan = None
         self.worker.reset()

@@ -2,7 +2,9 @@
 
 import json
 import os
+import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from headrace.engine.wire import decode_plan, decode_result, encode_plan, encode
 from headrace.engine.worker import Worker
 from headrace.errors import EngineStopped, RankError
 from headrace.machine import available_memory_bytes
+from headrace.parallel.channel import ChannelClosed
 from headrace.parallel.world import World
 
 _PLAN, _LEDGER, _END = b"p", b"l", b"e"
@@ -68,6 +71,7 @@ class RankedExecutor:
         self._reporter = self._config.world_size - self._config.tensor_parallel_size
         self._own_results: list[StepResult] = []
         self._has_failed = False
+        self._close = weakref.finalize(self, _end_ranks, world)
 
     @property
     def max_in_flight(self) -> int:
@@ -109,11 +113,8 @@ class RankedExecutor:
         return rows
 
     def close(self) -> None:
-        """End all ranks in order."""
-        if self._world.failure is None:
-            for channel in self._world.control.values():
-                channel.send(_END)
-        self._world.close()
+        """End all ranks in order; also done when this object is forgotten, and when the program ends."""
+        self._close()
 
     def _check(self) -> None:
         if self._world.failure is not None:
@@ -126,6 +127,14 @@ class RankedExecutor:
             self._world.fail(error)
         assert self._world.failure is not None
         return RankError(self._world.failure) if isinstance(error, RankError) else error
+
+
+def _end_ranks(world: World) -> None:
+    if world.failure is None:
+        with suppress(ChannelClosed):
+            for channel in world.control.values():
+                channel.send(_END)
+    world.close()
 
 
 def ledger_data(worker: Worker) -> list[dict[str, Any]]:

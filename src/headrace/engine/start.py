@@ -1,6 +1,12 @@
 """The world of an engine: none but itself, ranks of its own making, or those that it was started among."""
 
+from pathlib import Path
+
 from headrace.config import EngineConfig, Transport
+from headrace.costs.micro_batches import max_prompt_tokens
+from headrace.errors import ParallelismError
+from headrace.models.checkpoint import read_json
+from headrace.models.families import read_model_config
 from headrace.parallel.local_world import start_local_world
 from headrace.parallel.world import World, one_rank_world
 
@@ -13,6 +19,23 @@ def start_world(config: EngineConfig) -> World:
         ParallelismError: ranks that `mpiexec` or `srun` has started and that do not fit the layout.
         OSError: no room for another process.
     """
-    if config.parallel.world_size == 1:
+    parallel = config.parallel
+    if parallel.world_size == 1:
         return one_rank_world()
-    return start_local_world(config.parallel, Transport.GLOO, _RANK_MODULE, config)
+    transport = Transport.SHM if parallel.transport is Transport.AUTO else parallel.transport
+    if transport is Transport.MPI:
+        raise ParallelismError(
+            f"transport is 'mpi', and no MPI program has started this process; put `mpiexec -n {parallel.world_size}` "
+            "before the command, or leave the transport to auto"
+        )
+    return start_local_world(parallel, transport, _RANK_MODULE, config, micro_batch_bytes=_micro_batch_bytes(config))
+
+
+def _micro_batch_bytes(config: EngineConfig) -> int:
+    """What a stage sends the next for one step, at most: hidden states and residual in float32."""
+    _, model = read_model_config(read_json(Path(config.load.model) / "config.json"))
+    scheduler = config.scheduler
+    num_tokens = scheduler.max_num_seqs + max_prompt_tokens(
+        scheduler.max_num_batched_tokens, config.parallel.pipeline_parallel_size
+    )
+    return 2 * num_tokens * model.hidden_size * 4

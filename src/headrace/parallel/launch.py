@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.config import Transport
 from headrace.parallel.channel import Channel, channel_pair
 
 _END_S = 5.0
@@ -23,7 +24,7 @@ class Greeting:
     """What a started rank is told first. settings: for whoever runs the rank, see `engine.rank_process`."""
 
     rank: int
-    backend: str
+    transport: Transport
     region_fd: int | None
     store_port: int | None
     settings: Any
