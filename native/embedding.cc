@@ -1,5 +1,6 @@
 #include "embedding.h"
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -11,10 +12,12 @@ namespace {
 
 constexpr int64_t kMinParallelElements = 1 << 13;
 
+bool IsOutside(const EmbeddingCall& call, int64_t row) { return row < 0 || row >= call.matrix.rows; }
+
 void CheckIds(const EmbeddingCall& call) {
   for (int64_t i = 0; i < call.num_rows; ++i) {
     const int64_t row = call.ids[i] + call.offset;
-    if (row < 0 || row >= call.matrix.rows) {
+    if (IsOutside(call, row)) {
       throw std::out_of_range("row " + std::to_string(row) + " of an embedding with " +
                               std::to_string(call.matrix.rows));
     }
@@ -52,7 +55,10 @@ void ReadRow(const PackedView& matrix, int64_t row, const StoreEntry& store) {
 
 void EmbedRow(const EmbeddingCall& call, int64_t i) {
   const int64_t row = call.ids[i] + call.offset;
-  if (call.dtype == DType::kFloat32) {
+  if (IsOutside(call, row)) {
+    const int64_t row_bytes = call.matrix.columns * (call.dtype == DType::kFloat32 ? 4 : 2);
+    memset(static_cast<char*>(call.out) + i * row_bytes, 0, static_cast<size_t>(row_bytes));
+  } else if (call.dtype == DType::kFloat32) {
     float* out = static_cast<float*>(call.out) + i * call.matrix.columns;
     ReadRow(call.matrix, row, [&](int64_t k, float value) { out[k] = value * call.scale; });
   } else {
@@ -65,7 +71,7 @@ void EmbedRow(const EmbeddingCall& call, int64_t i) {
 }  // namespace
 
 void Embed(const EmbeddingCall& call) {
-  CheckIds(call);
+  if (!call.zeros_outside) CheckIds(call);
   const bool is_parallel = call.num_rows > 1 && call.num_rows * call.matrix.columns >= kMinParallelElements;
   RunParts(is_parallel, [&](int part, int num_parts) {
     const Range rows = Part({0, call.num_rows}, part, num_parts);

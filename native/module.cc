@@ -42,9 +42,9 @@ bool QuantizeRowsByName(const std::string& target, Format format, DType dtype, i
 }
 
 void RunEmbedding(Stream& stream, const PackedMatrix& matrix, DType dtype, int64_t num_rows, uintptr_t ids, int64_t offset,
-                  float scale, uintptr_t out) {
-  const EmbeddingCall call = {matrix.view(), dtype,  num_rows, Pointer<const int64_t>(ids),
-                              offset,        scale, Pointer<void>(out)};
+                  float scale, bool zeros_outside, uintptr_t out) {
+  const EmbeddingCall call = {matrix.view(), dtype, num_rows,      Pointer<const int64_t>(ids),
+                              offset,        scale, zeros_outside, Pointer<void>(out)};
   stream.Run("embedding", [call] { Embed(call); });
 }
 
@@ -85,7 +85,8 @@ void DefineMatrix(nb::module_& m) {
       .def("write_rows", &WriteRows, nb::arg("target"), nb::arg("row"), nb::arg("dtype"), nb::arg("num_rows"),
            nb::arg("x_ptr"), nb::arg("x_stride"), Unlocked())
       .def("write_quantized_rows", &WriteQuantizedRows, nb::arg("row"), nb::arg("num_rows"), nb::arg("values_ptr"),
-           nb::arg("scales_ptr"), Unlocked());
+           nb::arg("scales_ptr"), Unlocked())
+      .def("rows", &PackedMatrix::Rows, nb::arg("begin"), nb::arg("end"));
   m.def(
       "packed_bytes",
       [](Format format, int64_t rows, int64_t columns) { return PackedLayout(format, rows, columns).num_bytes; },
@@ -100,7 +101,8 @@ void DefineQuantizeRows(nb::module_& m) {
 
 void DefineLinear(nb::module_& m) {
   m.def("embedding", &RunEmbedding, nb::arg("stream"), nb::arg("weight"), nb::arg("dtype"), nb::arg("num_rows"),
-        nb::arg("ids_ptr"), nb::arg("offset"), nb::arg("scale"), nb::arg("out_ptr"), Unlocked());
+        nb::arg("ids_ptr"), nb::arg("offset"), nb::arg("scale"), nb::arg("zeros_outside"), nb::arg("out_ptr"),
+        Unlocked());
   nb::class_<NativeLinear>(m, "Linear")
       .def(nb::init<const std::string&>(), nb::arg("target"))
       .def("run", &NativeLinear::Run, nb::arg("stream"), nb::arg("arm"), nb::arg("weight"), nb::arg("dtype"), nb::arg("num_rows"),

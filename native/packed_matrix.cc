@@ -110,15 +110,32 @@ PackedLayout::PackedLayout(Format format, int64_t rows, int64_t columns)
       panel_bytes(padded_columns / VectorColumns(format) * kVectorBytes),
       num_bytes(num_panels * (panel_bytes + num_groups * kLanes * static_cast<int64_t>(sizeof(uint16_t)) +
                               (IsQuantized(format) ? kLanes * static_cast<int64_t>(sizeof(float)) : 0))) {
-  if (rows < 1 || columns < 1) throw std::invalid_argument("a matrix has at least one row and one column");
+  if (rows < 0 || columns < 1) throw std::invalid_argument("a matrix has at least one column, and no fewer rows than 0");
 }
 
 PackedMatrix::PackedMatrix(Format format, int64_t rows, int64_t columns)
     : layout_(format, rows, columns),
-      memory_(MapMemory(static_cast<size_t>(layout_.num_bytes))) {
-  uint8_t* end_of_weights = memory_.get() + layout_.num_panels * layout_.panel_bytes;
+      memory_(MapMemory(std::max<size_t>(static_cast<size_t>(layout_.num_bytes), 1))),
+      weights_(memory_.get()) {
+  uint8_t* end_of_weights = weights_ + layout_.num_panels * layout_.panel_bytes;
   scales_ = reinterpret_cast<uint16_t*>(end_of_weights);
   row_scales_ = reinterpret_cast<float*>(scales_ + layout_.num_panels * layout_.num_groups * kLanes);
+}
+
+PackedMatrix PackedMatrix::Rows(int64_t begin, int64_t end) const {
+  CheckRows(layout_, begin, end - begin);
+  const bool are_panels = begin % kLanes == 0 && (end % kLanes == 0 || end == layout_.rows);
+  if (begin != end && !are_panels) {
+    throw std::invalid_argument("rows " + std::to_string(begin) + " to " + std::to_string(end) +
+                                " do not begin and end with a panel of " + std::to_string(kLanes));
+  }
+  const int64_t panel = begin / kLanes;
+  PackedMatrix rows = *this;
+  rows.layout_ = PackedLayout(layout_.format, end - begin, layout_.columns);
+  rows.weights_ += panel * layout_.panel_bytes;
+  rows.scales_ += panel * layout_.num_groups * kLanes;
+  if (IsQuantized(layout_.format)) rows.row_scales_ += panel * kLanes;
+  return rows;
 }
 
 template <class Write>

@@ -107,12 +107,16 @@ static inline int Int4At(const uint8_t* lane, int64_t k) {
   return ((lane[Int4Byte(k)] >> Int4Shift(k)) & 15) - kInt4Bias;
 }
 
-// Owns a packed matrix; all zero until rows are written, by one caller at a time.
+// Owns a packed matrix, together with those made of its rows; all zero until rows are written, by one caller at a time.
 class PackedMatrix {
  public:
   PackedMatrix(Format format, int64_t rows, int64_t columns);
 
   const PackedLayout& layout() const { return layout_; }
+
+  // Rows [begin, end) as a matrix of their own in the same memory, which lives as long as either. `begin` is that of a
+  // panel, and so is `end` unless it is the last row's.
+  PackedMatrix Rows(int64_t begin, int64_t end) const;
 
   // Store rows [row, row + x.num_rows) of floating point, rounding or quantizing them if the format says so; all threads
   // of the pool take part. Integers are those of QuantizeRows. False if they are to be and x holds NaN or infinity.
@@ -122,12 +126,12 @@ class PackedMatrix {
 
   PackedView view() const {
     return {layout_.format,     layout_.rows,        layout_.columns, layout_.padded_columns,
-            layout_.num_groups, layout_.panel_bytes, memory_.get(),   scales_,
+            layout_.num_groups, layout_.panel_bytes, weights_,        scales_,
             row_scales_};
   }
 
  private:
-  uint8_t* Lane(int64_t row) const { return memory_.get() + row / kLanes * layout_.panel_bytes + row % kLanes * 4; }
+  uint8_t* Lane(int64_t row) const { return weights_ + row / kLanes * layout_.panel_bytes + row % kLanes * 4; }
   // Stores rows of one panel, each in its format's type, filled up to padded_columns: integers as signed bytes.
   void PackRows(int64_t row, int64_t num_rows, const uint8_t* const* from);
   void WriteScales(int64_t row, const float* scales);
@@ -136,7 +140,8 @@ class PackedMatrix {
   void ForEachPanel(int64_t row, int64_t num_rows, const Write& write);
 
   PackedLayout layout_;
-  MappedMemory memory_;
+  std::shared_ptr<uint8_t> memory_;
+  uint8_t* weights_;
   uint16_t* scales_;
   float* row_scales_;
 };

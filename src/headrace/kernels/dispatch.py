@@ -67,6 +67,7 @@ class Kernels:
     quantize_rows: ops.QuantizeRowsOp
     make_weight_builder: ops.WeightBuilderOp
     weight_num_bytes: ops.WeightNumBytesOp
+    weight_rows: ops.WeightRowsOp
     record: ops.RecordOp
     machine: ops.MachineOps
     set_num_threads: ops.SetNumThreadsOp
@@ -101,6 +102,7 @@ _OPS = (
     "quantize_rows",
     "make_weight_builder",
     "weight_num_bytes",
+    "weight_rows",
     "record",
 )
 

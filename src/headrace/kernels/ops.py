@@ -78,7 +78,14 @@ class LinearOp(Protocol):
 
 class EmbeddingOp(Protocol):
     def __call__(
-        self, ids: Tensor, weight: Weight, *, dtype: torch.dtype, scale: float = 1.0, offset: int = 0
+        self,
+        ids: Tensor,
+        weight: Weight,
+        *,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        offset: int = 0,
+        zeros_outside: bool = False,
     ) -> Tensor: ...
 
 
@@ -170,6 +177,10 @@ class WeightBuilderOp(Protocol):
 
 class WeightNumBytesOp(Protocol):
     def __call__(self, weight_format: WeightFormat, rows: int, columns: int) -> int: ...
+
+
+class WeightRowsOp(Protocol):
+    def __call__(self, weight: Weight, rows: range) -> Weight: ...
 
 
 class RecordOp(Protocol):

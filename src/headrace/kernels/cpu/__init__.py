@@ -14,7 +14,7 @@ from headrace.kernels.cpu.linear import Embedding, Linear
 from headrace.kernels.cpu.machine_ops import MachineOps
 from headrace.kernels.cpu.mixture import Mixture
 from headrace.kernels.cpu.norm import Norm
-from headrace.kernels.cpu.packing import make_weight_builder, quantize_rows, weight_num_bytes
+from headrace.kernels.cpu.packing import make_weight_builder, quantize_rows, weight_num_bytes, weight_rows
 from headrace.kernels.cpu.rotary import RotaryStoreKv, RotaryTable
 from headrace.kernels.cpu.sampling import Sampling
 from headrace.kernels.cpu.stream import Stream
@@ -44,6 +44,7 @@ __all__ = [
     "set_num_threads",
     "supported_targets",
     "weight_num_bytes",
+    "weight_rows",
 ]
 
 
@@ -77,5 +78,6 @@ def make_ops(target: str, stream: Stream, dataflow: Dataflow) -> dict[str, Calla
         "make_weight_builder": partial(make_weight_builder, target=target),
         "quantize_rows": partial(quantize_rows, target=target),
         "weight_num_bytes": weight_num_bytes,
+        "weight_rows": weight_rows,
         "record": stream.record,
     }

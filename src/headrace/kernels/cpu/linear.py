@@ -94,15 +94,23 @@ class Embedding:
         self._stream = stream
 
     def __call__(
-        self, ids: Tensor, weight: Weight, *, dtype: torch.dtype, scale: float = 1.0, offset: int = 0
+        self,
+        ids: Tensor,
+        weight: Weight,
+        *,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        offset: int = 0,
+        zeros_outside: bool = False,
     ) -> Tensor:
-        """
+        """zeros_outside: an id that is not in the weight gives zeros.
+
         Shapes:
             ids:     [num_tokens] int64
             weight:  [vocab_size, size] packed
             returns: [num_tokens, size] of `dtype`
         Raises:
-            IndexError: an id outside the vocabulary.
+            IndexError: an id outside the vocabulary, unless that gives zeros.
         """
         weight = packed(weight)
         ids = ids.long().contiguous()
@@ -115,6 +123,7 @@ class Embedding:
             ids.data_ptr(),
             offset,
             scale,
+            zeros_outside,
             out.data_ptr(),
         )
         return out

@@ -6,6 +6,7 @@ from torch import Tensor
 from headrace import _native
 from headrace.config import WeightFormat
 from headrace.errors import KernelError, ShapeError
+from headrace.kernels.cpu.linear import packed
 from headrace.kernels.cpu.targets import best_target
 from headrace.kernels.weights import PackedWeight, Weight, WeightBuilder, quantized_columns
 
@@ -31,6 +32,22 @@ def make_weight_builder(
 def weight_num_bytes(weight_format: WeightFormat, rows: int, columns: int) -> int:
     """Memory of a packed [rows, columns] weight, padding and scales included."""
     return _native.packed_bytes(_FORMATS[weight_format], rows, columns)
+
+
+def weight_rows(weight: Weight, rows: range) -> Weight:
+    """`reference.weight_rows`; num_bytes are those of the rows, though they share the whole weight's memory.
+
+    Raises:
+        ValueError: rows that do not begin and end with a panel.
+    """
+    weight = packed(weight)
+    shape = (len(rows), weight.shape[1])
+    return PackedWeight(
+        weight_format=weight.weight_format,
+        shape=shape,
+        num_bytes=weight_num_bytes(weight.weight_format, *shape),
+        matrix=weight.matrix.rows(rows.start, rows.stop),
+    )
 
 
 def quantize_rows(rows: Tensor, weight_format: WeightFormat, *, target: str | None = None) -> tuple[Tensor, Tensor]:

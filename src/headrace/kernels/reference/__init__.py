@@ -3,7 +3,7 @@
 from headrace.kernels.reference.activation import activation, gated_activation
 from headrace.kernels.reference.attention import attention
 from headrace.kernels.reference.kv_cache import kv_cache_num_bytes, make_kv_cache, read_kv, rotary_store_kv_
-from headrace.kernels.reference.linear import embedding, linear, linear_int8_activations
+from headrace.kernels.reference.linear import embedding, linear, linear_int8_activations, weight_rows
 from headrace.kernels.reference.machine_ops import MachineOps
 from headrace.kernels.reference.moe import mixture, route_experts
 from headrace.kernels.reference.norm import add_, layer_norm, rms_norm
@@ -41,4 +41,5 @@ __all__ = [
     "route_experts",
     "top_k",
     "weight_num_bytes",
+    "weight_rows",
 ]

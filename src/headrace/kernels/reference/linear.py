@@ -60,8 +60,18 @@ def linear_int8_activations(x: Tensor, weight: QuantizedWeight, bias: Tensor | N
     return out.to(x.dtype)
 
 
-def embedding(ids: Tensor, weight: Weight, *, dtype: torch.dtype, scale: float = 1.0, offset: int = 0) -> Tensor:
+def embedding(
+    ids: Tensor,
+    weight: Weight,
+    *,
+    dtype: torch.dtype,
+    scale: float = 1.0,
+    offset: int = 0,
+    zeros_outside: bool = False,
+) -> Tensor:
     """scale * row (ids[i] + offset) of the weight for each i, rounded to dtype before the product and after it.
+
+    zeros_outside: an id whose row is not in the weight, because another rank holds it, gives zeros.
 
     Shapes:
         ids:     [num_tokens] int64
@@ -69,11 +79,27 @@ def embedding(ids: Tensor, weight: Weight, *, dtype: torch.dtype, scale: float =
         returns: [num_tokens, size] of dtype
     """
     ids = ids + offset
+    if zeros_outside:
+        is_inside = (ids >= 0) & (ids < weight.shape[0])
+        out = torch.zeros(*ids.shape, weight.shape[1], dtype=dtype)
+        out[is_inside] = embedding(ids[is_inside], weight, dtype=dtype, scale=scale)
+        return out
     if isinstance(weight, DenseWeight):
         rows = F.embedding(ids, weight.data)
     else:
         rows = dequantize(_rows(_quantized(weight), ids))
     return rows.to(dtype) * scale
+
+
+def weight_rows(weight: Weight, rows: range) -> Weight:
+    """Rows of a weight as one of their own, in the same memory.
+
+    Shapes:
+        weight:  [N, K]; rows begin at a multiple of 16 and end at one or at N
+        returns: [len(rows), K]
+    """
+    part = slice(rows.start, rows.stop)
+    return DenseWeight(data=weight.data[part]) if isinstance(weight, DenseWeight) else _rows(_quantized(weight), part)
 
 
 def _rows(weight: QuantizedWeight, rows: Tensor | slice) -> QuantizedWeight:

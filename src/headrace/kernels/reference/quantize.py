@@ -80,7 +80,7 @@ def in_groups(rows: Tensor) -> Tensor:
     padding = -rows.shape[1] % QUANTIZATION_GROUP_SIZE
     if padding:
         rows = torch.nn.functional.pad(rows, (0, padding))
-    return rows.reshape(rows.shape[0], -1, QUANTIZATION_GROUP_SIZE)
+    return rows.reshape(rows.shape[0], rows.shape[1] // QUANTIZATION_GROUP_SIZE, QUANTIZATION_GROUP_SIZE)
 
 
 def _pack_int4(q: Tensor) -> Tensor:
