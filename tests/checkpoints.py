@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from headrace.batch import ForwardBatch
 from headrace.cache.kv_pool import KvPool
-from headrace.config import Dtype, KvCacheFormat, LoadConfig, Quantize
+from headrace.config import Dtype, KvCacheFormat, LoadConfig, ParallelConfig, Quantize
 from headrace.engine.rows import Row, build_forward_batch
 from headrace.kernels import KernelChoice, Kernels, KvCacheSpec, kernel_choice_from, resolve_kernels
 from headrace.layers.context import LayerContext
@@ -468,6 +468,7 @@ def load(
     quantize: Quantize = Quantize.NONE,
     kernels: Kernels | KernelChoice | None = None,
     group: Group | None = None,
+    parallel: ParallelConfig | None = None,
     max_model_len: int = MAX_LEN,
     progress: Progress = lambda num_bytes: None,
 ) -> Decoder:
@@ -477,7 +478,8 @@ def load(
     """
     if not isinstance(kernels, Kernels):
         kernels = resolve_kernels(kernels or kernel_choice_from())
-    context = one_rank_context(kernels) if group is None else LayerContext(kernels=kernels, tp_group=group)
+    parallel = parallel or ParallelConfig()
+    context = LayerContext(kernels=kernels, tp_group=group or OneRankGroup(), parallel=parallel)
     formats = resolve_formats(source, LoadConfig(model=str(source.folder), dtype=dtype, quantize=quantize))
     return load_decoder(source, context, formats, max_model_len=max_model_len, progress=progress)
 

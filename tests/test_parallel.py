@@ -1,62 +1,25 @@
 """How a model is cut among ranks: pure shares as partitions, and ranks in threads against one rank."""
 
-import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 from checkpoints import BY_NAME, load, prompt_logits, random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
+from thread_group import on_ranks, thread_groups
 from torch import Tensor
 
 from headrace.config import Quantize
-from headrace.costs.sharding import check_heads_divide, shard_kv_heads, shard_range
+from headrace.costs.sharding import (
+    check_heads_divide,
+    shard_kv_heads,
+    shard_range,
+    shard_vocabulary,
+    vocabulary_shard_sizes,
+)
 from headrace.errors import ParallelismError
 from headrace.kernels import KernelChoice
 from headrace.models.source import open_model
 from headrace.parallel import OneRankGroup
-
-TIMEOUT_S = 30
-
-
-class ThreadGroup:
-    """A rank among threads of one process: every collective is a meeting at a barrier.
-
-    board: one place per rank for the tensor it brings.
-    """
-
-    name = "tp"
-
-    def __init__(self, rank: int, world_size: int, board: list, barrier: threading.Barrier) -> None:
-        self.rank, self.world_size = rank, world_size
-        self._board, self._barrier = board, barrier
-
-    def all_reduce(self, tensor: Tensor, site: str, *, out_dtype: torch.dtype | None = None) -> Tensor:
-        return torch.stack(self._meet(tensor)).float().sum(0).to(out_dtype or tensor.dtype)
-
-    def all_gather(self, tensor: Tensor, site: str, sizes: Sequence[int] | None = None) -> list[Tensor]:
-        brought = self._meet(tensor)
-        assert [part.shape[-1] for part in brought] == list(sizes or [tensor.shape[-1]] * self.world_size)
-        return brought
-
-    def reduce_scatter(self, tensor: Tensor, site: str) -> Tensor:
-        return self.all_reduce(tensor, site)[self.rank]
-
-    def _meet(self, tensor: Tensor) -> list[Tensor]:
-        self._board[self.rank] = tensor.clone()
-        self._barrier.wait(TIMEOUT_S)
-        brought = list(self._board)
-        # Nobody brings the next tensor before all have taken this one.
-        self._barrier.wait(TIMEOUT_S)
-        return brought
-
-
-def thread_groups(world_size: int) -> list[ThreadGroup]:
-    board, barrier = [None] * world_size, threading.Barrier(world_size)
-    return [ThreadGroup(rank, world_size, board, barrier) for rank in range(world_size)]
-
 
 # Shares
 
@@ -68,6 +31,20 @@ def test_shard_ranges_are_a_partition_in_rank_order_and_even(num_units, world_si
     sizes = [len(part) for part in ranges]
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)
+
+
+@given(vocab_size=st.integers(1, 3000), world_size=st.integers(1, 64))
+def test_vocabulary_shards_are_a_partition_of_whole_panels_the_largest_first(vocab_size, world_size):
+    shards = [shard_vocabulary(vocab_size, rank, world_size) for rank in range(world_size)]
+    assert [token_id for shard in shards for token_id in shard] == list(range(vocab_size))
+    assert all(
+        shard.start % 16 == 0 and (shard.stop % 16 == 0 or shard.stop == vocab_size) for shard in shards if shard
+    )
+    sizes = [len(shard) for shard in shards]
+    assert sizes == sorted(sizes, reverse=True)
+    # A panel more than the smallest, and what the last panel lacks.
+    assert max(sizes) - min(sizes) < 32
+    assert max(sizes) <= -(-vocab_size // world_size) + 15
 
 
 @given(num_kv_heads=st.integers(1, 64), group=st.integers(1, 16), data=st.data())
@@ -152,8 +129,7 @@ def logits_of_rank(source, group, **how) -> Tensor:
 
 
 def logits_of_ranks(source, world_size: int, **how) -> list[Tensor]:
-    with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(lambda group: logits_of_rank(source, group, **how), thread_groups(world_size)))
+    return on_ranks(thread_groups(world_size), lambda group: logits_of_rank(source, group, **how))
 
 
 @pytest.mark.parametrize(("name", "world_size"), LAYOUTS, ids=[f"{name}-{size}" for name, size in LAYOUTS])
@@ -161,8 +137,9 @@ def test_ranks_together_give_the_logits_of_one_rank(tmp_path, name, world_size):
     BY_NAME[name].write(tmp_path)
     source = open_model(tmp_path)
     expected = logits_of_rank(source, OneRankGroup())
-    for rank, actual in enumerate(logits_of_ranks(source, world_size)):
-        assert (actual - expected).abs().max() < 1e-4, f"rank {rank}"
+    shards = logits_of_ranks(source, world_size)
+    assert [shard.shape[1] for shard in shards] == vocabulary_shard_sizes(source.config.vocab_size, world_size)
+    assert (torch.cat(shards, dim=1) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("quantize", [Quantize.INT8, Quantize.INT4], ids=lambda q: q.value)
@@ -173,8 +150,8 @@ def test_ranks_quantize_their_own_shares(tmp_path, name, quantize):
     source = open_model(tmp_path)
     expected = logits_of_rank(source, OneRankGroup())
     alone = (logits_of_rank(source, OneRankGroup(), quantize=quantize) - expected).abs().mean()
-    for actual in logits_of_ranks(source, 2, quantize=quantize):
-        assert (actual - expected).abs().mean() < 1.5 * alone
+    actual = torch.cat(logits_of_ranks(source, 2, quantize=quantize), dim=1)
+    assert (actual - expected).abs().mean() < 1.5 * alone
 
 
 @pytest.mark.parametrize(("name", "world_size"), LAYOUTS, ids=[f"{name}-{size}" for name, size in LAYOUTS])

@@ -5,6 +5,9 @@ from headrace.errors import ParallelismError
 FEATURE_GROUP_SIZE = 32
 """Features that share a scale in integer weights; equal to `kernels.QUANTIZATION_GROUP_SIZE`."""
 
+VOCABULARY_UNIT = 16
+"""Token ids that are never divided among ranks."""
+
 
 def shard_range(num_units: int, rank: int, world_size: int) -> range:
     """Units [start, stop) of rank `rank`: contiguous, in rank order, sizes differing by at most one (larger first)."""
@@ -22,6 +25,19 @@ def shard_features(num_features: int, rank: int, world_size: int) -> range:
     groups = shard_range(num_groups, rank, world_size)
     stop = num_features if rank == world_size - 1 else groups.stop * FEATURE_GROUP_SIZE
     return range(groups.start * FEATURE_GROUP_SIZE, stop)
+
+
+def shard_vocabulary(vocab_size: int, rank: int, world_size: int) -> range:
+    """Token ids whose embedding and logits a rank holds: whole panels of 16, the unit in which weights are packed.
+
+    The largest shard is rank 0's. A vocabulary of fewer panels than ranks leaves the last ranks without tokens.
+    """
+    panels = shard_range(-(-vocab_size // VOCABULARY_UNIT), rank, world_size)
+    return range(min(panels.start * VOCABULARY_UNIT, vocab_size), min(panels.stop * VOCABULARY_UNIT, vocab_size))
+
+
+def vocabulary_shard_sizes(vocab_size: int, world_size: int) -> list[int]:
+    return [len(shard_vocabulary(vocab_size, rank, world_size)) for rank in range(world_size)]
 
 
 def shard_kv_heads(num_kv_heads: int, rank: int, world_size: int) -> range:

@@ -1,9 +1,10 @@
 """What every layer is given: the ops it computes with and the ranks it shares its work with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from headrace.config import ParallelConfig
 from headrace.kernels import Kernels, SoftmaxSpec
 from headrace.parallel import Group
 
@@ -14,12 +15,14 @@ class LayerContext:
 
     softmax: for each layer of the model; empty if all are synchronized.
     partial_dtype: of a rank's summand before an all-reduce; None is that of the activations.
+    parallel: which of the literal behaviours layers have; the ranks themselves are those of tp_group.
     """
 
     kernels: Kernels
     tp_group: Group
     softmax: tuple[SoftmaxSpec, ...] = ()
     partial_dtype: torch.dtype | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def layer_softmax(self, index: int) -> SoftmaxSpec:
         return self.softmax[index] if self.softmax else SoftmaxSpec()

@@ -1,7 +1,7 @@
 """A weight a layer needs: which slices of which checkpoint tensors it is made of, and, once loaded, its value."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -66,6 +66,22 @@ class Parameter:
         assert self._value is not None, f"{self.slices[0].name} is not loaded"
         assert isinstance(self._value, Tensor), f"{self.slices[0].name} is a matrix"
         return self._value
+
+
+class ParameterRows(Parameter):
+    """Rows of another parameter's matrix, in the same memory: loaded with it, and never by itself."""
+
+    def __init__(self, whole: Parameter, rows: range, weight_rows: Callable[[Weight, range], Weight]) -> None:
+        (part,) = whole.slices
+        super().__init__([replace(part, rows=rows)], is_quantizable=whole.is_quantizable)
+        self._whole = whole
+        self._weight_rows = weight_rows
+
+    @property
+    def weight(self) -> Weight:
+        if self._value is None:
+            self._value = self._weight_rows(self._whole.weight, self.slices[0].rows)
+        return super().weight
 
 
 def whole_matrix(name: str, rows: int, columns: int) -> TensorSlice:
