@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from headrace.config import SamplingParams
-from headrace.engine.draw import _first_above, draw_token, largest_tokens
+from headrace.engine.draw import draw_token, first_above, largest_tokens
 from headrace.engine.logits import Largest, largest_on_device, largest_on_host
 from headrace.engine.logprobs import float32_row, prompt_logprobs
 from headrace.engine.penalties import TokenCounts
@@ -181,7 +181,7 @@ def test_changes_logits_as_transformers_does() -> None:
     )
     changed = Sampler()
     changed.sample(logits, [row])  # fills the counts
-    assert_draws(distribution, changed._changed(logits[0].numpy(), row))
+    assert_draws(distribution, changed.changed(logits[0].numpy(), row))
     assert distribution[[EOS, 20]].tolist() == [0, 0]
 
 
@@ -315,7 +315,7 @@ def test_forbidden_tokens_are_never_drawn(params) -> None:
 
 def test_a_target_rounded_up_to_the_whole_sum_gives_the_last_token_of_any_weight() -> None:
     sums = np.array([0.0, 1.0, 3.0, 3.0])
-    assert [_first_above(sums, target) for target in (0.0, 0.5, 1.0, 2.9, 3.0, 3.1)] == [1, 1, 2, 2, 2, 2]
+    assert [first_above(sums, target) for target in (0.0, 0.5, 1.0, 2.9, 3.0, 3.1)] == [1, 1, 2, 2, 2, 2]
 
 
 def test_zeros_of_either_sign_are_equal() -> None:

@@ -10,15 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.config import SamplingParams
+from headrace.costs.candidates import NUCLEUS_CANDIDATES
 
 Row = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.floating[Any]]
 
 _MAX_GROUP_SIZE = 64  # tokens per group when bounding the k-th largest logit
-_NUCLEUS_GUESS = 256  # tokens that nearly always hold top_p of a language model's probability
 _CDF_BLOCK = 256  # tokens per block of the two-level cumulative sum
-_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+LARGEST_TEMPERATURE = float(np.finfo(np.float32).max)
 
 
 def draw_token(logits: Row, params: SamplingParams, uniform: float) -> int:
@@ -32,16 +32,19 @@ def draw_token(logits: Row, params: SamplingParams, uniform: float) -> int:
     float64 among candidates; sums across blocks are float64.
     """
     if 0 < params.top_k < len(logits):
-        return _draw_among(*_top_k_candidates(logits, params), params, uniform)
-    weights = _weights(logits, params.temperature)
+        token_ids = largest_tokens(logits, params.top_k)
+        return draw_from_top_k(token_ids, logits[token_ids], params, uniform)
+    weights = exp_weights(logits, params.temperature)
     if params.top_p < 1:
-        candidates = _nucleus_candidates(logits, weights, params.top_p)
-        if candidates is not None:
-            return _draw_among(candidates, weights[candidates].astype(np.float64), params, uniform)
+        token_ids = largest_tokens(logits, NUCLEUS_CANDIDATES)
+        total = float(weights.sum(dtype=np.float64))
+        drawn = draw_from_nucleus(token_ids, weights[token_ids], total, params, uniform)
+        if drawn is not None:
+            return drawn
         _keep_nucleus_(logits, weights, params.top_p)
     if params.min_p > 0:
         weights[weights < params.min_p] = 0
-    return _inverse_cdf_in_blocks(weights, uniform)
+    return inverse_cdf_in_blocks(weights, uniform)
 
 
 def largest_tokens(logits: Row, k: int) -> Ids:
@@ -64,9 +67,27 @@ def largest_tokens(logits: Row, k: int) -> Ids:
     return candidates[order[:k]]
 
 
-def _weights(logits: Row, temperature: float) -> Row:
+def draw_from_top_k(token_ids: Ids, logits: Row, params: SamplingParams, uniform: float) -> int:
+    """Draw among the top_k largest logits, given with their ids, largest first."""
+    weights = np.exp((logits.astype(np.float64) - float(logits[0])) / params.temperature)
+    num_kept = _nucleus_size(weights, params.top_p * float(weights.sum())) if params.top_p < 1 else len(weights)
+    return _draw_among(token_ids[:num_kept], weights[:num_kept], params, uniform)
+
+
+def draw_from_nucleus(token_ids: Ids, weights: Row, total: float, params: SamplingParams, uniform: float) -> int | None:
+    """Draw among the nucleus of top_p, if the most likely tokens hold it; None if it is larger.
+
+    token_ids, weights: the most likely tokens, in that order, and their `exp_weights`; total: sum over all tokens.
+    """
+    num_kept = _nucleus_size(weights, params.top_p * total)
+    if num_kept > len(token_ids):
+        return None
+    return _draw_among(token_ids[:num_kept], weights[:num_kept].astype(np.float64), params, uniform)
+
+
+def exp_weights(logits: Row, temperature: float) -> Row:
     """exp((logits - max) / temperature), at most 1: subtracting first, nothing overflows but towards a weight of 0."""
-    divisor = np.float32(min(temperature, _LARGEST_FLOAT32))  # -inf / inf would be NaN
+    divisor = np.float32(min(temperature, LARGEST_TEMPERATURE))  # -inf / inf would be NaN
     with np.errstate(over="ignore", under="ignore"):
         weights: Row = logits - logits.max()
         weights /= divisor
@@ -74,24 +95,9 @@ def _weights(logits: Row, temperature: float) -> Row:
     return weights
 
 
-def _top_k_candidates(logits: Row, params: SamplingParams) -> tuple[Ids, Weights]:
-    token_ids = largest_tokens(logits, params.top_k)
-    gaps = logits[token_ids].astype(np.float64) - float(logits[token_ids[0]])
-    weights = np.exp(gaps / params.temperature)
-    num_kept = _nucleus_size(weights, params.top_p * float(weights.sum())) if params.top_p < 1 else len(weights)
-    return token_ids[:num_kept], weights[:num_kept]
-
-
 def _nucleus_size(weights: Weights, target: float) -> int:
     """How many leading weights make a sum of at least `target`: the one that crosses it is counted."""
     return int(np.searchsorted(np.cumsum(weights, dtype=np.float64), target, side="left")) + 1
-
-
-def _nucleus_candidates(logits: Row, weights: Row, top_p: float) -> Ids | None:
-    """The nucleus, most likely first, if a few tokens make it; None if it is larger."""
-    token_ids = largest_tokens(logits, _NUCLEUS_GUESS)
-    num_kept = _nucleus_size(weights[token_ids], top_p * float(weights.sum(dtype=np.float64)))
-    return token_ids[:num_kept] if num_kept <= len(token_ids) else None
 
 
 def _keep_nucleus_(logits: Row, weights: Row, top_p: float) -> None:
@@ -124,22 +130,30 @@ def _draw_among(token_ids: Ids, weights: Weights, params: SamplingParams, unifor
 def _inverse_cdf(weights: Weights, uniform: float) -> int:
     """The first index where the running sum exceeds uniform * total: never one of weight 0."""
     sums = np.cumsum(weights, dtype=np.float64)
-    return _first_above(sums, uniform * float(sums[-1]))
+    return first_above(sums, uniform * float(sums[-1]))
 
 
-def _first_above(sums: npt.NDArray[np.float64], target: float) -> int:
+def first_above(sums: npt.NDArray[np.float64], target: float) -> int:
     """The first index with sums > target or, where rounding puts the target at the end, the last that adds to it."""
     index = np.searchsorted(sums, target, side="right")
     last = np.searchsorted(sums, sums[-1], side="left")
     return int(min(index, last))
 
 
-def _inverse_cdf_in_blocks(weights: Row, uniform: float) -> int:
+def inverse_cdf_in_blocks(weights: Row, uniform: float) -> int:
     """`_inverse_cdf` of a whole vocabulary: find the block by block sums, then the token inside it."""
-    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _CDF_BLOCK)), dtype=np.float64)
-    target = uniform * float(sums[-1])
-    block = _first_above(sums, target)
+    sums = cumulative_block_sums(weights)
+    return index_in_blocks(weights, sums, uniform * float(sums[-1]))
+
+
+def cumulative_block_sums(weights: Row) -> npt.NDArray[np.float64]:
+    return np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _CDF_BLOCK)), dtype=np.float64)
+
+
+def index_in_blocks(weights: Row, sums: npt.NDArray[np.float64], target: float) -> int:
+    """The first index where the running sum of weights exceeds the target; sums: `cumulative_block_sums` of them."""
+    block = first_above(sums, target)
     before = float(sums[block - 1]) if block else 0.0
     start = block * _CDF_BLOCK
     inside = np.cumsum(weights[start : start + _CDF_BLOCK], dtype=np.float64)
-    return start + _first_above(inside, target - before)
+    return start + first_above(inside, target - before)

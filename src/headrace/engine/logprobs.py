@@ -1,13 +1,13 @@
 """Natural-log probabilities under the raw logits, before bias, penalties and temperature."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.engine.draw import Row, largest_tokens
+from headrace.engine.draw import Ids, Row, largest_tokens
 from headrace.engine.plan import TokenLogprob
 from headrace.errors import KernelError, ShapeError
 
@@ -19,14 +19,29 @@ def token_logprobs(logits: Row, token_id: int, num_top: int) -> tuple[TokenLogpr
     rank[t] = 1 + number of tokens with a strictly larger logit
     """
     lse = _lse(logits)
-    chosen = float(logits[token_id])
+    logit = float(logits[token_id])
     rank = 1 + int(np.count_nonzero(logits > logits[token_id]))
     top_ids = largest_tokens(logits, num_top)
-    top = logits[top_ids]
-    top_ranks = 1 + np.searchsorted(-top, -top, side="left")
-    most_likely = zip(top_ids.tolist(), top.tolist(), top_ranks.tolist(), strict=True)
-    others = (TokenLogprob(token_id=i, logprob=x - lse, rank=r) for i, x, r in most_likely if i != token_id)
-    return (TokenLogprob(token_id=token_id, logprob=chosen - lse, rank=rank), *others)
+    return (
+        TokenLogprob(token_id=token_id, logprob=logit - lse, rank=rank),
+        *_others(top_ids, logits[top_ids], token_id, lse),
+    )
+
+
+def logprobs_among(
+    token_ids: Ids, logits: Row, lse: float, token_id: int, num_top: int
+) -> tuple[TokenLogprob, ...] | None:
+    """`token_logprobs` from at least num_top of the most likely tokens, given in that order; None if the token is not
+    among them, so that its rank is not known."""
+    (places,) = np.nonzero(token_ids == token_id)
+    if not len(places):
+        return None
+    logit = logits[places[0]]
+    rank = 1 + int(np.count_nonzero(logits > logit))
+    return (
+        TokenLogprob(token_id=token_id, logprob=float(logit) - lse, rank=rank),
+        *_others(token_ids[:num_top], logits[:num_top], token_id, lse),
+    )
 
 
 def prompt_logprobs(
@@ -70,9 +85,20 @@ def _checked(index: int, row: Row, target: int, num_top: int) -> tuple[TokenLogp
     return token_logprobs(row, target, num_top)
 
 
-def _lse(logits: Row) -> float:
-    largest = logits.max()
+def _others(top_ids: Ids, top: Row, token_id: int, lse: float) -> Iterator[TokenLogprob]:
+    """The most likely tokens but for the one given."""
+    ranks = 1 + np.searchsorted(-top, -top, side="left")
+    most_likely = zip(top_ids.tolist(), top.tolist(), ranks.tolist(), strict=True)
+    return (TokenLogprob(token_id=i, logprob=x - lse, rank=r) for i, x, r in most_likely if i != token_id)
+
+
+def sum_of_exp(logits: Row) -> float:
+    """sum(exp(logits - max))"""
     with np.errstate(over="ignore", under="ignore"):
-        weights = logits - largest
+        weights = logits - logits.max()
         np.exp(weights, out=weights)
-    return float(largest) + math.log(float(weights.sum(dtype=np.float64)))
+    return float(weights.sum(dtype=np.float64))
+
+
+def _lse(logits: Row) -> float:
+    return float(logits.max()) + math.log(sum_of_exp(logits))

@@ -1,9 +1,13 @@
-"""What a request changes in its logits before a token is drawn: bias, tokens forbidden for now, penalties."""
+"""What a request changes in its logits before a token is drawn: bias, tokens forbidden for now, penalties.
+
+Logits may be those of a shard of the vocabulary, whose first token is first_id; tokens of other shards are left alone.
+"""
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headrace.config import SamplingParams
 from headrace.engine.draw import Ids, Row
@@ -45,17 +49,19 @@ class TokenCounts:
             self._counts[place] += occurrences
 
 
-def add_bias_(logits: Row, bias: Mapping[int, float]) -> None:
-    token_ids = np.fromiter(bias.keys(), np.int64, len(bias))
-    logits[token_ids] += np.fromiter(bias.values(), np.float32, len(bias))
+def add_bias_(logits: Row, bias: Mapping[int, float], first_id: int = 0) -> None:
+    token_ids = np.fromiter(bias.keys(), np.int64, len(bias)) - first_id
+    is_inside = _is_inside(token_ids, logits)
+    logits[token_ids[is_inside]] += np.fromiter(bias.values(), np.float32, len(bias))[is_inside]
 
 
-def forbid_(logits: Row, token_ids: Iterable[int]) -> None:
+def forbid_(logits: Row, token_ids: Iterable[int], first_id: int = 0) -> None:
     """A model's end-of-sequence id may lie beyond the logits; it cannot be drawn in any case."""
-    logits[[token_id for token_id in token_ids if token_id < len(logits)]] = -np.inf
+    stop = first_id + len(logits)
+    logits[[token_id - first_id for token_id in token_ids if first_id <= token_id < stop]] = -np.inf
 
 
-def penalize_(logits: Row, params: SamplingParams, counts: TokenCounts) -> None:
+def penalize_(logits: Row, params: SamplingParams, counts: TokenCounts, first_id: int = 0) -> None:
     """Make tokens that occurred less likely.
 
     logit <- logit / r if logit > 0 else logit * r              tokens of prompt or output, r = repetition_penalty
@@ -66,8 +72,14 @@ def penalize_(logits: Row, params: SamplingParams, counts: TokenCounts) -> None:
     Source: repetition, CTRL (arXiv:1909.05858); frequency and presence, the OpenAI API; order and sets as in vLLM.
     """
     token_ids, occurrences = counts.read()
+    is_inside = _is_inside(token_ids - first_id, logits)
+    token_ids, occurrences = token_ids[is_inside] - first_id, occurrences[is_inside]
     seen = logits[token_ids].astype(np.float64)
     with np.errstate(over="ignore"):  # the caller's check reports a logit grown to +inf
         seen = np.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
         seen -= params.frequency_penalty * occurrences + params.presence_penalty * (occurrences > 0)
         logits[token_ids] = seen
+
+
+def _is_inside(indices: Ids, logits: Row) -> NDArray[np.bool_]:
+    return (indices >= 0) & (indices < len(logits))

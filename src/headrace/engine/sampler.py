@@ -77,6 +77,9 @@ class Sampler:
     Counts are kept for the sequences of the last call only, so a finished or preempted sequence leaves nothing behind.
     """
 
+    fallback_rows = 0
+    """See `ShardedSampler`."""
+
     def __init__(self) -> None:
         self._counts: dict[int, TokenCounts] = {}
 
@@ -97,7 +100,7 @@ class Sampler:
             candidates: Iterable[tuple[int, float]] = host.largest()
         else:
             candidates = zip(largest.token_ids.tolist(), largest.logits.tolist(), strict=True)
-        self._counts = {row.seq_id: self._counts_of(row) for row in rows if row.has_penalties}
+        self.follow(rows)
         sampled: list[SampledToken] = []
         failed: dict[int, str] = {}
         for index, (row, (token_id, logit)) in enumerate(zip(rows, candidates, strict=True)):
@@ -105,15 +108,31 @@ class Sampler:
                 sampled.append(SampledToken(row.seq_id, token_id))
                 continue
             try:
-                _check_finite(logit, "")
-                sampled.append(self._sample_row(host.row(index), row))
+                check_finite(logit)
+                sampled.append(self.sample_row(host.row(index), row))
             except KernelError as error:
-                failed[row.seq_id] = f"no token for sequence {row.seq_id}: {error}"
+                failed[row.seq_id] = explain_failure(row, error)
         return SampleOutcome(tuple(sampled), failed)
 
-    def _sample_row(self, logits: Row, row: SamplingRow) -> SampledToken:
+    def whole_rows(self, logits: Tensor) -> Tensor:
+        """Logits over the whole vocabulary."""
+        return logits
+
+    def follow(self, rows: Sequence[SamplingRow]) -> None:
+        """Take in the tokens of these sequences, and forget others."""
+        self._counts = {row.seq_id: self._counts_of(row) for row in rows if row.has_penalties}
+
+    def sample_row(self, logits: Row, row: SamplingRow) -> SampledToken:
+        """The next token of a sequence that `follow` was given, from finite logits over the whole vocabulary.
+
+        Raises:
+            KernelError: what the row changes leaves +inf or no finite logit.
+        """
         params = row.params
-        allowed = self._changed(logits, row) if row.changes_logits else logits
+        allowed = logits
+        if row.changes_logits:
+            allowed = self.changed(logits, row)
+            check_changed_finite(float(allowed.max()))
         if params.is_greedy:
             token_id = int(allowed.argmax())
         else:
@@ -121,15 +140,15 @@ class Sampler:
         logprobs = () if params.logprobs is None else token_logprobs(logits, token_id, params.logprobs)
         return SampledToken(seq_id=row.seq_id, token_id=token_id, logprobs=logprobs)
 
-    def _changed(self, logits: Row, row: SamplingRow) -> Row:
+    def changed(self, logits: Row, row: SamplingRow, first_id: int = 0) -> Row:
+        """A copy with bias, forbidden tokens and penalties; logits may be those of a shard that begins at first_id."""
         logits = logits.copy()
         if row.params.logit_bias:
-            add_bias_(logits, row.params.logit_bias)
+            add_bias_(logits, row.params.logit_bias, first_id)
         if row.must_continue:
-            forbid_(logits, (*row.eos_token_ids, *row.params.stop_token_ids))
+            forbid_(logits, (*row.eos_token_ids, *row.params.stop_token_ids), first_id)
         if row.has_penalties:
-            penalize_(logits, row.params, self._counts[row.seq_id])
-        _check_finite(float(logits.max()), " after logit_bias, min_tokens and penalties")
+            penalize_(logits, row.params, self._counts[row.seq_id], first_id)
         return logits
 
     def _counts_of(self, row: SamplingRow) -> TokenCounts:
@@ -139,6 +158,20 @@ class Sampler:
         return TokenCounts(row.prompt_token_ids, row.output_token_ids, row.params.repetition_penalty != 1)
 
 
-def _check_finite(largest: float, when: str) -> None:
+def check_finite(largest: float) -> None:
+    """
+    Raises:
+        KernelError: the largest logit of a row is NaN, +inf or -inf, so that it gives no token.
+    """
     if not isfinite(largest):
-        raise KernelError(explain_not_finite(largest) + when)
+        raise KernelError(explain_not_finite(largest))
+
+
+def check_changed_finite(largest: float) -> None:
+    """`check_finite` of what bias, forbidden tokens and penalties made of a row."""
+    if not isfinite(largest):
+        raise KernelError(explain_not_finite(largest) + " after logit_bias, min_tokens and penalties")
+
+
+def explain_failure(row: SamplingRow, error: KernelError) -> str:
+    return f"no token for sequence {row.seq_id}: {error}"
