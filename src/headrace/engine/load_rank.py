@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from headrace.cache.kv_pool import KvPool
-from headrace.config import AllReduceDtype, EngineConfig, KvCacheFormat, ModelConfig
+from headrace.config import AllReduceDtype, EngineConfig, KvCacheFormat, ModelConfig, ParallelConfig
 from headrace.engine.engine_plan import resolve_max_model_len
 from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, kv_cache_spec, resolve_kv_cache_format
 from headrace.engine.runner import ModelRunner
+from headrace.engine.sharded_sampler import ShardedSampler
 from headrace.engine.softmax import ChosenSoftmax, resolve_softmax
 from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.engine.tune_attention import attention_shape, look_up_attention
@@ -33,6 +34,7 @@ class LoadedRank:
     """weight_bytes: weights in memory; block_bytes: of a cache block on all layers of this rank; load_s: so far."""
 
     source: ModelSource
+    parallel: ParallelConfig
     shape: RankShape
     kernels: Kernels
     decoder: Decoder
@@ -54,7 +56,13 @@ class LoadedRank:
         spec = kv_cache_spec(self.shape, self.kv_cache_format, num_blocks=num_blocks, block_size=block_size)
         pool = KvPool(self.kernels, spec, num_layers=len(self.shape.layers))
         runner = ModelRunner(self.decoder, pool, max_model_len, self.boundary)
-        return Worker(runner, eos_token_ids, self.groups)
+        return Worker(runner, eos_token_ids, self.groups, self._sharded_sampler())
+
+    def _sharded_sampler(self) -> ShardedSampler | None:
+        tp_group = self.groups[0]
+        if tp_group.world_size == 1 or self.parallel.gather_logits:
+            return None
+        return ShardedSampler(tp_group, self.source.config.vocab_size)
 
 
 def default_num_threads(config: EngineConfig, num_ranks_on_host: int) -> int:
@@ -96,6 +104,7 @@ def load_rank(
         tp_group=tp_group,
         softmax=softmax.layers,
         partial_dtype=_partial_dtype(config.parallel.all_reduce_dtype),
+        parallel=config.parallel,
     )
     decoder = _load_with_progress(
         source, context, formats, max_model_len, shape.layers, config.parallel.world_size, show_progress
@@ -104,6 +113,7 @@ def load_rank(
     prepare_dataflow(kernels, linear_weights, config.dataflow, num_threads, show_progress=show_progress)
     return LoadedRank(
         source=source,
+        parallel=config.parallel,
         shape=shape,
         kernels=kernels,
         decoder=decoder,

@@ -16,6 +16,7 @@ from headrace.engine.plan import NewSequence, PromptLogprobs, ScheduledChunk, St
 from headrace.engine.rows import Row
 from headrace.engine.runner import ModelRunner
 from headrace.engine.sampler import Sampler, SamplingRow
+from headrace.engine.sharded_sampler import ShardedSampler
 from headrace.errors import KernelError
 from headrace.parallel import Group
 
@@ -45,13 +46,21 @@ class Worker:
 
     eos_token_ids: the model's end-of-sequence tokens, which `min_tokens` holds back.
     groups: those whose ledgers count by phase.
+    sharded_sampler: where logits are cut among ranks, which then all sample; None where rows of logits are whole.
     """
 
-    def __init__(self, runner: ModelRunner, eos_token_ids: frozenset[int], groups: Sequence[Group] = ()) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        eos_token_ids: frozenset[int],
+        groups: Sequence[Group] = (),
+        sharded_sampler: ShardedSampler | None = None,
+    ) -> None:
         self.groups = tuple(group for group in groups if group.world_size > 1)
         self._phase: Phase | None = None
         self._runner = runner
-        self._sampler = Sampler()
+        self._sampler: Sampler | ShardedSampler = sharded_sampler or Sampler()
+        self._sharded_sampler = sharded_sampler
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[int, _WorkerSequence] = {}
 
@@ -147,6 +156,8 @@ class Worker:
         for offset in range(0, len(targets), _PROMPT_LOGITS_ROWS):
             part = targets[offset : offset + _PROMPT_LOGITS_ROWS]
             logits = self._runner.logits(hidden_states[offset : offset + len(part)]).logits
+            if self._sharded_sampler is not None:
+                logits = self._sharded_sampler.whole_rows(logits)
             rows = prompt_logprobs(logits, part, num_top)
             found.append(PromptLogprobs(seq_id=chunk.seq_id, start=chunk.start + offset + 1, rows=rows))
         return found
