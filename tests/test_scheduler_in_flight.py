@@ -1,7 +1,7 @@
-"""Several plans in flight: random loads through a pipeline that answers late, against a rank that knows the plans alone.
+"""Several plans in flight: random loads through a pipeline that answers late, against a rank that knows plans alone.
 
-The rank runs each plan when it is made and its answer comes back later. That is what any pipeline does, however fast its
-stages are: each of them sees the same plans in the same order, and no plan depends on when an earlier one was run.
+The rank runs each plan when it is made and its answer comes back later. That is what any pipeline does, however fast
+its stages are: each of them sees the same plans in the same order, and no plan depends on when an earlier one was run.
 """
 
 from collections import deque
@@ -418,7 +418,7 @@ def test_everybody_ends(pipeline: Pipeline, loads: list[tuple[Tokens, int]]) -> 
 
 
 class InFlightMachine(RuleBasedStateMachine):
-    """Random arrivals, forks, cancels and failures in a small cache, while plans are made and come back as they like."""
+    """Random arrivals, forks, cancels and failures in a small cache, while plans are made and come back at any time."""
 
     @initialize(pipeline=pipelines())
     def start(self, pipeline: Pipeline) -> None:

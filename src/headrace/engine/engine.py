@@ -100,12 +100,12 @@ class Engine:
             self._fill_pipeline()
             plan = self._in_flight.popleft()
             result = self.model.executor.collect()
+            self._count(plan)
+            return self._report(plan, result)
         except BaseException as error:
             # Which ranks saw how much of the plans is unknown: nothing of them can be kept.
             self._fail_all(f"the step was cut short: {type(error).__name__}: {error}")
             raise
-        self._count(plan)
-        return self._report(plan, result)
 
     def metrics(self) -> EngineMetrics:
         return EngineMetrics(
