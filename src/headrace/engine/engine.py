@@ -84,7 +84,9 @@ class Engine:
         for sequence in state.sequences:
             self._scheduler.finish(sequence, FinishReason.ABORT)
         state.abort()
-        return self._close(state, ())
+        update = self._close(state, ())
+        self._drain_if_idle()
+        return update
 
     def step(self) -> list[RequestUpdate]:
         """Let the ranks have as many steps as they can run at the same time, and say what the oldest brought to each
@@ -101,11 +103,13 @@ class Engine:
             plan = self._in_flight.popleft()
             result = self.model.executor.collect()
             self._count(plan)
-            return self._report(plan, result)
+            updates = self._report(plan, result)
         except BaseException as error:
             # Which ranks saw how much of the plans is unknown: nothing of them can be kept.
             self._fail_all(f"the step was cut short: {type(error).__name__}: {error}")
             raise
+        self._drain_if_idle()
+        return updates
 
     def metrics(self) -> EngineMetrics:
         return EngineMetrics(
@@ -178,6 +182,19 @@ class Engine:
             self._in_flight.append(plan)
             if not plan.chunks:
                 return
+
+    def _drain_if_idle(self) -> None:
+        """Wait for plans that nobody waits for: an engine without requests has nothing in flight, so that its ranks can
+        be asked for other things."""
+        if not self._in_flight or self._requests:
+            return
+        try:
+            while self._in_flight:
+                self.model.executor.collect()
+                self._scheduler.update(self._in_flight.popleft(), {})
+        except BaseException as error:
+            self._fail_all(f"the step was cut short: {type(error).__name__}: {error}")
+            raise
 
     def _mark_scheduled(self, plan: StepPlan) -> None:
         for new in plan.new:
