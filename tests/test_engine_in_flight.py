@@ -169,6 +169,19 @@ def test_tokens_are_those_of_one_plan_at_a_time(
     assert engine.metrics().kv_cache_usage == 0
 
 
+@pytest.mark.parametrize("max_in_flight", [1, 2, 3, 4])
+def test_preempted_outputs_go_on_where_they_were(max_in_flight: int) -> None:
+    prompts = [tuple(range(20 + index, 60 + index)) for index in range(8)]
+    params = replace(GREEDY, max_tokens=50)
+    engine = make_engine(late_executor(max_in_flight), num_blocks=16)
+    for index, prompt in enumerate(prompts):
+        engine.add_request(str(index), prompt, params)
+    finished = drain(engine)
+    assert engine.metrics().num_preemptions > 0
+    for index, prompt in enumerate(prompts):
+        assert tokens_of(finished[str(index)]) == tokens_of(alone(prompt, params))
+
+
 class TestOccupancy:
     @pytest.mark.parametrize("max_in_flight", [1, 2, 3, 4])
     def test_decodes_keep_every_stage_at_work(self, max_in_flight: int) -> None:
