@@ -4,6 +4,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <system_error>
 #include <tuple>
 
 #include "bind.h"
@@ -108,12 +109,14 @@ std::vector<Row> LedgerRows(const GroupCommunicator& group) {
   return rows;
 }
 
-// The exception is looked up when it is thrown, so that the module needs nothing of Python's when it is imported.
-void TranslateRankLost(const std::exception_ptr& thrown, void*) {
+// RankError is looked up when it is thrown, so that the module needs nothing of Python's when it is imported.
+void Translate(const std::exception_ptr& thrown, void*) {
   try {
     std::rethrow_exception(thrown);
   } catch (const RankLost& lost) {
     PyErr_SetString(nb::module_::import_("headrace.errors").attr("RankError").ptr(), lost.what());
+  } catch (const std::system_error& error) {
+    PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.code().value(), error.what()).ptr());
   }
 }
 
@@ -162,7 +165,7 @@ void DefineGroup(nb::module_& m) {
 }  // namespace
 
 void DefineCommunicator(nb::module_& m) {
-  nb::register_exception_translator(&TranslateRankLost);
+  nb::register_exception_translator(&Translate);
   DefineEnums(m);
   nb::class_<SharedRegion>(m, "SharedRegion")
       .def(nb::new_(&MakeRegion), nb::arg("world_size"), nb::arg("ring_bytes"), nb::arg("pair_ring_bytes") = Pairs())
