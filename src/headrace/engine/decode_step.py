@@ -119,7 +119,8 @@ class DecodeStep:
     def _record_head(self, hidden_states: Tensor) -> _Head:
         def run() -> tuple[Tensor, Tensor, Tensor]:
             logits = self._head(hidden_states)
-            return logits, *self._kernels.argmax(logits)
+            # A rank may hold no share of a small vocabulary.
+            return logits, *(self._kernels.argmax(logits) if logits.shape[1] else _no_largest(len(logits)))
 
         (logits, token_ids, largest), recording = self._kernels.record(run)
         self._make_room(logits.nbytes)
@@ -153,3 +154,7 @@ class DecodeStep:
             context_lens=torch.from_numpy(self._context_lens[:num_seqs]),
             cu_seqlens_q=torch.from_numpy(self._cu_seqlens_q[: num_seqs + 1]),
         )
+
+
+def _no_largest(num_rows: int) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(np.zeros(num_rows, np.int64)), torch.from_numpy(np.full(num_rows, -np.inf, np.float32))

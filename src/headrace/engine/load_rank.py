@@ -12,7 +12,6 @@ from headrace.config import AllReduceDtype, EngineConfig, KvCacheFormat, ModelCo
 from headrace.engine.engine_plan import resolve_max_model_len
 from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, kv_cache_spec, resolve_kv_cache_format
 from headrace.engine.runner import ModelRunner
-from headrace.engine.sharded_sampler import ShardedSampler
 from headrace.engine.softmax import ChosenSoftmax, resolve_softmax
 from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.engine.tune_attention import attention_shape, look_up_attention
@@ -31,15 +30,16 @@ from headrace.parallel.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRank:
-    """weight_bytes: weights in memory; block_bytes: of a cache block on all layers of this rank; load_s: so far."""
+    """groups: tp and pp. weight_bytes: weights in memory; block_bytes: of a cache block on all layers of this rank;
+    load_s: so far."""
 
     source: ModelSource
-    parallel: ParallelConfig
     shape: RankShape
     kernels: Kernels
     decoder: Decoder
     boundary: Boundary
     groups: tuple[Group, ...]
+    parallel: ParallelConfig
     formats: WeightFormats
     kv_cache_format: KvCacheFormat
     softmax: ChosenSoftmax
@@ -56,13 +56,8 @@ class LoadedRank:
         spec = kv_cache_spec(self.shape, self.kv_cache_format, num_blocks=num_blocks, block_size=block_size)
         pool = KvPool(self.kernels, spec, num_layers=len(self.shape.layers))
         runner = ModelRunner(self.decoder, pool, max_model_len, self.boundary)
-        return Worker(runner, eos_token_ids, self.groups, self._sharded_sampler())
-
-    def _sharded_sampler(self) -> ShardedSampler | None:
-        tp_group = self.groups[0]
-        if tp_group.world_size == 1 or self.parallel.gather_logits:
-            return None
-        return ShardedSampler(tp_group, self.source.config.vocab_size)
+        tp_group, gathers_logits = self.groups[0], self.parallel.gather_logits
+        return Worker(runner, eos_token_ids, self.groups, tp_group=tp_group, gathers_logits=gathers_logits)
 
 
 def default_num_threads(config: EngineConfig, num_ranks_on_host: int) -> int:
@@ -113,7 +108,6 @@ def load_rank(
     prepare_dataflow(kernels, linear_weights, config.dataflow, num_threads, show_progress=show_progress)
     return LoadedRank(
         source=source,
-        parallel=config.parallel,
         shape=shape,
         kernels=kernels,
         decoder=decoder,
@@ -127,6 +121,7 @@ def load_rank(
             max_num_tokens=config.scheduler.max_num_batched_tokens,
         ),
         groups=(tp_group, pp_group),
+        parallel=config.parallel,
         formats=formats,
         kv_cache_format=cache_format,
         softmax=softmax,

@@ -42,6 +42,10 @@ class ModelRunner:
         """The last stage computes logits; the others hand their hidden states on and keep none."""
         return self._decoder.lm_head is not None
 
+    @property
+    def vocab_size(self) -> int:
+        return self._decoder.config.vocab_size
+
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states of all rows' tokens, laid end to end: [num_tokens, hidden_size]. Valid until the next run."""
         if len(rows) <= MAX_DECODE_STEP_SEQS and all(len(row.token_ids) == 1 for row in rows):

@@ -46,7 +46,8 @@ class Worker:
 
     eos_token_ids: the model's end-of-sequence tokens, which `min_tokens` holds back.
     groups: those whose ledgers count by phase.
-    sharded_sampler: where logits are cut among ranks, which then all sample; None where rows of logits are whole.
+    tp_group: the ranks that have the logits of this rank's stage together, each those of its shard of the vocabulary;
+        gathers_logits: each has them all, see `ParallelConfig.gather_logits`.
     """
 
     def __init__(
@@ -54,19 +55,25 @@ class Worker:
         runner: ModelRunner,
         eos_token_ids: frozenset[int],
         groups: Sequence[Group] = (),
-        sharded_sampler: ShardedSampler | None = None,
+        *,
+        tp_group: Group | None = None,
+        gathers_logits: bool = False,
     ) -> None:
         self.groups = tuple(group for group in groups if group.world_size > 1)
         self._phase: Phase | None = None
         self._runner = runner
-        self._sampler: Sampler | ShardedSampler = sharded_sampler or Sampler()
-        self._sharded_sampler = sharded_sampler
+        self._sampler = _make_sampler(tp_group, runner.vocab_size, gathers_logits)
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[int, _WorkerSequence] = {}
 
     @property
     def decode_step(self) -> DecodeStep:
         return self._runner.decode_step
+
+    @property
+    def fallback_rows(self) -> int:
+        """Rows of logits gathered so far because their candidates did not suffice."""
+        return self._sampler.fallback_rows
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run a step: take in the last one's tokens, forget who left, meet who is new, run every chunk, sample where a
@@ -156,8 +163,12 @@ class Worker:
         for offset in range(0, len(targets), _PROMPT_LOGITS_ROWS):
             part = targets[offset : offset + _PROMPT_LOGITS_ROWS]
             logits = self._runner.logits(hidden_states[offset : offset + len(part)]).logits
-            if self._sharded_sampler is not None:
-                logits = self._sharded_sampler.whole_rows(logits)
-            rows = prompt_logprobs(logits, part, num_top)
+            rows = prompt_logprobs(self._sampler.whole_rows(logits), part, num_top)
             found.append(PromptLogprobs(seq_id=chunk.seq_id, start=chunk.start + offset + 1, rows=rows))
         return found
+
+
+def _make_sampler(tp_group: Group | None, vocab_size: int, gathers_logits: bool) -> Sampler | ShardedSampler:
+    if tp_group is None or tp_group.world_size == 1 or gathers_logits:
+        return Sampler()
+    return ShardedSampler(tp_group, vocab_size)
