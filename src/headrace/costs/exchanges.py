@@ -1,0 +1,199 @@
+"""The calls that one rank makes in one step, each with its bytes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from headrace.config import AllReduceDtype, ModelConfig, ParallelConfig
+from headrace.costs.algorithms import (
+    DIRECT,
+    POINT_TO_POINT,
+    RING,
+    Summands,
+    all_gather_wire_bytes,
+    all_reduce_algorithm,
+    all_reduce_wire_bytes,
+    summand_bytes,
+)
+from headrace.costs.sharding import check_heads_divide, shard_vocabulary, stage_layers
+from headrace.costs.sites import Site
+from headrace.costs.steps import Event, ForwardPass, SampledRows, WholeRows
+
+_LOGIT_BYTES = 4
+
+
+def ring(summands: Summands, world_size: int) -> str:  # noqa: ARG001
+    """What the published formulas assume of every all-reduce."""
+    return RING
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireRules:
+    """What an engine does where `ParallelConfig` leaves it a choice.
+
+    all_reduce: the algorithm for so many ranks.
+    gathers_logits_to_root: whole logits go to the first rank of the last stage alone, instead of to each of its ranks.
+    """
+
+    all_reduce: Callable[[Summands, int], str] = all_reduce_algorithm
+    gathers_logits_to_root: bool = False
+
+
+LITERAL_RULES = WireRules(all_reduce=ring, gathers_logits_to_root=True)
+"""Of an engine that does what the published formulas count: with every literal flag of `ParallelConfig`, vLLM 0.8.5's
+V0 engine, which the formulas describe."""
+
+LITERAL_TO_ALL_RULES = WireRules(all_reduce=ring)
+"""The same with logits for each rank, as in vLLM 0.8.5's V1 engine, which sends boundaries whole."""
+
+
+class Exchange(NamedTuple):
+    """A call that is made alike at each of `sites`, `calls_per_site` times; bytes are those of one call."""
+
+    operation: str
+    group: str
+    sites: tuple[str, ...]
+    algorithm: str
+    payload_bytes: int
+    wire_bytes: int
+    calls_per_site: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A model spread over ranks; activation_bytes: of an element of the activations.
+
+    Raises:
+        ParallelismError: the layout does not fit the model; names what would.
+    """
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    activation_bytes: int
+    rules: WireRules = WireRules()
+
+    def __post_init__(self) -> None:
+        attention = self.model.attention
+        check_heads_divide(attention.num_heads, attention.num_kv_heads, self.parallel.tensor_parallel_size)
+        self.stages()
+
+    def stages(self) -> list[range]:
+        """Layers of each stage."""
+        parallel = self.parallel
+        return stage_layers(self.model.num_hidden_layers, parallel.pipeline_parallel_size, parallel.pipeline_layers)
+
+
+class RankCalls:
+    """What one rank of a layout calls. Without a peer there is nothing to call.
+
+    Attention and feed-forward of every layer end in one all-reduce each, whatever the family: normalizations, biases,
+    routers and projections of the embedding are computed by each rank alike.
+    """
+
+    def __init__(self, layout: Layout, rank: int) -> None:
+        parallel, model = layout.parallel, layout.model
+        self._layout = layout
+        self._stage, self._tp_rank = divmod(rank, parallel.tensor_parallel_size)
+        self._num_ranks = parallel.tensor_parallel_size
+        self._is_last = self._stage == parallel.pipeline_parallel_size - 1
+        self._is_sliced = parallel.slice_boundary and self._num_ranks > 1 and model.hidden_size % self._num_ranks == 0
+        layers = layout.stages()[self._stage]
+        mixtures = [layer for layer in layers if model.layers[layer].moe is not None]
+        self._mixture_sites = tuple(map(Site.mlp, mixtures))
+        self._linear_sites = tuple(
+            site
+            for layer in layers
+            for site in (Site.attention(layer), *(() if layer in mixtures else (Site.mlp(layer),)))
+        )
+
+    def of(self, event: Event) -> Iterator[Exchange]:
+        """In the order of the forward pass."""
+        match event:
+            case ForwardPass(num_tokens=num_tokens):
+                yield from self._pass(num_tokens)
+            case SampledRows() if self._is_last and self._num_ranks > 1:
+                yield from self._sampling(event)
+            case WholeRows(num_rows=num_rows) if self._is_last and self._num_ranks > 1:
+                yield self._logits(num_rows)
+
+    def _pass(self, num_tokens: int) -> Iterator[Exchange]:
+        if self._stage > 0:
+            yield from self._receive(num_tokens)
+        if self._num_ranks > 1:
+            yield from self._sums(num_tokens)
+        if not self._is_last:
+            yield self._send(num_tokens)
+
+    def _sums(self, num_tokens: int) -> Iterator[Exchange]:
+        parallel, model, activation_bytes = self._layout.parallel, self._layout.model, self._layout.activation_bytes
+        if self._stage == 0 and parallel.shard_embedding:
+            # Of rows of the table, before whatever projects them.
+            width = model.embedding.projection_size or model.hidden_size
+            yield self._all_reduce(
+                (Site.EMBEDDING,),
+                Summands(num_elements=num_tokens * width, summand_bytes=activation_bytes, sum_bytes=activation_bytes),
+            )
+        num_elements, dtype = num_tokens * model.hidden_size, parallel.all_reduce_dtype
+        # Experts are summed before ranks are, and rounded to the activations' type.
+        for sites, element_bytes in (
+            (self._linear_sites, summand_bytes(dtype, activation_bytes)),
+            (self._mixture_sites, activation_bytes),
+        ):
+            if sites:
+                summands = Summands(
+                    num_elements=num_elements,
+                    summand_bytes=element_bytes,
+                    sum_bytes=activation_bytes,
+                    may_quantize=dtype is AllReduceDtype.INT8,
+                )
+                yield self._all_reduce(sites, summands)
+
+    def _all_reduce(self, sites: tuple[str, ...], summands: Summands) -> Exchange:
+        algorithm = self._layout.rules.all_reduce(summands, self._num_ranks)
+        sent = all_reduce_wire_bytes(summands, algorithm, self._tp_rank, self._num_ranks)
+        return Exchange("all_reduce", "tp", sites, algorithm, summands.payload_bytes, sent)
+
+    def _send(self, num_tokens: int) -> Exchange:
+        num_bytes = self._boundary_bytes(num_tokens)
+        site = (Site.boundary(self._stage),)
+        return Exchange("send", "pp", site, POINT_TO_POINT, num_bytes, num_bytes, self._tensors_per_boundary)
+
+    def _receive(self, num_tokens: int) -> Iterator[Exchange]:
+        num_bytes, num_tensors = self._boundary_bytes(num_tokens), self._tensors_per_boundary
+        site = (Site.boundary(self._stage - 1),)
+        yield Exchange("recv", "pp", site, POINT_TO_POINT, num_bytes, 0, num_tensors)
+        if self._is_sliced:
+            sent = all_gather_wire_bytes(num_bytes, self._num_ranks)
+            yield Exchange("all_gather", "tp", site, DIRECT, num_bytes, sent, num_tensors)
+
+    @property
+    def _tensors_per_boundary(self) -> int:
+        return 2 if self._layout.parallel.send_residual else 1
+
+    def _boundary_bytes(self, num_tokens: int) -> int:
+        """Of one tensor [num_tokens, hidden_size], or of this rank's share of it."""
+        num_bytes = num_tokens * self._layout.model.hidden_size * self._layout.activation_bytes
+        return num_bytes // self._num_ranks if self._is_sliced else num_bytes
+
+    def _sampling(self, rows: SampledRows) -> Iterator[Exchange]:
+        if self._layout.parallel.gather_logits:
+            yield self._logits(rows.num_rows)
+            return
+        yield self._gather(Site.CANDIDATES, rows.candidate_bytes)
+        if rows.draw_bytes:
+            yield self._gather(Site.CANDIDATES, rows.draw_bytes)
+
+    def _logits(self, num_rows: int) -> Exchange:
+        """float32, as they are computed; in the activations' type where literal behaviour is asked for."""
+        layout = self._layout
+        element_bytes = layout.activation_bytes if layout.parallel.gather_logits else _LOGIT_BYTES
+        shard = shard_vocabulary(layout.model.vocab_size, self._tp_rank, self._num_ranks)
+        num_bytes = num_rows * len(shard) * element_bytes
+        if layout.rules.gathers_logits_to_root:
+            sent = 0 if self._tp_rank == 0 else num_bytes
+            return Exchange("gather", "tp", (Site.LOGITS,), DIRECT, num_bytes, sent)
+        return self._gather(Site.LOGITS, num_bytes)
+
+    def _gather(self, site: str, num_bytes: int) -> Exchange:
+        sent = all_gather_wire_bytes(num_bytes, self._num_ranks)
+        return Exchange("all_gather", "tp", (site,), DIRECT, num_bytes, sent)
