@@ -5,8 +5,8 @@ from pathlib import Path
 from headrace.config import EngineConfig, Transport
 from headrace.costs.micro_batches import max_prompt_tokens
 from headrace.errors import ParallelismError
-from headrace.models.checkpoint import read_json
 from headrace.models.families import read_model_config
+from headrace.models.json_file import read_json
 from headrace.parallel.local_world import start_local_world
 from headrace.parallel.world import World, one_rank_world
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.errors import CheckpointError
+from headrace.models.json_file import read_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -123,23 +124,6 @@ class Checkpoint:
             if name in self.tensors:
                 raise CheckpointError(f"tensor '{name}' is in both {self.tensors[name].file.name} and {file.name}")
             self.tensors[name] = _tensor_info(name, entry, file, 8 + header_bytes)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: missing, not UTF-8, not JSON, not an object.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file.parent} has no {file.name}; a model folder needs one") from None
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds a {type(value).__name__}; it must hold a JSON object")
-    return value
 
 
 def _safetensors_files(folder: Path) -> list[Path]:

@@ -8,8 +8,9 @@ import errno
 import json
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -42,6 +43,27 @@ def resolve_model_folder(model: str, revision: str | None, show_progress: bool) 
             f"the folder '{model}' does not exist; give an existing folder, or a hub id of the form organization/name"
         )
     return _download(model, revision, show_progress)
+
+
+def download_config(repo_id: str, revision: str | None) -> Path:
+    """The config.json of a hub repository and nothing else; without a network that of an earlier download.
+
+    Raises:
+        CheckpointError: no such repository, revision or file, no access, no network, no space.
+    """
+    try:
+        return Path(hf_hub_download(repo_id, "config.json", revision=revision))
+    except HFValidationError as error:
+        raise CheckpointError(f"'{repo_id}' is not a hub id ({_one_line(error)}) and no such path exists") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"the config.json of '{repo_id}'{_at(revision)} is not in {constants.HF_HUB_CACHE}, and "
+            f"{constants.ENDPOINT} cannot be reached; check the network and HF_HUB_OFFLINE"
+        ) from error
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"'{repo_id}'{_at(revision)} has no config.json; it is no model") from error
+    except (OSError, HTTP_ERROR) as error:
+        raise CheckpointError(_explain(error, repo_id, revision)) from error
 
 
 def is_hub_id(model: str) -> bool:

@@ -10,9 +10,10 @@ import torch
 from headrace.config import Dtype, LoadConfig, ModelConfig, Quantize, WeightFormat
 from headrace.errors import CheckpointError, ConfigError
 from headrace.layers.context import LayerContext
-from headrace.models.checkpoint import Checkpoint, read_json
+from headrace.models.checkpoint import Checkpoint
 from headrace.models.decoder import Decoder
 from headrace.models.families import Family, read_model_config
+from headrace.models.json_file import read_json
 from headrace.models.loading import Progress, WeightFormats, WeightLoader
 from headrace.models.quantization import read_quantization
 
