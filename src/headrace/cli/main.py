@@ -34,6 +34,7 @@ COMMANDS = {
     "tune": ("headrace.cli.tune", "measure which kernels suit this machine and a model, and remember it"),
     "calibrate": ("headrace.cli.calibrate", "find the range of a model's attention logits, and remember it"),
     "quantize": ("headrace.cli.quantize", "save a checkpoint with int8 or int4 weights"),
+    "volume": ("headrace.cli.volume", "predict the bytes that ranks exchange, beside the published formulas"),
     "info": ("headrace.cli.info", "show what Headrace sees of this machine, and of a model"),
 }
 

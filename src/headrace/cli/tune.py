@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         raise ConfigError(f"--rounds is {args.rounds}; it must be at least 1")
     if args.plot is not None:
-        from headrace.cli.tune_plot import check_can_plot
+        from headrace.cli.plots import check_can_plot
 
         check_can_plot(args.plot)
     # From here on torch is needed.

@@ -1,31 +1,14 @@
 """Time against M for each shape, with the inflection points marked. Needs matplotlib, an optional dependency."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headrace.errors import ConfigError
-
 if TYPE_CHECKING:
     from headrace.kernels.tuning import LinearShape, TunedShape
 
-_SUFFIXES = (".png", ".svg", ".pdf")
 _COLUMNS = 3
-
-
-def check_can_plot(file: Path) -> None:
-    """
-    Raises:
-        ConfigError: an unknown kind of file, a folder that is not there, or no matplotlib.
-    """
-    if file.suffix not in _SUFFIXES:
-        raise ConfigError(f"--plot is '{file}'; its name must end in {', '.join(_SUFFIXES)}")
-    if not file.parent.is_dir():
-        raise ConfigError(f"--plot is '{file}', but there is no folder '{file.parent}'")
-    if find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install 'headrace[plot]'")
 
 
 def plot(tuned: "Mapping[LinearShape, TunedShape]", file: Path) -> None:

@@ -1,0 +1,80 @@
+"""`headrace volume`: the bytes that ranks exchange, as published, by the letter, and by Headrace. No weights needed."""
+
+import argparse
+import json
+from pathlib import Path
+
+from headrace.cli.options import add_model_options, engine_config
+from headrace.config import EngineConfig
+from headrace.costs.exchanges import Layout
+from headrace.costs.steps import RequestShape
+from headrace.errors import ConfigError
+from headrace.models.config_file import read_config_file
+
+_PROMPT_TOKENS, _OUTPUT_TOKENS = 128, 128
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Needs a config.json only: --model takes it, its folder, or a hub id. Payload is what a rank hands to a call,\n"
+        "wire what it sends for it under the named algorithm, total wire the sum over all ranks. Headers of the\n"
+        "transport come on top. docs/communication.md explains each term."
+    )
+    group = parser.add_argument_group("requests")
+    group.add_argument(
+        "--prompt", type=int, default=_PROMPT_TOKENS, metavar="S_p", help="prompt tokens (default: %(default)s)"
+    )
+    group.add_argument(
+        "--output", type=int, default=_OUTPUT_TOKENS, metavar="S_d", help="generated tokens (default: %(default)s)"
+    )
+    group.add_argument(
+        "--batch", type=int, default=1, metavar="B", help="such requests, arriving at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw volume against prompt length and number of ranks, as .png, .svg or .pdf",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from headrace.cli.volume_report import VolumeReport
+
+    if args.plot is not None:
+        from headrace.cli.plots import check_can_plot
+
+        check_can_plot(args.plot)
+    config = engine_config(args, show_progress=False)
+    file = read_config_file(config.load.model, config.load.revision)
+    report = VolumeReport(
+        model_name=args.model or "demo",
+        dtype=file.activation_dtype(config.load.dtype),
+        layout=Layout(
+            model=file.model,
+            parallel=config.parallel,
+            activation_bytes=file.activation_bytes(config.load.dtype),
+        ),
+        request=_request(args, config),
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+    )
+    if args.plot is not None:
+        from headrace.cli.volume_plot import plot
+
+        plot(report, args.plot)
+    print(json.dumps(report.to_json()) if args.json else "\n".join(report.lines()))
+    return 0
+
+
+def _request(args: argparse.Namespace, config: EngineConfig) -> RequestShape:
+    for name in ("prompt", "output", "batch"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.batch > config.scheduler.max_num_seqs:
+        raise ConfigError(
+            f"--batch is {args.batch}, but --max-num-seqs is {config.scheduler.max_num_seqs}: requests that wait for "
+            f"others are not predicted; give --max-num-seqs {args.batch} or more"
+        )
+    return RequestShape(prompt_tokens=args.prompt, output_tokens=args.output, batch_size=args.batch)

@@ -1,0 +1,279 @@
+"""What `headrace volume` says, as lines and as JSON."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from headrace.cli.terminal import aligned
+from headrace.config import ParallelConfig
+from headrace.costs.exchanges import LITERAL_RULES, LITERAL_TO_ALL_RULES, Layout
+from headrace.costs.published import (
+    PipelineParallelVolume,
+    TensorParallelVolume,
+    published_pipeline_parallel,
+    published_tensor_parallel,
+)
+from headrace.costs.sites import Phase
+from headrace.costs.steps import ForwardPass, RequestShape, request_run
+from headrace.costs.summary import SummaryRow, summarize, wire_bytes_by_phase
+from headrace.costs.volume import Counted, differences, predict_request
+
+_HEADER = ("phase", "exchange", "at", "algorithm", "calls", "payload/rank", "wire/rank", "total wire")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """What one engine exchanges; ranks: its rows, rank 0 first."""
+
+    key: str
+    title: str
+    ranks: Sequence[Sequence[Counted]]
+
+    @property
+    def total_wire_bytes(self) -> int:
+        return sum(wire_bytes_by_phase(self.ranks).values())
+
+    @property
+    def total_payload_bytes(self) -> int:
+        """Of all ranks; what was received is what another one has sent."""
+        return sum(row.payload_bytes for rows in self.ranks for row in rows if row.operation != "recv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeReport:
+    """The published formulas, an engine that follows them to the letter, and Headrace, for the same requests.
+
+    dtype: of activations. counted: the ledgers of all ranks after just these requests, rank 0 first; None if nothing
+    was run.
+    """
+
+    model_name: str
+    dtype: str
+    layout: Layout
+    request: RequestShape
+    max_num_batched_tokens: int
+    counted: Sequence[Sequence[Counted]] | None = None
+
+    def accounts(self) -> list[Account]:
+        """The literal engine first, in the two variants that were in use; then Headrace, predicted and counted."""
+        predicted = [
+            self._account("literal", "literal: boundaries in slices, logits to the root", literal(self.layout)),
+            self._account(
+                "literal_whole", "literal: boundaries whole, logits to each rank", _literal_whole(self.layout)
+            ),
+            self._account("headrace", "headrace", self.layout),
+        ]
+        if self.counted is None:
+            return predicted
+        return [*predicted, Account(key="counted", title="headrace, counted", ranks=self.counted)]
+
+    def differences(self) -> list[str]:
+        """Where the ledgers disagree with the prediction; empty if they agree to the byte, or nothing was run."""
+        if self.counted is None:
+            return []
+        predicted = predict_request(self.layout, self.request, self.max_num_batched_tokens)
+        return [
+            f"rank {rank}: {line}"
+            for rank, (mine, its) in enumerate(zip(predicted, self.counted, strict=True))
+            for line in differences(mine, its)
+        ]
+
+    def lines(self) -> Iterator[str]:
+        by_the_letter, _, headrace, *counted = accounts = self.accounts()
+        yield from self._facts()
+        yield from ("", "As published (arXiv:2507.14392)")
+        yield from self._published()
+        yield from ("", "An engine that follows the formulas to the letter (ring all-reduce, logits to the root)")
+        yield from self._table(by_the_letter)
+        yield from ("", "Headrace")
+        yield from self._table(headrace)
+        for account in counted:
+            yield from ("", "Headrace, counted")
+            yield from self._table(account)
+        yield from ("", "All ranks together, bytes")
+        yield from _totals(accounts)
+        if self.counted is not None:
+            yield from ("", *(self.differences() or ["Counted equals predicted to the byte, on every rank."]))
+
+    def to_json(self) -> dict[str, Any]:
+        tensor, pipeline = self._tensor_parallel(), self._pipeline_parallel()
+        model, parallel = self.layout.model, self.layout.parallel
+        return {
+            "model": self.model_name,
+            "num_hidden_layers": model.num_hidden_layers,
+            "hidden_size": model.hidden_size,
+            "vocab_size": model.vocab_size,
+            "dtype": self.dtype,
+            "layout": {
+                "tensor_parallel_size": parallel.tensor_parallel_size,
+                "pipeline_parallel_size": parallel.pipeline_parallel_size,
+                "pipeline_layers": [len(layers) for layers in self.layout.stages()],
+                "all_reduce_dtype": parallel.all_reduce_dtype.value,
+                **{name: getattr(parallel, name) for name in _FLAGS},
+            },
+            "request": asdict(self.request),
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "published": {
+                "v_tp": {
+                    "num_all_reduces": tensor.num_all_reduces,
+                    "num_tokens": tensor.num_tokens,
+                    "ring_factor": float(tensor.ring_factor),
+                    "all_reduce_bytes": _number(tensor.all_reduce_bytes),
+                    "gather_bytes": _number(tensor.gather_bytes),
+                    "total_bytes": _number(tensor.total_bytes),
+                },
+                "v_pp": asdict(pipeline),
+            },
+            "accounts": {account.key: self._account_to_json(account) for account in self.accounts()},
+            "differences": None if self.counted is None else self.differences(),
+        }
+
+    def _account(self, key: str, title: str, layout: Layout) -> Account:
+        return Account(key=key, title=title, ranks=predict_request(layout, self.request, self.max_num_batched_tokens))
+
+    def _account_to_json(self, account: Account) -> dict[str, Any]:
+        by_phase = wire_bytes_by_phase(account.ranks)
+        return {
+            "rows": [asdict(row) | {"phase": row.phase.value} for row in self._summary(account)],
+            "wire_bytes_of_ranks": [sum(row.wire_bytes for row in rows) for rows in account.ranks],
+            "total_payload_bytes": account.total_payload_bytes,
+            "total_wire_bytes": {phase.value: by_phase[phase] for phase in Phase} | {"all": sum(by_phase.values())},
+        }
+
+    def _summary(self, account: Account) -> list[SummaryRow]:
+        return summarize(account.ranks, self.layout.parallel.tensor_parallel_size)
+
+    def _tensor_parallel(self) -> TensorParallelVolume:
+        layout = self.layout
+        size = layout.parallel.tensor_parallel_size
+        return published_tensor_parallel(layout.model, size, self.request, layout.activation_bytes)
+
+    def _pipeline_parallel(self) -> PipelineParallelVolume:
+        layout = self.layout
+        size = layout.parallel.pipeline_parallel_size
+        return published_pipeline_parallel(layout.model, size, self.request, layout.activation_bytes)
+
+    def _facts(self) -> Iterator[str]:
+        layout, request = self.layout, self.request
+        model, parallel = layout.model, layout.parallel
+        run = request_run(request, self.max_num_batched_tokens, parallel.pipeline_parallel_size)
+        steps = {
+            phase: sum(times for event, times in run.items() if isinstance(event, ForwardPass) and event.phase is phase)
+            for phase in Phase
+        }
+        stages = ", ".join(str(len(layers)) for layers in layout.stages())
+        yield from aligned(
+            [
+                (
+                    "model",
+                    f"{self.model_name}: {model.num_hidden_layers} layers, hidden size {model.hidden_size:,}, "
+                    f"vocabulary {model.vocab_size:,}, {self.dtype} ({layout.activation_bytes} bytes)",
+                ),
+                (
+                    "layout",
+                    f"TP {parallel.tensor_parallel_size} x PP {parallel.pipeline_parallel_size}: {parallel.world_size} "
+                    f"ranks, stages of {stages} layers",
+                ),
+                (
+                    "requests",
+                    f"{request.batch_size} of {request.prompt_tokens:,} prompt and {request.output_tokens:,} generated "
+                    f"tokens: {request.num_tokens:,} pass through the layers (steps of prefill: "
+                    f"{steps[Phase.PREFILL]:,}, of decode: {steps[Phase.DECODE]:,})",
+                ),
+            ],
+            num_left=2,
+        )
+
+    def _published(self) -> Iterator[str]:
+        tensor, pipeline = self._tensor_parallel(), self._pipeline_parallel()
+        layout, request = self.layout, self.request
+        model, num_bytes = layout.model, layout.activation_bytes
+        t, num_tokens = layout.parallel.tensor_parallel_size, tensor.num_tokens
+        samples = request.batch_size * request.output_tokens
+        sizes = f"{num_tokens:,} x {model.hidden_size:,} x {num_bytes}"
+        yield from aligned(
+            [
+                (
+                    "V_tp",
+                    "(2L+1) (S_p+S_d-1) h b 2(t-1)/t",
+                    f"{tensor.num_all_reduces} x {sizes} x {tensor.ring_factor}",
+                    "sent by each rank",
+                    _shown(tensor.all_reduce_bytes),
+                ),
+                (
+                    "",
+                    "S_d (v/t) b",
+                    f"{samples:,} x {model.vocab_size:,}/{t} x {num_bytes}",
+                    "payload of one rank",
+                    _shown(tensor.gather_bytes),
+                ),
+                ("", "sum", "", "as printed, of two units", _shown(tensor.total_bytes)),
+                (
+                    "V_pp",
+                    "(p-1) (S_p+S_d-1) h b 2",
+                    f"{pipeline.num_boundaries} x {sizes} x {pipeline.tensors_per_boundary}",
+                    "sent on all links together",
+                    _shown(Fraction(pipeline.total_bytes)),
+                ),
+            ],
+            num_left=4,
+        )
+
+    def _table(self, account: Account) -> Iterator[str]:
+        summary = self._summary(account)
+        if not summary:
+            yield "nothing: one rank has nobody to send to"
+            return
+        rows: list[tuple[str, ...]] = [_HEADER]
+        for row in summary:
+            numbers = (row.count, row.payload_bytes, row.wire_bytes, row.total_wire_bytes)
+            rows.append((row.phase.value, row.operation, row.kind, row.algorithm, *(f"{n:,}" for n in numbers)))
+        by_rank = [sum(row.wire_bytes for row in rows_of_rank) for rows_of_rank in account.ranks]
+        rows.append(("all", "", "", "", "", "", f"{max(by_rank):,}", f"{sum(by_rank):,}"))
+        yield from aligned(rows, num_left=4)
+
+
+_FLAGS = ("shard_embedding", "send_residual", "slice_boundary", "gather_logits")
+
+
+def literal(layout: Layout) -> Layout:
+    """The same ranks, exchanging what the published formulas count."""
+    return replace(layout, parallel=_literal_parallel(layout.parallel, slice_boundary=True), rules=LITERAL_RULES)
+
+
+def _literal_whole(layout: Layout) -> Layout:
+    parallel = _literal_parallel(layout.parallel, slice_boundary=False)
+    return replace(layout, parallel=parallel, rules=LITERAL_TO_ALL_RULES)
+
+
+def _literal_parallel(parallel: ParallelConfig, *, slice_boundary: bool) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        pipeline_layers=parallel.pipeline_layers,
+        shard_embedding=True,
+        send_residual=True,
+        slice_boundary=slice_boundary,
+        gather_logits=True,
+    )
+
+
+def _totals(accounts: Iterable[Account]) -> list[str]:
+    accounts = list(accounts)
+    reference = accounts[0].total_wire_bytes
+    rows: list[tuple[str, ...]] = [("engine", "payload", "wire, prefill", "wire, decode", "wire", "of literal")]
+    for account in accounts:
+        by_phase, total = wire_bytes_by_phase(account.ranks), account.total_wire_bytes
+        numbers = (account.total_payload_bytes, by_phase[Phase.PREFILL], by_phase[Phase.DECODE], total)
+        share = f"{total / reference:.1%}" if reference else "-"
+        rows.append((account.title, *(f"{n:,}" for n in numbers), share))
+    return aligned(rows)
+
+
+def _number(value: Fraction) -> int | float:
+    return value.numerator if value.denominator == 1 else float(value)
+
+
+def _shown(value: Fraction) -> str:
+    return f"{value.numerator:,}" if value.denominator == 1 else f"{float(value):,.1f}"
