@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.cache.block_manager import BlockManager
-from headrace.config import AllReduceDtype, ParallelConfig, SamplingParams, SchedulerConfig
+from headrace.config import AllReduceDtype, ParallelConfig, SamplingParams, SchedulerConfig, Transport
 from headrace.costs.algorithms import Summands, all_reduce_algorithm, all_reduce_wire_bytes
-from headrace.costs.exchanges import LITERAL_RULES, LITERAL_TO_ALL_RULES, Layout, WireRules
+from headrace.costs.exchanges import LITERAL_RULES, LITERAL_TO_ALL_RULES, Layout, WireRules, rules_of
 from headrace.costs.published import published_pipeline_parallel, published_tensor_parallel
 from headrace.costs.sites import Phase
 from headrace.costs.steps import ForwardPass, RequestShape, SampledRows, WholeRows, request_run
@@ -606,6 +606,24 @@ class TestRequests:
         assert payload(whole) == payload(chunked)
         assert 2 * wire(whole) == wire(chunked)
         assert ({row.algorithm for row in whole}, {row.algorithm for row in chunked}) == ({"two_shot"}, {"direct"})
+
+    @pytest.mark.parametrize(
+        ("transport", "algorithms"),
+        [
+            (Transport.AUTO, {"direct", "two_shot"}),
+            (Transport.SHM, {"direct", "two_shot"}),
+            (Transport.MPI, {"direct", "two_shot"}),
+            (Transport.GLOO, {"direct"}),
+            (Transport.NCCL, {"ring"}),
+        ],
+    )
+    def test_a_transport_has_its_algorithms(self, transport, algorithms):
+        parallel = ParallelConfig(tensor_parallel_size=4, transport=transport)
+        layout = Layout(
+            model=model(LLAMA_8B), parallel=parallel, activation_bytes=BF16_BYTES, rules=rules_of(transport)
+        )
+        rows = pick(predict_request(layout, REQUEST, 128)[0], operation="all_reduce")
+        assert {row.algorithm for row in rows} == algorithms
 
     def test_no_room_for_a_token_of_each(self):
         request = RequestShape(prompt_tokens=5, output_tokens=5, batch_size=4)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from headrace.cli.options import add_model_options, engine_config
 from headrace.config import EngineConfig
-from headrace.costs.exchanges import Layout
+from headrace.costs.exchanges import Layout, rules_of
 from headrace.costs.steps import RequestShape
 from headrace.errors import ConfigError
 from headrace.models.config_file import read_config_file
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             model=file.model,
             parallel=config.parallel,
             activation_bytes=file.activation_bytes(config.load.dtype),
+            rules=rules_of(config.parallel.transport),
         ),
         request=_request(args, config),
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from headrace.config import AllReduceDtype, ModelConfig, ParallelConfig
+from headrace.config import AllReduceDtype, ModelConfig, ParallelConfig, Transport
 from headrace.costs.algorithms import (
     DIRECT,
     POINT_TO_POINT,
@@ -27,6 +27,10 @@ def ring(summands: Summands, world_size: int) -> str:  # noqa: ARG001
     return RING
 
 
+def direct(summands: Summands, world_size: int) -> str:  # noqa: ARG001
+    return DIRECT
+
+
 @dataclass(frozen=True, kw_only=True)
 class WireRules:
     """What an engine does where `ParallelConfig` leaves it a choice.
@@ -37,6 +41,17 @@ class WireRules:
 
     all_reduce: Callable[[Summands, int], str] = all_reduce_algorithm
     gathers_logits_to_root: bool = False
+
+
+def rules_of(transport: Transport) -> WireRules:
+    """Of Headrace over this transport: gloo's sums are gathered and added up, NCCL's go around a ring."""
+    match transport:
+        case Transport.GLOO:
+            return WireRules(all_reduce=direct)
+        case Transport.NCCL:
+            return WireRules(all_reduce=ring)
+        case Transport.AUTO | Transport.SHM | Transport.MPI:
+            return WireRules()
 
 
 LITERAL_RULES = WireRules(all_reduce=ring, gathers_logits_to_root=True)
