@@ -88,6 +88,12 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def host_id() -> str:
+    """Equal for processes of one running system."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.exists() else os.uname().nodename
+
+
 def instruction_sets() -> tuple[str, ...]:
     """The vector extensions that matter for inference and that this CPU reports."""
     for line in _lines(_CPUINFO):

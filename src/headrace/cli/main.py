@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from headrace import __version__
+from headrace.config.launched import launched_from
 from headrace.errors import ConfigError, HeadraceError, nearest_name
 
 EXIT_ERROR = 2
@@ -103,7 +104,17 @@ def _run_command(name: str, argv: list[str]) -> int:
     parser = parser_module.Parser(prog=f"headrace {name}", summary=summary)
     module.add_arguments(parser)
     args = parser.parse(argv)
-    return 0 if args is None else int(module.run(args))
+    if args is None:
+        return 0
+    if hasattr(args, "tensor_parallel_size") and _is_follower():
+        return int(import_module("headrace.cli.follow").run(args))
+    return int(module.run(args))
+
+
+def _is_follower() -> bool:
+    """Whether a launcher has started this process as a rank that neither reads prompts nor prints results."""
+    launched = launched_from()
+    return launched is not None and launched.rank > 0
 
 
 def _report(error: Exception) -> int:

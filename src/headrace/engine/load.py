@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from headrace.config import EngineConfig, KvCacheFormat, ModelConfig
+from headrace.config.launched import launched_from
 from headrace.engine.engine_plan import EnginePlan, resolve_plan
 from headrace.engine.executor import Executor
 from headrace.engine.kv_cache_spec import RankShape
 from headrace.engine.load_rank import load_rank
 from headrace.engine.local_executor import LocalExecutor
+from headrace.engine.rank_process import serve_launched
 from headrace.engine.ranks import RankedExecutor, agree, announce, tightest_host
 from headrace.engine.softmax import ChosenSoftmax
 from headrace.engine.start import start_world
@@ -61,8 +63,12 @@ def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kern
         CheckpointError: the model cannot be loaded.
         ConfigError: settings that do not fit the model or the machine.
         RankError: another rank could not load its part.
+        SystemExit: in a process that a launcher has started as another rank than 0, once that rank has ended.
     """
     started_s = time.monotonic()
+    launched = launched_from() if config.parallel.world_size > 1 else None
+    if launched is not None and launched.rank > 0:
+        serve_launched(config)
     files = _ModelFiles.read(config)
     config = replace(config, load=replace(config.load, model=str(files.folder)))
     world = start_world(config)

@@ -1,12 +1,19 @@
-"""`python -m headrace.engine.rank_process CONTROL LINE`: one rank, started by rank 0 with two inherited sockets."""
+"""A rank other than 0, from its start to its end.
+
+`python -m headrace.engine.rank_process CONTROL LINE` is how rank 0 starts one, with two inherited sockets.
+"""
 
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
+from headrace.config import EngineConfig
 from headrace.errors import HeadraceError
-from headrace.parallel.launch import Greeting, inherited_channels, receive_greeting
+from headrace.models.hub import resolve_model_folder
+from headrace.parallel.launch import inherited_channels, receive_greeting
 from headrace.parallel.local_world import join_local_world
 from headrace.parallel.world import World
 
@@ -15,18 +22,37 @@ def main() -> None:
     control, line = inherited_channels(sys.argv[1:])
     greeting = receive_greeting(control)
     world = join_local_world(greeting, greeting.settings.parallel, control, line)
-    code = run_rank(world, greeting)
+    _end(run_rank(world, greeting.settings))
+
+
+def serve_launched(config: EngineConfig) -> NoReturn:
+    """Be the rank that a launcher has started this process as, and end the process with it.
+
+    Raises:
+        HeadraceError: this rank finds no other.
+    """
+    from headrace.engine.start import start_world
+
+    folder = resolve_model_folder(config.load.model, config.load.revision, show_progress=False)
+    config = replace(config, load=replace(config.load, model=str(folder), show_progress=False))
+    code = run_rank(start_world(config), config)
+    if code == 0:
+        # The launcher's library wants an orderly end.
+        sys.exit(0)
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """End without the interpreter's own end, which would wait for whatever else still runs."""
     sys.stderr.flush()
-    # Without the interpreter's own end, which would wait for whatever else still runs.
     os._exit(code)
 
 
-def run_rank(world: World, greeting: Greeting) -> int:
+def run_rank(world: World, config: EngineConfig) -> int:
     """Load, follow rank 0, end; the exit code."""
     from headrace.engine.load_rank import load_rank
     from headrace.engine.ranks import follow
 
-    config = greeting.settings
     try:
         follow(world, load_rank(config, Path(config.load.model), world))
     except BaseException as error:

@@ -1,12 +1,10 @@
 """All ranks of an engine: how they start, agree on the cache, follow rank 0 and end."""
 
 import json
-import os
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from headrace.engine.load_rank import LoadedRank
@@ -14,7 +12,7 @@ from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.wire import decode_plan, decode_result, encode_plan, encode_result
 from headrace.engine.worker import Worker
 from headrace.errors import EngineStopped, RankError
-from headrace.machine import available_memory_bytes
+from headrace.machine import available_memory_bytes, host_id
 from headrace.parallel.channel import ChannelClosed
 from headrace.parallel.world import World
 
@@ -39,12 +37,6 @@ class RankReport:
             available_bytes=available_memory_bytes(),
             weight_bytes=loaded.weight_bytes,
         )
-
-
-def host_id() -> str:
-    """Equal for processes of one running system."""
-    file = Path("/proc/sys/kernel/random/boot_id")
-    return file.read_text().strip() if file.exists() else os.uname().nodename
 
 
 def tightest_host(reports: Sequence[RankReport]) -> tuple[int, int]:

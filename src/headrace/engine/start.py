@@ -3,10 +3,12 @@
 from pathlib import Path
 
 from headrace.config import EngineConfig, Transport
+from headrace.config.launched import launched_from
 from headrace.costs.micro_batches import max_prompt_tokens
 from headrace.errors import ParallelismError
 from headrace.models.families import read_model_config
 from headrace.models.json_file import read_json
+from headrace.parallel.launched_world import join_launched_world
 from headrace.parallel.local_world import start_local_world
 from headrace.parallel.world import World, one_rank_world
 
@@ -22,12 +24,20 @@ def start_world(config: EngineConfig) -> World:
     parallel = config.parallel
     if parallel.world_size == 1:
         return one_rank_world()
-    transport = Transport.SHM if parallel.transport is Transport.AUTO else parallel.transport
-    if transport is Transport.MPI:
+    launched = launched_from()
+    if launched is not None and parallel.transport is not Transport.SHM:
+        transport = launched.transport if parallel.transport is Transport.AUTO else parallel.transport
+        return join_launched_world(parallel, launched, transport)
+    if launched is not None:
         raise ParallelismError(
-            f"transport is 'mpi', and no MPI program has started this process; put `mpiexec -n {parallel.world_size}` "
+            f"{launched.launcher} has started this rank, and transport 'shm' joins ranks that it has not; use mpi"
+        )
+    if parallel.transport is Transport.MPI:
+        raise ParallelismError(
+            f"transport is 'mpi', but no launcher has started this process; put `mpiexec -n {parallel.world_size}` "
             "before the command, or leave the transport to auto"
         )
+    transport = Transport.SHM if parallel.transport is Transport.AUTO else parallel.transport
     return start_local_world(parallel, transport, _RANK_MODULE, config, micro_batch_bytes=_micro_batch_bytes(config))
 
 

@@ -8,7 +8,7 @@ from headrace.parallel.channel import Channel
 from headrace.parallel.fabric import Fabric
 from headrace.parallel.launch import Greeting, LocalRanks
 from headrace.parallel.place import Place
-from headrace.parallel.world import World
+from headrace.parallel.world import World, exit_soon
 
 _LOCALHOST = "127.0.0.1"
 
@@ -49,7 +49,7 @@ def start_local_world(
         ranks.lines,
         num_ranks_on_host=config.world_size,
         describe=ranks.describe,
-        on_failure=ranks.end,
+        on_failure=lambda _: ranks.end(),
         on_close=ranks.end,
     )
 
@@ -62,6 +62,7 @@ def join_local_world(greeting: Greeting, config: ParallelConfig, control: Channe
         {0: control},
         {0: line},
         num_ranks_on_host=config.world_size,
+        on_failure=exit_soon,
     )
 
 

@@ -1,6 +1,6 @@
 """All ranks of one engine, as one of them sees the others: where it stands, its lines, and what became of them."""
 
-import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 
@@ -11,7 +11,8 @@ from headrace.parallel.fabric import Fabric, NoFabric
 from headrace.parallel.place import Place
 from headrace.parallel.pulse import Pulse
 
-logger = logging.getLogger(__name__)
+_GRACE_S = 2.0
+"""What a rank has to end in once another one is lost, before it is ended."""
 
 
 class World:
@@ -19,7 +20,7 @@ class World:
 
     control: plans and results. lines: signs of life, see `Pulse`. num_ranks_on_host: this one included.
     describe: what is known of how a rank ended, where this process started it.
-    on_failure: called once, on the pulse's thread, after a rank was lost and everybody told; ends what is left.
+    on_failure: called once with the failure, after a rank was lost and everybody told; ends what is left.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class World:
         *,
         num_ranks_on_host: int,
         describe: Callable[[int], str | None] = lambda _: None,
-        on_failure: Callable[[], None] = lambda: None,
+        on_failure: Callable[[str], None] = lambda _: None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.place = place
@@ -112,7 +113,14 @@ class World:
         self.fabric.abort(self._failure)
         for channel in self.control.values():
             channel.close()
-        self._on_failure()
+        self._on_failure(self._failure)
+
+
+def exit_soon(failure: str) -> None:  # noqa: ARG001
+    """End this process, which is no use without the others, if it does not end by itself."""
+    timer = threading.Timer(_GRACE_S, os._exit, args=(1,))
+    timer.daemon = True
+    timer.start()
 
 
 def one_rank_world() -> World:

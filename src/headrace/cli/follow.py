@@ -1,0 +1,16 @@
+"""What a command is on every rank but 0: that rank of its model."""
+
+import argparse
+
+from headrace.cli.options import engine_config
+from headrace.errors import ParallelismError
+
+
+def run(args: argparse.Namespace) -> int:
+    config = engine_config(args, show_progress=False)
+    if config.parallel.world_size == 1:
+        raise ParallelismError("a launcher has started several ranks of a command that asks for one; add --tp or --pp")
+    # From here on torch is needed.
+    from headrace.engine.rank_process import serve_launched
+
+    serve_launched(config)

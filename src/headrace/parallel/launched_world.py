@@ -1,0 +1,84 @@
+"""The world of ranks that a launcher has started, on one host or several."""
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+from headrace.config import ParallelConfig, Transport
+from headrace.config.launched import Launched
+from headrace.errors import ParallelismError
+from headrace.machine import host_id
+from headrace.parallel.fabric import Fabric
+from headrace.parallel.meeting import Broadcast, open_lines
+from headrace.parallel.place import Place
+from headrace.parallel.world import World, exit_soon
+
+logger = logging.getLogger(__name__)
+
+
+def join_launched_world(config: ParallelConfig, launched: Launched, transport: Transport) -> World:
+    """All ranks call this once.
+
+    Raises:
+        ParallelismError: another number of ranks than the layout has.
+        BackendUnavailable: the transport's library is missing.
+        RankError: ranks that do not find each other.
+    """
+    if launched.world_size != config.world_size:
+        raise ParallelismError(
+            f"{launched.launcher} has started {launched.world_size} ranks, but --tp {config.tensor_parallel_size} --pp "
+            f"{config.pipeline_parallel_size} has {config.world_size}; make the two equal"
+        )
+    start = _start_mpi() if transport is Transport.MPI else _start_torch(config, launched, transport)
+    control, line = open_lines(launched.rank, launched.world_size, start.broadcast, config.deadline_s)
+    hosts = start.all_gather(host_id())
+    place = Place(rank=launched.rank, config=config)
+    return World(
+        place,
+        start.fabric,
+        control,
+        line,
+        num_ranks_on_host=hosts.count(host_id()),
+        # The launcher may end this process before it comes to say why by itself.
+        on_failure=_say_why if launched.rank == 0 else exit_soon,
+    )
+
+
+def _say_why(failure: str) -> None:
+    logger.error(failure)
+
+
+class _Start(NamedTuple):
+    """What a launcher's library gives: a fabric, and enough to find each other."""
+
+    fabric: Fabric
+    broadcast: Broadcast
+    all_gather: Callable[[str], list[str]]
+
+
+def _start_mpi() -> _Start:
+    from headrace.parallel.mpi import import_mpi, make_communicator
+    from headrace.parallel.native_fabric import NativeFabric
+
+    communicator = make_communicator()
+    world = import_mpi().COMM_WORLD
+    return _Start(NativeFabric(communicator), world.bcast, world.allgather)
+
+
+def _start_torch(config: ParallelConfig, launched: Launched, transport: Transport) -> _Start:
+    from torch.distributed.rendezvous import rendezvous
+
+    from headrace.parallel.torch_fabric import TorchFabric
+
+    store, rank, world_size = next(iter(rendezvous("env://", launched.rank, launched.world_size)))
+
+    def broadcast(message: bytes) -> bytes:
+        if rank == 0:
+            store.set("lines", message)
+        return bytes(store.get("lines"))
+
+    def all_gather(text: str) -> list[str]:
+        store.set(f"host-{rank}", text)
+        return [store.get(f"host-{other}").decode() for other in range(world_size)]
+
+    return _Start(TorchFabric(transport.value, store, rank, config.deadline_s), broadcast, all_gather)
