@@ -1,7 +1,7 @@
 """What an all-reduce between processes of this host costs: `python -m bench.collectives`.
 
-Calls follow each other without anything in between, launched from a recording as a decode step does, so that a figure is
-a lower bound of what a call costs between layers. Medians over rounds; each round waits for the slowest rank.
+Calls follow each other without anything in between, launched from a recording as a decode step does, so that a figure
+is a lower bound of what a call costs between layers. Medians over rounds; each round waits for the slowest rank.
 """
 
 import argparse

@@ -9,6 +9,7 @@
 
 #include "bind.h"
 #include "communicator.h"
+#include "mpi_transport.h"
 #include "reduce.h"
 #include "shared_memory_transport.h"
 #include "shared_region.h"
@@ -33,6 +34,11 @@ std::shared_ptr<Communicator> OverSharedMemory(const std::shared_ptr<SharedRegio
   return std::make_shared<Communicator>([&](const AbortFlag& abort) {
     return std::make_unique<SharedMemoryTransport>(region, rank, abort);
   });
+}
+
+std::shared_ptr<Communicator> OverMpi(const MpiLibrary& library, int rank, int world_size) {
+  return std::make_shared<Communicator>(
+      [&](const AbortFlag& abort) { return MakeMpiTransport(library, rank, world_size, abort); });
 }
 
 // On a stream an op is recorded while that is captured; without one it runs.
@@ -173,12 +179,27 @@ void DefineCommunicator(nb::module_& m) {
       .def_prop_ro("fd", &SharedRegion::fd)
       .def_prop_ro("world_size", &SharedRegion::world_size)
       .def_prop_ro("num_bytes", &SharedRegion::num_bytes);
+  nb::class_<MpiLibrary>(m, "MpiLibrary")
+      .def(nb::init<>())
+      .def_rw("isend", &MpiLibrary::isend)
+      .def_rw("irecv", &MpiLibrary::irecv)
+      .def_rw("test", &MpiLibrary::test)
+      .def_rw("iprobe", &MpiLibrary::iprobe)
+      .def_rw("get_count", &MpiLibrary::get_count)
+      .def_rw("cancel", &MpiLibrary::cancel)
+      .def_rw("error_string", &MpiLibrary::error_string)
+      .def_rw("communicator", &MpiLibrary::communicator)
+      .def_rw("byte_type", &MpiLibrary::byte_type)
+      .def_rw("handle_bytes", &MpiLibrary::handle_bytes)
+      .def_rw("status_bytes", &MpiLibrary::status_bytes);
   nb::class_<Communicator>(m, "Communicator")
       .def_static("over_shared_memory", &OverSharedMemory, nb::arg("region"), nb::arg("rank"))
+      .def_static("over_mpi", &OverMpi, nb::arg("library"), nb::arg("rank"), nb::arg("world_size"))
       .def_prop_ro("rank", &Communicator::rank)
       .def_prop_ro("world_size", &Communicator::world_size)
       .def_prop_ro("header_bytes", &Communicator::header_bytes)
-      .def("abort", &Communicator::Abort, nb::arg("reason"), Unlocked());
+      .def("abort", &Communicator::Abort, nb::arg("reason"), Unlocked())
+      .def("close", &Communicator::Close, Unlocked());
   DefineGroup(m);
 }
 

@@ -34,6 +34,8 @@ class Communicator {
     transport_->Wake();
   }
 
+  void Close() { transport_->Close(); }
+
   // Valid until the next call; grows, never shrinks.
   char* Scratch(size_t num_bytes);
 

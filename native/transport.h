@@ -73,6 +73,8 @@ class Transport {
   // start_ns: when this rank came to the exchange. Returns when the last of the senders did, as exactly as this
   // transport can tell; 0 if there was nothing to receive.
   //
+  // Empty messages are for the callers to leave out.
+  //
   // Throws RankLost once the abort flag is set or if a message has another size than expected; no exchange can follow.
   virtual int64_t Exchange(const Outgoing* sends, int num_sends, const Incoming* receives, int num_receives,
                            int64_t start_ns) = 0;
@@ -82,6 +84,9 @@ class Transport {
 
   // Ends the sleep of a thread that waits, so that it sees the abort flag. Called from other threads.
   virtual void Wake() {}
+
+  // Before the end of the process, on the thread that communicates.
+  virtual void Close() {}
 
   // What was sent beside the messages' own bytes, as far as it is this transport's doing.
   virtual uint64_t header_bytes() const = 0;

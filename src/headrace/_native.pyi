@@ -197,9 +197,25 @@ class SharedRegion:
     @property
     def num_bytes(self) -> int: ...
 
+class MpiLibrary:
+    isend: int
+    irecv: int
+    test: int
+    iprobe: int
+    get_count: int
+    cancel: int
+    error_string: int
+    communicator: int
+    byte_type: int
+    handle_bytes: int
+    status_bytes: int
+    def __init__(self) -> None: ...
+
 class Communicator:
     @staticmethod
     def over_shared_memory(region: SharedRegion, rank: int) -> Communicator: ...
+    @staticmethod
+    def over_mpi(library: MpiLibrary, rank: int, world_size: int) -> Communicator: ...
     @property
     def rank(self) -> int: ...
     @property
@@ -207,6 +223,7 @@ class Communicator:
     @property
     def header_bytes(self) -> int: ...
     def abort(self, reason: str) -> None: ...
+    def close(self) -> None: ...
 
 class GroupCommunicator:
     def __init__(self, communicator: Communicator, name: str, ranks: Sequence[int]) -> None: ...
