@@ -30,7 +30,7 @@ def make_communicator() -> _native.Communicator:
     Raises:
         BackendUnavailable: there is no mpi4py, no MPI library, or one that cannot serve several threads.
     """
-    mpi = _import_mpi()
+    mpi = import_mpi()
     if mpi.Query_thread() < mpi.THREAD_MULTIPLE:
         raise BackendUnavailable(
             "MPI was started without MPI_THREAD_MULTIPLE; let Headrace or mpi4py start it, "
@@ -44,7 +44,7 @@ def make_communicator() -> _native.Communicator:
     return communicator
 
 
-def _import_mpi() -> Any:
+def import_mpi() -> Any:
     try:
         from mpi4py import MPI  # starts MPI, which those who do not ask for it must not
     except (ImportError, RuntimeError) as error:
