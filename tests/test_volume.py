@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.cache.block_manager import BlockManager
-from headrace.config import AllReduceDtype, ParallelConfig, SamplingParams, SchedulerConfig, Transport
+from headrace.config import AllReduceDtype, KvSharding, ParallelConfig, SamplingParams, SchedulerConfig, Transport
 from headrace.costs.algorithms import Summands, all_reduce_algorithm, all_reduce_wire_bytes
 from headrace.costs.exchanges import LITERAL_RULES, LITERAL_TO_ALL_RULES, Layout, WireRules, rules_of
 from headrace.costs.published import published_pipeline_parallel, published_tensor_parallel
@@ -364,6 +364,27 @@ class Simulation:
             if is_sliced:
                 self.all_gather(stage + 1, site, num_bytes)
 
+    def context(self, stage, layer, num_tokens):
+        """Ranks of a stage in runs, each of which has one KV head."""
+        num_kv_heads = self.hf.get("num_key_value_heads", 12)
+        if self.parallel.kv_sharding is KvSharding.REPLICATED or self.t <= num_kv_heads:
+            return
+        head_dim = self.hf.get("head_dim", self.hf["hidden_size"] // 12)
+        for sharers in np.split(np.array(self.stage_ranks(stage)), num_kv_heads):
+            heads = dict(zip(sharers, np.split(np.arange(12 // num_kv_heads), len(sharers)), strict=True))
+            for rank in sharers:
+                site = f"layers.{layer}.context"
+                sent, scattered, normalizers = 0, 0, num_tokens * sum(map(len, heads.values())) * 8
+                query = num_tokens * len(heads[rank]) * head_dim * self.activation_bytes
+                for peer in sharers:
+                    numerators = num_tokens * len(heads[peer]) * head_dim * self.activation_bytes
+                    scattered += numerators
+                    sent += numerators if peer != rank else 0
+                others = len(sharers) - 1
+                self.count(rank, "all_gather", "kv", site, "direct", query, others * query)
+                self.count(rank, "all_gather", "kv", site, "direct", normalizers, others * normalizers)
+                self.count(rank, "reduce_scatter", "kv", site, "direct", scattered, sent)
+
     def layers(self, phase, num_tokens, num_layers_of):
         self.phase = phase
         settings = self.parallel
@@ -378,6 +399,7 @@ class Simulation:
             if stage:
                 self.boundary(stage - 1, num_tokens)
             for _ in range(num_layers):
+                self.context(stage, layer, num_tokens)
                 for part in ("attention", "mlp"):
                     is_mixture = part == "mlp" and "num_local_experts" in self.hf
                     self.all_reduce(
@@ -434,21 +456,31 @@ FAMILIES = [(SMALL, [36, 37, 48, 100]), (SMALL_OPT, [36, 48]), (SMALL_MIXTRAL, [
 @st.composite
 def small_models(draw):
     family, hidden_sizes = draw(st.sampled_from(FAMILIES))
-    return family | {
-        "hidden_size": draw(st.sampled_from(hidden_sizes)),
-        "num_hidden_layers": draw(st.integers(1, 5)),
-        "vocab_size": draw(st.integers(12, 130)),
-    }
+    return (
+        family
+        | {
+            "hidden_size": draw(st.sampled_from(hidden_sizes)),
+            "num_hidden_layers": draw(st.integers(1, 5)),
+            "vocab_size": draw(st.integers(12, 130)),
+        }
+        | ({"num_key_value_heads": draw(st.sampled_from([1, 2, 3, 6, 12]))} if "num_key_value_heads" in family else {})
+    )
+
+
+def _divides(t, num_kv_heads):
+    return num_kv_heads % t == 0 or t % num_kv_heads == 0
 
 
 @st.composite
-def layouts(draw, num_layers):
+def layouts(draw, hf_config):
+    num_layers, num_kv_heads = hf_config["num_hidden_layers"], hf_config.get("num_key_value_heads", 12)
     p = draw(st.integers(1, num_layers))
     cuts = sorted(draw(st.permutations(range(1, num_layers)))[: p - 1])
     sizes = tuple(stop - start for start, stop in zip([0, *cuts], [*cuts, num_layers], strict=True))
     flags = draw(st.tuples(*[st.booleans()] * 4))
     return ParallelConfig(
-        tensor_parallel_size=draw(st.sampled_from([1, 2, 3, 4, 6, 12])),
+        tensor_parallel_size=draw(st.sampled_from([t for t in (1, 2, 3, 4, 6, 12) if _divides(t, num_kv_heads)])),
+        kv_sharding=draw(st.sampled_from([KvSharding.REPLICATED, KvSharding.SEQUENCE])),
         pipeline_parallel_size=p,
         pipeline_layers=sizes,
         all_reduce_dtype=draw(st.sampled_from(AllReduceDtype)),
@@ -485,7 +517,7 @@ class TestAgainstSimulation:
     @settings(deadline=None)
     @given(data=st.data(), hf_config=small_models(), is_literal=st.booleans(), activation_bytes=st.sampled_from([2, 4]))
     def test_every_call_of_every_rank(self, data, hf_config, is_literal, activation_bytes):
-        parallel = data.draw(layouts(hf_config["num_hidden_layers"]))
+        parallel = data.draw(layouts(hf_config))
         events = data.draw(st.lists(events_of_runs, max_size=8))
         rules = LITERAL_RULES if is_literal else WireRules()
         if is_literal:
@@ -516,7 +548,7 @@ class TestAgainstSimulation:
 
     @given(hf_config=small_models(), event=events_of_runs, data=st.data())
     def test_what_is_sent_is_received(self, hf_config, event, data):
-        parallel = data.draw(layouts(hf_config["num_hidden_layers"]))
+        parallel = data.draw(layouts(hf_config))
         layout = Layout(model=model(hf_config), parallel=parallel, activation_bytes=2)
         ranks = predict_run(layout, Counter([event]))
         everything = [row for rows in ranks for row in rows]

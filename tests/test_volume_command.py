@@ -11,8 +11,9 @@ from test_volume import LLAMA_8B, LLAMA_13B, REQUEST, SMALL_MIXTRAL, model
 from headrace.cli.main import main
 from headrace.cli.volume_plot import curves_by_length, curves_by_ranks
 from headrace.cli.volume_report import VolumeReport
-from headrace.config import Dtype, ParallelConfig
+from headrace.config import Dtype, KvSharding, ParallelConfig
 from headrace.costs.exchanges import Layout
+from headrace.costs.sites import Phase
 from headrace.costs.summary import site_kind, summarize
 from headrace.costs.volume import predict_request
 from headrace.errors import CheckpointError, ConfigError
@@ -264,8 +265,10 @@ class TestSummary:
     @pytest.mark.parametrize("hf_config", [LLAMA_13B, MIXTURE])
     def test_busiest_rank_and_sum(self, hf_config):
         parallel = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "gather_logits": True}
-        ranks = predict_request(report(hf_config, **parallel).layout, REQUEST, 1024)
-        for row in summarize(ranks, 4):
+        layout = report(hf_config, **parallel).layout
+        ranks = predict_request(layout, REQUEST, 1024)
+        summary = summarize(ranks, layout.callers)
+        for row in summary:
             of_ranks = [
                 [
                     r
@@ -278,7 +281,21 @@ class TestSummary:
             assert row.wire_bytes == max(sum(r.wire_bytes for r in rows) for rows in of_ranks)
             assert row.payload_bytes == max(sum(r.payload_bytes for r in rows) for rows in of_ranks)
             assert row.total_wire_bytes == sum(r.wire_bytes for rows in of_ranks for r in rows)
-        assert {row.kind for row in summarize(ranks, 4)} == {"attention", "mlp", "boundary", "logits"}
+        assert {row.kind for row in summary} == {"attention", "mlp", "boundary", "logits"}
+
+    def test_a_call_counts_once_whoever_makes_it(self):
+        """Eight KV heads on 16 ranks: eight pairs share contexts, and make three exchanges a layer and step."""
+        layout = report(tensor_parallel_size=16, kv_sharding=KvSharding.SEQUENCE, pipeline_parallel_size=2).layout
+        summary = summarize(predict_request(layout, REQUEST, 2048), layout.callers)
+        counts = {(row.kind, row.operation): row.count for row in summary if row.phase is Phase.DECODE}
+        assert counts == {
+            ("context", "all_gather"): 2 * 8 * 32 * 127,
+            ("context", "reduce_scatter"): 8 * 32 * 127,
+            ("attention", "all_reduce"): 32 * 127,
+            ("mlp", "all_reduce"): 32 * 127,
+            ("boundary", "send"): 16 * 127,
+            ("candidates", "all_gather"): 127,
+        }
 
 
 class TestPlot:

@@ -110,6 +110,7 @@ class VolumeReport:
                 "pipeline_parallel_size": parallel.pipeline_parallel_size,
                 "pipeline_layers": [len(layers) for layers in self.layout.stages()],
                 "all_reduce_dtype": parallel.all_reduce_dtype.value,
+                "kv_sharding": parallel.kv_sharding.value,
                 **{name: getattr(parallel, name) for name in _FLAGS},
             },
             "request": asdict(self.request),
@@ -142,7 +143,7 @@ class VolumeReport:
         }
 
     def _summary(self, account: Account) -> list[SummaryRow]:
-        return summarize(account.ranks, self.layout.parallel.tensor_parallel_size)
+        return summarize(account.ranks, self.layout.callers)
 
     def _tensor_parallel(self) -> TensorParallelVolume:
         layout = self.layout

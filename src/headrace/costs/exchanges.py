@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from headrace.config import AllReduceDtype, ModelConfig, ParallelConfig, Transport
+from headrace.config import AllReduceDtype, KvSharding, ModelConfig, ParallelConfig, Transport
 from headrace.costs.algorithms import (
     DIRECT,
     POINT_TO_POINT,
@@ -20,6 +20,8 @@ from headrace.costs.sites import Site
 from headrace.costs.steps import Event, ForwardPass, SampledRows, WholeRows
 
 _LOGIT_BYTES = 4
+_NORMALIZER_BYTES = 8
+"""Of a head: the denominator of its softmax and the logit that it refers to, in float32."""
 
 
 def ring(summands: Summands, world_size: int) -> str:  # noqa: ARG001
@@ -92,6 +94,16 @@ class Layout:
         check_heads_divide(attention.num_heads, attention.num_kv_heads, self.parallel.tensor_parallel_size)
         self.stages()
 
+    @property
+    def num_context_sharers(self) -> int:
+        """Ranks of a stage that have the same KV head."""
+        return max(1, self.parallel.tensor_parallel_size // self.model.attention.num_kv_heads)
+
+    @property
+    def callers(self) -> dict[str, int]:
+        """By name of a group, how many ranks make one of its calls together: what is sent has one sender."""
+        return {"tp": self.parallel.tensor_parallel_size, "kv": self.num_context_sharers, "pp": 1}
+
     def stages(self) -> list[range]:
         """Layers of each stage."""
         parallel = self.parallel
@@ -113,6 +125,7 @@ class RankCalls:
         self._is_last = self._stage == parallel.pipeline_parallel_size - 1
         self._is_sliced = parallel.slice_boundary and self._num_ranks > 1 and model.hidden_size % self._num_ranks == 0
         layers = layout.stages()[self._stage]
+        self._context_sites = tuple(map(Site.context, layers))
         mixtures = [layer for layer in layers if model.layers[layer].moe is not None]
         self._mixture_sites = tuple(map(Site.mlp, mixtures))
         self._linear_sites = tuple(
@@ -135,9 +148,27 @@ class RankCalls:
         if self._stage > 0:
             yield from self._receive(num_tokens)
         if self._num_ranks > 1:
+            yield from self._contexts(num_tokens)
             yield from self._sums(num_tokens)
         if not self._is_last:
             yield self._send(num_tokens)
+
+    def _contexts(self, num_tokens: int) -> Iterator[Exchange]:
+        """Of ranks that hold shares of one KV head's contexts: queries, then denominators and references of all their
+        heads, then, unless the output projection sums them, numerators."""
+        layout = self._layout
+        attention, sharding = layout.model.attention, layout.parallel.kv_sharding
+        num_sharers = layout.num_context_sharers
+        if sharding is KvSharding.REPLICATED or num_sharers == 1:
+            return
+        num_rows = num_tokens * attention.num_heads // self._num_ranks
+        query_bytes = num_rows * attention.head_dim * layout.activation_bytes
+        for num_bytes in (query_bytes, num_sharers * num_rows * _NORMALIZER_BYTES):
+            sent = all_gather_wire_bytes(num_bytes, num_sharers)
+            yield Exchange("all_gather", "kv", self._context_sites, DIRECT, num_bytes, sent)
+        if sharding is KvSharding.SEQUENCE:
+            sent = (num_sharers - 1) * query_bytes
+            yield Exchange("reduce_scatter", "kv", self._context_sites, DIRECT, num_sharers * query_bytes, sent)
 
     def _sums(self, num_tokens: int) -> Iterator[Exchange]:
         parallel, model, activation_bytes = self._layout.parallel, self._layout.model, self._layout.activation_bytes

@@ -1,7 +1,7 @@
 """Rows of all ranks, put together by kind of exchange."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace.costs.sites import Phase
@@ -35,8 +35,11 @@ def site_kind(site: str) -> str:
     return parts[-1] if parts[0] == "layers" else parts[0]
 
 
-def summarize(ranks: Sequence[Iterable[Counted]], tensor_parallel_size: int) -> list[SummaryRow]:
-    """In order of phase and first occurrence. What is received is what another rank has sent, and left out."""
+def summarize(ranks: Sequence[Iterable[Counted]], callers: Mapping[str, int]) -> list[SummaryRow]:
+    """In order of phase and first occurrence. What is received is what another rank has sent, and left out.
+
+    callers: by name of a group, how many ranks make one call together (`Layout.callers`).
+    """
     places: dict[tuple[Phase, str, str, str, str], list[list[int]]] = {}
     for rank, rows in enumerate(ranks):
         for row in rows:
@@ -46,13 +49,13 @@ def summarize(ranks: Sequence[Iterable[Counted]], tensor_parallel_size: int) -> 
                 for i, value in enumerate((row.count, row.payload_bytes, row.wire_bytes)):
                     sums[i] += value
     return [
-        _row(*place, sums, 1 if place[1] == "send" else tensor_parallel_size)
+        _row(*place, sums, callers[place[2]])
         for place, sums in sorted(places.items(), key=lambda item: item[0][0] is Phase.DECODE)
     ]
 
 
 def _row(
-    phase: Phase, operation: str, group: str, kind: str, algorithm: str, sums: list[list[int]], group_size: int
+    phase: Phase, operation: str, group: str, kind: str, algorithm: str, sums: list[list[int]], num_callers: int
 ) -> SummaryRow:
     _, payload_bytes, wire_bytes = max(sums, key=lambda of_rank: (of_rank[2], of_rank[1]))
     return SummaryRow(
@@ -61,7 +64,7 @@ def _row(
         group=group,
         kind=kind,
         algorithm=algorithm,
-        count=sum(of_rank[0] for of_rank in sums) // group_size,
+        count=sum(of_rank[0] for of_rank in sums) // num_callers,
         payload_bytes=payload_bytes,
         wire_bytes=wire_bytes,
         total_wire_bytes=sum(of_rank[2] for of_rank in sums),
