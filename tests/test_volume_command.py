@@ -4,9 +4,20 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
-from test_volume import LLAMA_8B, LLAMA_13B, REQUEST, SMALL_MIXTRAL, model
+from test_volume import (
+    LLAMA_8B,
+    LLAMA_13B,
+    MODELS,
+    PIPELINE_PARALLEL,
+    REQUEST,
+    SMALL_MIXTRAL,
+    TENSOR_PARALLEL,
+    model,
+)
 
 from headrace.cli.main import main
 from headrace.cli.volume_plot import curves_by_length, curves_by_ranks
@@ -316,6 +327,34 @@ class TestPlot:
         by_length = curves_by_length(report(), 4)
         assert by_length["PP, literal"][128] == 12_533_760 == 2 * by_length["PP, Headrace"][128]
         assert by_length["TP, literal"][128] == 814_694_400 + 3 * 8_208_384
+
+
+class TestDocs:
+    """Figures in docs/communication.md are those of the formulas."""
+
+    TEXT = (Path(__file__).resolve().parent.parent / "docs" / "communication.md").read_text(encoding="utf-8")
+    NAMES: ClassVar = {"8B": "Llama-3.1-8B", "3B": "Llama-3.2-3B", "13B": "Llama-2-13B"}
+
+    @pytest.mark.parametrize(("name", "t", "prefill", "decode", "shard", "total", "sums", "logits"), TENSOR_PARALLEL)
+    def test_tensor_parallel(self, name, t, prefill, decode, shard, total, sums, logits):
+        h = MODELS[name]["hidden_size"]
+        calls = f"{prefill} of [128, {h}] | {decode} of [1, {h}] | 128 of [1, {shard}]"
+        assert f"| {self.NAMES[name]} | {t} | {calls} | {total:,} | {sums:,} | {logits:,} |" in self.TEXT
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_pipeline_parallel(self, name):
+        two, four = (total for of, _, total in PIPELINE_PARALLEL if of == name)
+        h = MODELS[name]["hidden_size"]
+        sends = f"2 of [128, {h}] and 254 of [1, {h}]"
+        assert f"| {self.NAMES[name]} | {sends} | {two:,} | {four:,} |" in self.TEXT
+
+    def test_direct_exchange_among_four(self):
+        by_the_letter, _, mine = report(tensor_parallel_size=4).accounts()
+        payload, wire = (
+            f"{getattr(mine, name) / getattr(by_the_letter, name):.1%}".replace("%", " %")
+            for name in ("total_payload_bytes", "total_wire_bytes")
+        )
+        assert f"its payload is {payload} of the literal engine's, its wire bytes {wire}" in " ".join(self.TEXT.split())
 
 
 def test_no_torch(config_file):
