@@ -9,7 +9,9 @@ import torch
 
 from headrace.cache.kv_pool import KvPool
 from headrace.config import AllReduceDtype, EngineConfig, KvCacheFormat, ModelConfig, ParallelConfig
+from headrace.costs.exchanges import Layout, rules_of
 from headrace.engine.engine_plan import resolve_max_model_len
+from headrace.engine.exchange_check import ExchangeCheck
 from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, kv_cache_spec, resolve_kv_cache_format
 from headrace.engine.runner import ModelRunner
 from headrace.engine.softmax import ChosenSoftmax, resolve_softmax
@@ -33,6 +35,7 @@ class LoadedRank:
     """groups: tp and pp. weight_bytes: weights in memory; block_bytes: of a cache block on all layers of this rank;
     load_s: so far."""
 
+    rank: int
     source: ModelSource
     shape: RankShape
     kernels: Kernels
@@ -57,7 +60,25 @@ class LoadedRank:
         pool = KvPool(self.kernels, spec, num_layers=len(self.shape.layers))
         runner = ModelRunner(self.decoder, pool, max_model_len, self.boundary)
         tp_group, gathers_logits = self.groups[0], self.parallel.gather_logits
-        return Worker(runner, eos_token_ids, self.groups, tp_group=tp_group, gathers_logits=gathers_logits)
+        return Worker(
+            runner,
+            eos_token_ids,
+            self.groups,
+            tp_group=tp_group,
+            gathers_logits=gathers_logits,
+            check=self._exchange_check(),
+        )
+
+    def _exchange_check(self) -> ExchangeCheck | None:
+        if self.parallel.world_size == 1:
+            return None
+        layout = Layout(
+            model=self.source.config,
+            parallel=self.parallel,
+            activation_bytes=self.formats.dtype.itemsize,
+            rules=rules_of(self.parallel.transport),
+        )
+        return ExchangeCheck(layout, self.rank, self.groups)
 
 
 def default_num_threads(config: EngineConfig, num_ranks_on_host: int) -> int:
@@ -107,6 +128,7 @@ def load_rank(
     linear_weights = LinearWeights.of((p.weight for p in decoder.linear_parameters()), formats.dtype)
     prepare_dataflow(kernels, linear_weights, config.dataflow, num_threads, show_progress=show_progress)
     return LoadedRank(
+        rank=place.rank,
         source=source,
         shape=shape,
         kernels=kernels,

@@ -16,7 +16,7 @@ from headrace.machine import available_memory_bytes, host_id
 from headrace.parallel.channel import ChannelClosed
 from headrace.parallel.world import World
 
-_PLAN, _LEDGER, _END = b"p", b"l", b"e"
+_PLAN, _LEDGER, _DIFFERENCES, _END = b"p", b"l", b"d", b"e"
 """First byte of what rank 0 says to the others."""
 
 
@@ -98,11 +98,19 @@ class RankedExecutor:
     def ledger_rows(self) -> list[list[dict[str, Any]]]:
         """The rows of each rank's ledger, as plain data; while no plan is in flight."""
         self._check()
-        rows = [ledger_data(self.worker)]
+        return [ledger_data(self.worker), *self._ask_all(_LEDGER)]
+
+    def exchange_differences(self) -> list[str]:
+        """Where a rank's ledger differs from what its plans predict; while no plan is in flight."""
+        self._check()
+        differences = [self.worker.exchange_differences(), *self._ask_all(_DIFFERENCES)]
+        return [f"rank {rank}: {line}" for rank, lines in enumerate(differences) for line in lines]
+
+    def _ask_all(self, question: bytes) -> list[Any]:
+        """The answers of all other ranks, in their order."""
         for rank in self._world.control:
-            self._world.send(rank, _LEDGER)
-            rows.append(json.loads(self._world.receive(rank)))
-        return rows
+            self._world.send(rank, question)
+        return [json.loads(self._world.receive(rank)) for rank in self._world.control]
 
     def close(self) -> None:
         """End all ranks in order; also done when this object is forgotten, and when the program ends."""
@@ -161,12 +169,15 @@ def follow(world: World, loaded: LoadedRank) -> None:
     must_report = world.place.reports
     while True:
         message = world.receive(0)
-        match message[:1]:
-            case b"p":
-                result = worker.execute(decode_plan(message[1:]))
-                if must_report:
-                    world.send(0, encode_result(result))
-            case b"l":
-                world.send(0, json.dumps(ledger_data(worker)).encode())
-            case b"e":
-                return
+        kind, content = message[:1], message[1:]
+        if kind == _PLAN:
+            result = worker.execute(decode_plan(content))
+            if must_report:
+                world.send(0, encode_result(result))
+        elif kind == _LEDGER:
+            world.send(0, json.dumps(ledger_data(worker)).encode())
+        elif kind == _DIFFERENCES:
+            world.send(0, json.dumps(worker.exchange_differences()).encode())
+        else:
+            assert kind == _END, f"unknown message {kind!r}"
+            return

@@ -60,7 +60,7 @@ from headrace.engine.sampler import (
 from headrace.errors import KernelError
 from headrace.parallel import Group
 
-_GATHERED_ROWS = 64
+GATHERED_ROWS = 64
 """Rows of whole logits that exist at once."""
 
 
@@ -303,7 +303,7 @@ class ShardedSampler:
     def _sample_gathered(self, step: _Step, logits: Tensor) -> None:
         step.gathered.sort()
         self.fallback_rows += len(step.gathered)
-        for indices in _in_parts(step.gathered, _GATHERED_ROWS):
+        for indices in _in_parts(step.gathered, GATHERED_ROWS):
             host = HostLogits(self.whole_rows(logits[indices]))
             for place, index in enumerate(indices):
                 try:

@@ -11,6 +11,7 @@ from torch import Tensor
 from headrace.costs.sites import Phase
 from headrace.engine.block_table import BlockTable
 from headrace.engine.decode_step import DecodeStep
+from headrace.engine.exchange_check import ExchangeCheck
 from headrace.engine.logprobs import prompt_logprobs
 from headrace.engine.plan import NewSequence, PromptLogprobs, ScheduledChunk, StepPlan, StepResult
 from headrace.engine.rows import Row
@@ -48,6 +49,7 @@ class Worker:
     groups: those whose ledgers count by phase.
     tp_group: the ranks that have the logits of this rank's stage together, each those of its shard of the vocabulary;
         gathers_logits: each has them all, see `ParallelConfig.gather_logits`.
+    check: of what the groups exchange, fed with every step; None without other ranks.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class Worker:
         *,
         tp_group: Group | None = None,
         gathers_logits: bool = False,
+        check: ExchangeCheck | None = None,
     ) -> None:
         self.groups = tuple(group for group in groups if group.world_size > 1)
         self._phase: Phase | None = None
+        self._check = check
         self._runner = runner
         self._sampler = _make_sampler(tp_group, runner.vocab_size, gathers_logits)
         self._eos_token_ids = eos_token_ids
@@ -86,16 +90,28 @@ class Worker:
             self._sequences[new.seq_id] = self._sequence(new)
         if not plan.chunks:
             return StepResult(sampled=(), prompt_logprobs=(), failed={})
-        if self.groups:
-            self._set_phase(Phase.DECODE if plan.num_decode_tokens == plan.num_tokens else Phase.PREFILL)
-        hidden_states = self._runner.run([self._row(chunk) for chunk in plan.chunks])
-        if not self._runner.has_head:
-            return StepResult(sampled=(), prompt_logprobs=(), failed={})
-        return self._sample(plan, hidden_states)
+        if self._check is None:
+            return self._run(plan)
+        phase = Phase.DECODE if plan.num_decode_tokens == plan.num_tokens else Phase.PREFILL
+        self._set_phase(phase)
+        self._check.begin_step(phase, plan.num_tokens)
+        result = self._run(plan)
+        self._check.end_step(self.fallback_rows)
+        return result
+
+    def exchange_differences(self) -> list[str]:
+        """Where the ledger of this rank differs from what its plans predict: one line for each figure."""
+        return [] if self._check is None else self._check.differences()
 
     def reset(self) -> None:
         """Forget every sequence, as after a step that failed half way."""
         self._sequences.clear()
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        hidden_states = self._runner.run([self._row(chunk) for chunk in plan.chunks])
+        if not self._runner.has_head:
+            return StepResult(sampled=(), prompt_logprobs=(), failed={})
+        return self._sample(plan, hidden_states)
 
     def _set_phase(self, phase: Phase) -> None:
         if phase is not self._phase:
@@ -149,6 +165,8 @@ class Worker:
         if len(last_rows) < row:
             hidden_states = hidden_states[last_rows]
         logits, largest = self._runner.logits(hidden_states)
+        if self._check is not None:
+            self._check.add_sampling(sampling)
         outcome = self._sampler.sample(logits, sampling, largest)
         return StepResult(outcome.sampled, tuple(prompts), {**outcome.failed, **failed})
 
@@ -162,6 +180,8 @@ class Worker:
         found = []
         for offset in range(0, len(targets), _PROMPT_LOGITS_ROWS):
             part = targets[offset : offset + _PROMPT_LOGITS_ROWS]
+            if self._check is not None:
+                self._check.add_whole_rows(len(part))
             logits = self._runner.logits(hidden_states[offset : offset + len(part)]).logits
             rows = prompt_logprobs(self._sampler.whole_rows(logits), part, num_top)
             found.append(PromptLogprobs(seq_id=chunk.seq_id, start=chunk.start + offset + 1, rows=rows))

@@ -1,0 +1,101 @@
+"""Whether a rank exchanged what its plans predict: run all the time, because it is cheap."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from headrace.costs.candidates import candidates_payload_bytes, draws_payload_bytes, row_record
+from headrace.costs.exchanges import Layout
+from headrace.costs.sharding import shard_vocabulary
+from headrace.costs.sites import Phase
+from headrace.costs.steps import GREEDY_ROW_BYTES, ForwardPass, Run, SampledRows, WholeRows
+from headrace.costs.volume import RankVolume, Sums, add_up, differences
+from headrace.engine.sampler import SamplingRow
+from headrace.engine.sharded_sampler import GATHERED_ROWS
+from headrace.parallel import Group, LedgerRow
+
+logger = logging.getLogger(__name__)
+
+_INTERVAL_S = 0.1
+
+
+class ExchangeCheck:
+    """What this rank has run, the exchanges that follow from it, and whether the ledger has just those.
+
+    Fed with what is known before anything is exchanged: tokens of a pass, parameters of rows. Only how many rows were
+    gathered because candidates did not suffice depends on the logits, and is taken from the sampler.
+    """
+
+    def __init__(self, layout: Layout, rank: int, groups: Sequence[Group]) -> None:
+        self._rank = rank
+        self._groups = groups
+        self._volume = RankVolume(layout, rank)
+        self._vocab_size = layout.model.vocab_size
+        self._largest_shard = len(shard_vocabulary(self._vocab_size, 0, layout.parallel.tensor_parallel_size))
+        self._run: Run = Counter()
+        self._checked_s = time.monotonic()
+        self._has_reported = False
+        self._phase = Phase.PREFILL
+        self._fallback_rows = 0
+
+    def begin_step(self, phase: Phase, num_tokens: int) -> None:
+        self._phase = phase
+        self._run[ForwardPass(phase, num_tokens)] += 1
+
+    def add_sampling(self, rows: Sequence[SamplingRow]) -> None:
+        """Rows about to be sampled together."""
+        phase = self._phase
+        if all(row.takes_largest for row in rows):
+            self._run[SampledRows(phase, len(rows), len(rows) * GREEDY_ROW_BYTES)] += 1
+            return
+        records = [
+            row_record(
+                row.params,
+                changes_logits=row.changes_logits,
+                vocab_size=self._vocab_size,
+                largest_shard=self._largest_shard,
+            )
+            for row in rows
+        ]
+        candidate_bytes, draw_bytes = candidates_payload_bytes(records), draws_payload_bytes(records)
+        self._run[SampledRows(phase, len(rows), candidate_bytes, draw_bytes)] += 1
+
+    def add_whole_rows(self, num_rows: int) -> None:
+        """Rows gathered whole at once."""
+        self._run[WholeRows(self._phase, num_rows)] += 1
+
+    def end_step(self, fallback_rows: int) -> None:
+        """Compare now and then, and report the first difference as an error in the log.
+
+        fallback_rows: gathered by the sampler in all steps so far.
+        """
+        if fallback_rows > self._fallback_rows:
+            self._add_fallback(fallback_rows - self._fallback_rows)
+            self._fallback_rows = fallback_rows
+        now_s = time.monotonic()
+        if now_s - self._checked_s < _INTERVAL_S or self._has_reported:
+            return
+        self._checked_s = now_s
+        found = self.differences()
+        if found:
+            self._has_reported = True
+            logger.error(
+                "rank %d exchanged other bytes than predicted, in %d places: %s", self._rank, len(found), found[0]
+            )
+
+    def _add_fallback(self, num_rows: int) -> None:
+        whole, rest = divmod(num_rows, GATHERED_ROWS)
+        for rows in [GATHERED_ROWS] * whole + [rest] * bool(rest):
+            self.add_whole_rows(rows)
+
+    def differences(self) -> list[str]:
+        """One line for each figure that differs; none if ledger and prediction agree to the byte."""
+        rows = [row for group in self._groups for row in group.ledger_rows()]
+        if _total(rows) == self._volume.total(self._run):
+            return []
+        return list(differences(self._volume.rows(self._run), rows))
+
+
+def _total(rows: Sequence[LedgerRow]) -> Sums:
+    return add_up(Sums(row.count, row.payload_bytes, row.wire_bytes) for row in rows)
