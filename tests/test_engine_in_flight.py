@@ -264,7 +264,26 @@ class TestFaults:
         assert finished["good"].outputs[0].finish_reason == "length"
         assert len(tokens_of(finished["good"])[0]) == 20
         assert engine.metrics().num_finished_requests == 2
+
+    def test_last_prompt_that_fails_leaves_nothing_in_flight(self, poisoned: LoadedModel) -> None:
+        executor = LateExecutor(poisoned.executor.worker, 3)  # type: ignore[attr-defined]
+        engine = Engine(replace(poisoned, executor=executor))
+        engine.add_request("bad", [5, 77, *range(100, 500)], replace(GREEDY, prompt_logprobs=0))
+        assert drain(engine)["bad"].outputs[0].finish_reason == "error"
+        assert executor.occupancy == [3, 2, 1]
         assert not executor.open
+
+    def test_client_that_leaves_among_others(self) -> None:
+        """Its token is still on the way, and is passed over."""
+        engine = make_engine(late_executor(2))
+        for index in range(4):
+            engine.add_request(str(index), (20 + index, 7, 8), GREEDY)
+        engine.step()
+        engine.step()
+        assert engine.abort("3") is not None
+        finished = drain(engine)
+        for index in range(3):
+            assert tokens_of(finished[str(index)]) == tokens_of(alone((20 + index, 7, 8), GREEDY))
 
     def test_rank_that_fails_when_nobody_waits_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         executor = late_executor(3)
