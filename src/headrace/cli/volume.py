@@ -2,14 +2,20 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from headrace.cli.options import add_model_options, engine_config
+from headrace.cli.options import add_model_options, engine_config, make_llm
+from headrace.cli.terminal import is_watched
 from headrace.config import EngineConfig
 from headrace.costs.exchanges import Layout, rules_of
 from headrace.costs.steps import RequestShape
 from headrace.errors import ConfigError
 from headrace.models.config_file import read_config_file
+
+if TYPE_CHECKING:
+    from headrace.parallel import LedgerRow
 
 _PROMPT_TOKENS, _OUTPUT_TOKENS = 128, 128
 
@@ -36,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="draw volume against prompt length and number of ranks, as .png, .svg or .pdf",
     )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="load the model, run such requests, and put what the ledgers of its ranks counted beside it",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
     add_model_options(parser)
 
@@ -61,12 +72,31 @@ def run(args: argparse.Namespace) -> int:
         request=_request(args, config),
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
     )
+    if args.measure:
+        report = replace(report, counted=_measure(args, report.request))
     if args.plot is not None:
         from headrace.cli.volume_plot import plot
 
         plot(report, args.plot)
     print(json.dumps(report.to_json()) if args.json else "\n".join(report.lines()))
     return 0
+
+
+def _measure(args: argparse.Namespace, request: RequestShape) -> "list[list[LedgerRow]]":
+    """The ledgers of all ranks after these requests, rank 0 first."""
+    from headrace.config import SamplingParams
+    from headrace.engine.ranks import RankedExecutor
+
+    # What a prompt shares with another is not computed, and so not exchanged.
+    args.enable_prefix_caching = False
+    with make_llm(args, show_progress=is_watched() and not args.json, require_tokenizer=False) as llm:
+        executor, vocab_size = llm.engine.model.executor, llm.engine.model.config.vocab_size
+        prompts = [
+            {"prompt_token_ids": [(start + i) % vocab_size for i in range(request.prompt_tokens)]}
+            for start in range(request.batch_size)
+        ]
+        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=request.output_tokens, ignore_eos=True))
+        return executor.ledger_rows() if isinstance(executor, RankedExecutor) else [[]]
 
 
 def _request(args: argparse.Namespace, config: EngineConfig) -> RequestShape:

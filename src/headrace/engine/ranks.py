@@ -7,12 +7,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.costs.sites import Phase
 from headrace.engine.load_rank import LoadedRank
 from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.wire import decode_plan, decode_result, encode_plan, encode_result
 from headrace.engine.worker import Worker
 from headrace.errors import EngineStopped, RankError
 from headrace.machine import available_memory_bytes, host_id
+from headrace.parallel import LedgerRow
 from headrace.parallel.channel import ChannelClosed
 from headrace.parallel.world import World
 
@@ -95,10 +97,10 @@ class RankedExecutor:
         if not self._has_failed:
             self._failed(RankError("a step was cut short"))
 
-    def ledger_rows(self) -> list[list[dict[str, Any]]]:
-        """The rows of each rank's ledger, as plain data; while no plan is in flight."""
+    def ledger_rows(self) -> list[list[LedgerRow]]:
+        """The rows of each rank's ledger, rank 0 first; while no plan is in flight."""
         self._check()
-        return [ledger_data(self.worker), *self._ask_all(_LEDGER)]
+        return [_ledger_rows(self.worker), *(list(map(_as_ledger_row, rows)) for rows in self._ask_all(_LEDGER))]
 
     def exchange_differences(self) -> list[str]:
         """Where a rank's ledger differs from what its plans predict; while no plan is in flight."""
@@ -137,9 +139,16 @@ def _end_ranks(world: World) -> None:
     world.close()
 
 
-def ledger_data(worker: Worker) -> list[dict[str, Any]]:
-    rows = (row for group in worker.groups for row in group.ledger_rows())
-    return [vars(row) | {"phase": row.phase.value} for row in rows]
+def _ledger_rows(worker: Worker) -> list[LedgerRow]:
+    return [row for group in worker.groups for row in group.ledger_rows()]
+
+
+def _ledger_data(worker: Worker) -> list[dict[str, Any]]:
+    return [vars(row) | {"phase": row.phase.value} for row in _ledger_rows(worker)]
+
+
+def _as_ledger_row(data: dict[str, Any]) -> LedgerRow:
+    return LedgerRow(**(data | {"phase": Phase(data["phase"])}))
 
 
 def agree(world: World, loaded: LoadedRank) -> list[RankReport]:
@@ -175,7 +184,7 @@ def follow(world: World, loaded: LoadedRank) -> None:
             if must_report:
                 world.send(0, encode_result(result))
         elif kind == _LEDGER:
-            world.send(0, json.dumps(ledger_data(worker)).encode())
+            world.send(0, json.dumps(_ledger_data(worker)).encode())
         elif kind == _DIFFERENCES:
             world.send(0, json.dumps(worker.exchange_differences()).encode())
         else:
