@@ -23,6 +23,7 @@ from headrace.costs.candidates import (
 )
 from headrace.costs.sharding import shard_vocabulary, vocabulary_shard_sizes
 from headrace.costs.sites import Site
+from headrace.engine.candidates import Candidates, read_shares, write_candidates_
 from headrace.engine.logits import Largest
 from headrace.engine.logprobs import prompt_logprobs
 from headrace.engine.sampler import SampleOutcome, Sampler, SamplingRow
@@ -351,6 +352,20 @@ def test_prompt_logprobs_of_gathered_rows(world_size) -> None:
 
     for found in on_ranks(ranks.groups, run):
         assert found == prompt_logprobs(logits, targets, 3)
+
+
+@pytest.mark.parametrize("num_candidates", [0, 1, 3])
+def test_places_without_a_candidate_say_so(num_candidates) -> None:
+    """Whatever the words held before: a rank that has nothing to say must not change what others say."""
+    words = np.full(6, 12345, np.int32)
+    given = Candidates(np.array([40, 2, 50])[:num_candidates], np.array([9, 8, 8], np.float32)[:num_candidates])
+    write_candidates_(words, given)
+    record = RowRecord(largest_shard=3, num_candidates=3)
+    other = np.full(6, 12345, np.int32)
+    write_candidates_(other, Candidates(np.array([7, 8, 9]), np.array([-1, -1, -1], np.float32)))
+    shares = read_shares(np.stack([words, other]), record, np.zeros(2, np.float32))
+    assert shares.candidates.token_ids.tolist() == [*given.token_ids.tolist(), 7, 8, 9][:3]
+    assert shares.largest.tolist() == [9.0 if num_candidates else -math.inf, -1.0]
 
 
 def test_records_stay_within_the_largest_shard() -> None:

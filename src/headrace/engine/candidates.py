@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.costs.candidates import RowRecord
-from headrace.engine.draw import LARGEST_TEMPERATURE, Ids, Row, largest_tokens
+from headrace.engine.draw import Ids, Row, largest_tokens
 
 Words = NDArray[np.int32]
 Sums = NDArray[np.float64]
@@ -56,7 +56,7 @@ def scaled_sums(largest: Row, sums: Sums, temperature: float) -> Sums:
     """
     gaps = largest.astype(np.float64) - float(largest.max())
     with np.errstate(under="ignore"):
-        scaled: Sums = sums * np.exp(gaps / min(temperature, LARGEST_TEMPERATURE))
+        scaled: Sums = sums * np.exp(gaps / temperature)
     return scaled
 
 

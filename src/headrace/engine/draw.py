@@ -18,7 +18,7 @@ Weights = npt.NDArray[np.floating[Any]]
 
 _MAX_GROUP_SIZE = 64  # tokens per group when bounding the k-th largest logit
 _CDF_BLOCK = 256  # tokens per block of the two-level cumulative sum
-LARGEST_TEMPERATURE = float(np.finfo(np.float32).max)
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def draw_token(logits: Row, params: SamplingParams, uniform: float) -> int:
@@ -87,7 +87,7 @@ def draw_from_nucleus(token_ids: Ids, weights: Row, total: float, params: Sampli
 
 def exp_weights(logits: Row, temperature: float) -> Row:
     """exp((logits - max) / temperature), at most 1: subtracting first, nothing overflows but towards a weight of 0."""
-    divisor = np.float32(min(temperature, LARGEST_TEMPERATURE))  # -inf / inf would be NaN
+    divisor = np.float32(min(temperature, _LARGEST_FLOAT32))  # -inf / inf would be NaN
     with np.errstate(over="ignore", under="ignore"):
         weights: Row = logits - logits.max()
         weights /= divisor
