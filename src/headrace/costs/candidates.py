@@ -11,6 +11,7 @@ that has it. Where candidates do not suffice, all ranks gather the row's logits 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from headrace.config import SamplingParams
 
@@ -49,15 +50,15 @@ class RowRecord:
     is_drawn_by_owner: bool = False
     is_gathered: bool = False
 
-    @property
+    @cached_property
     def num_places(self) -> int:
         return min(self.num_candidates, self.largest_shard)
 
-    @property
+    @cached_property
     def num_raw_places(self) -> int:
         return min(self.num_raw_candidates, self.largest_shard)
 
-    @property
+    @cached_property
     def num_words(self) -> int:
         """Beside the LARGEST_WORDS."""
         raw_words = 2 * self.num_raw_places + 2 if self.num_raw_candidates else 0

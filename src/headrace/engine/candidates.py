@@ -26,6 +26,9 @@ class Candidates(NamedTuple):
     logits: Row
 
 
+_NO_CANDIDATES = Candidates(np.empty(0, np.int64), np.empty(0, np.float32))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shares:
     """What the ranks say of one row.
@@ -113,6 +116,8 @@ def read_shares(words: Words, record: RowRecord, raw_largest: Row) -> Shares:
 def _merge(token_ids: Words, logits: Row, num_candidates: int) -> Candidates:
     """The largest of all shards' candidates. Shards lie in the order of their ids, so that a stable sort keeps equals
     in that order too."""
+    if not token_ids.shape[1]:
+        return _NO_CANDIDATES
     flat_ids, flat_logits = token_ids.reshape(-1), logits.reshape(-1)
     order = np.argsort(-flat_logits, kind="stable")
     order = order[flat_ids[order] != _NO_TOKEN][:num_candidates]

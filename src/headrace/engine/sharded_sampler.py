@@ -301,7 +301,6 @@ class ShardedSampler:
                 step.sampled[index] = SampledToken(row.seq_id, token_id, logprobs)
 
     def _sample_gathered(self, step: _Step, logits: Tensor) -> None:
-        step.gathered.sort()
         self.fallback_rows += len(step.gathered)
         for indices in _in_parts(step.gathered, GATHERED_ROWS):
             host = HostLogits(self.whole_rows(logits[indices]))
