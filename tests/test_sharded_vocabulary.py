@@ -175,6 +175,27 @@ def test_ids_outside_give_zeros_where_asked(weight_format, dtype, kernels) -> No
     assert (found[[0, 3, 4, 5]] == 0).all()
 
 
+@pytest.mark.parametrize("shard_embedding", [False, True])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "chatglm3"])
+def test_each_rank_reads_its_own_rows_of_the_checkpoint(tmp_path, name, shard_embedding) -> None:
+    source = source_of(tmp_path, name)
+    config = source.config
+    table, head = (source.family.locate(f"{n}.weight", config).name for n in ("model.embed_tokens", "lm_head"))
+    for group in thread_groups(2):
+        read: dict[str, set[int]] = {table: set(), head: set()}
+
+        def read_rows(name: str, start: int, stop: int, read=read, checkpoint=source.checkpoint) -> Tensor:
+            read.setdefault(name, set()).update(range(start, stop))
+            return type(checkpoint).read_rows(checkpoint, name, start, stop)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(source.checkpoint, "read_rows", read_rows)
+            load(source, group=group, parallel=ParallelConfig(shard_embedding=shard_embedding))
+        shard = set(shard_vocabulary(config.vocab_size, group.rank, 2))
+        assert read[table] == (shard if shard_embedding else set(range(config.vocab_size)))
+        assert read[head] == (set() if config.tie_word_embeddings else shard)
+
+
 @EACH_KERNELS
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "opt-350m"])
 def test_each_rank_holds_its_share_of_the_vocabulary(tmp_path, name, kernels) -> None:
