@@ -250,6 +250,7 @@ def test_a_rank_without_tokens_takes_part(tmp_path, kernels) -> None:
     def run(group) -> tuple[Tensor, Tensor, Tensor]:
         shard = vocabulary_only(source, group, kernels, ParallelConfig(shard_embedding=True))
         gathering = vocabulary_only(source, group, kernels, ParallelConfig(gather_logits=True))
+        assert [matrix.local_rows for matrix in shard[1].matrices()] == [size for size in [sizes[group.rank]] if size]
         return shard[0](ids, positions), shard[1](hidden_states), gathering[1](hidden_states)
 
     found = on_ranks(thread_groups(16), run)

@@ -10,6 +10,7 @@ from headrace.costs.sharding import shard_vocabulary, vocabulary_shard_sizes
 from headrace.costs.sites import Site
 from headrace.layers.context import LayerContext
 from headrace.layers.parameter import Parameter, ParameterRows, TensorSlice, whole_matrix
+from headrace.parallel import Group
 
 
 class TokenEmbedding:
@@ -114,16 +115,18 @@ class LmHead:
         [num_rows, vocab_size] where logits are gathered."""
         if self.project_out is not None:
             hidden_states = self._linear(hidden_states, self.project_out.weight)
-        logits = (
-            self._shard(hidden_states, torch.float32) if self._gathering_group is None else self._gather(hidden_states)
-        )
+        if self._gathering_group is None:
+            logits = self._linear(hidden_states, self.matrix.weight, out_dtype=torch.float32)
+        else:
+            logits = self._gathered(hidden_states, self._gathering_group)
         if self._soft_cap is not None:
             logits = self._soft_cap * torch.tanh(logits / self._soft_cap)
         return logits
 
     def matrices(self) -> Iterator[Parameter]:
-        """What hidden states are multiplied with, the embedding's rows if it is tied."""
-        yield self.matrix
+        """What hidden states are multiplied with, the embedding's rows if it is tied; not a share without tokens."""
+        if self.matrix.local_rows:
+            yield self.matrix
         if self.project_out is not None:
             yield self.project_out
 
@@ -134,15 +137,9 @@ class LmHead:
         if self.project_out is not None:
             yield self.project_out
 
-    def _shard(self, hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
-        if not self.matrix.local_rows:
-            return hidden_states.new_empty(len(hidden_states), 0, dtype=dtype)
-        return self._linear(hidden_states, self.matrix.weight, out_dtype=dtype)
-
-    def _gather(self, hidden_states: Tensor) -> Tensor:
-        assert self._gathering_group is not None
-        shard = self._shard(hidden_states, hidden_states.dtype)
-        return torch.cat(self._gathering_group.all_gather(shard, Site.LOGITS, self._sizes), dim=-1).float()
+    def _gathered(self, hidden_states: Tensor, group: Group) -> Tensor:
+        shard = self._linear(hidden_states, self.matrix.weight)
+        return torch.cat(group.all_gather(shard, Site.LOGITS, self._sizes), dim=-1).float()
 
 
 def _matrix_rows(name: str, rows: range, num_rows: int, num_columns: int) -> TensorSlice:
