@@ -58,7 +58,7 @@ def _measure(communicator: _native.Communicator, num_bytes: int, algorithm: str 
 def _all_reduce(group: NativeGroup, stream, x, algorithm) -> None:
     channel = group._group.channel(_native.Operation.ALL_REDUCE, "bench")
     bfloat16 = _native.DType.BFLOAT16
-    group._group.all_reduce(stream, channel, algorithm, bfloat16, x.numel(), x.data_ptr(), x.data_ptr(), bfloat16)
+    group._group.all_reduce(stream, channel, algorithm, bfloat16, 1, x.numel(), x.data_ptr(), x.data_ptr(), bfloat16)
 
 
 def over_shared_memory(world_size: int, algorithm: str | None) -> list[float]:

@@ -51,10 +51,10 @@ void Launch(Stream* stream, const char* name, const Op& op) {
   }
 }
 
-void AllReduce(GroupCommunicator& group, Stream* stream, int channel, Algorithm algorithm, DType dtype, int64_t count,
-               uintptr_t in, uintptr_t out, DType out_dtype) {
-  const AllReduceCall call = {&group.ledger().channel(channel), algorithm, dtype, count, Pointer<const void>(in),
-                              Pointer<void>(out), out_dtype};
+void AllReduce(GroupCommunicator& group, Stream* stream, int channel, Algorithm algorithm, DType dtype,
+               int64_t num_rows, int64_t row_size, uintptr_t in, uintptr_t out, DType out_dtype) {
+  const AllReduceCall call = {&group.ledger().channel(channel), algorithm, dtype, num_rows, row_size,
+                              Pointer<const void>(in), Pointer<void>(out), out_dtype};
   Launch(stream, "all_reduce", [group = &group, call] { group->AllReduce(call); });
 }
 
@@ -93,6 +93,28 @@ void Recv(GroupCommunicator& group, Stream* stream, int channel, int source, uin
   CheckPeer(group, source);
   const PointToPointCall call = {&group.ledger().channel(channel), source, Pointer<void>(data), num_bytes};
   Launch(stream, "recv", [group = &group, call] { group->Recv(call); });
+}
+
+// The sums that collectives make, on any instruction set: for tests.
+void SumInRankOrder(Target target, const std::vector<uintptr_t>& in, DType dtype, int64_t count, uintptr_t out,
+                    DType out_dtype) {
+  std::vector<const void*> summands;
+  for (const uintptr_t address : in) summands.push_back(Pointer<const void>(address));
+  Reduce(target).sum(summands, dtype, count, Pointer<void>(out), out_dtype);
+}
+
+void SumQuantizedInRankOrder(Target target, const std::vector<uintptr_t>& in, DType dtype, int64_t num_rows,
+                             int64_t row_size, uintptr_t out) {
+  const GroupedRows rows = {num_rows, row_size};
+  const Range all = {0, rows.num_groups()};
+  std::vector<std::vector<char>> messages;
+  std::vector<const char*> summands;
+  for (const uintptr_t address : in) {
+    messages.emplace_back(static_cast<size_t>(rows.MessageBytes(all)));
+    Reduce(target).quantize(rows, all, dtype, Pointer<const void>(address), messages.back().data());
+  }
+  for (const std::vector<char>& message : messages) summands.push_back(message.data());
+  Reduce(target).sum_quantized(rows, all, summands, Pointer<float>(out));
 }
 
 // Operation, site, phase, algorithm; count, payload and wire bytes, wait and transfer in ns.
@@ -156,7 +178,8 @@ void DefineGroup(nb::module_& m) {
           nb::arg("operation"), nb::arg("site"))
       .def("ledger_rows", &LedgerRows)
       .def("all_reduce", &AllReduce, nb::arg("stream").none(), nb::arg("channel"), nb::arg("algorithm"),
-           nb::arg("dtype"), nb::arg("count"), nb::arg("in_ptr"), nb::arg("out_ptr"), nb::arg("out_dtype"), Unlocked())
+           nb::arg("dtype"), nb::arg("num_rows"), nb::arg("row_size"), nb::arg("in_ptr"), nb::arg("out_ptr"),
+           nb::arg("out_dtype"), Unlocked())
       .def("reduce_scatter", &ReduceScatter, nb::arg("stream").none(), nb::arg("channel"), nb::arg("dtype"),
            nb::arg("count"), nb::arg("in_ptr"), nb::arg("out_ptr"), nb::arg("out_dtype"), Unlocked())
       .def("all_gather", &AllGather, nb::arg("stream").none(), nb::arg("channel"), nb::arg("in_ptr"),
@@ -165,7 +188,12 @@ void DefineGroup(nb::module_& m) {
            nb::arg("num_bytes"), Unlocked())
       .def("recv", &Recv, nb::arg("stream").none(), nb::arg("channel"), nb::arg("source"), nb::arg("data_ptr"),
            nb::arg("num_bytes"), Unlocked());
-  m.def("all_reduce_algorithm", &AllReduceAlgorithm, nb::arg("payload_bytes"), nb::arg("world_size"));
+  m.def("all_reduce_algorithm", &AllReduceAlgorithm, nb::arg("payload_bytes"), nb::arg("world_size"),
+        nb::arg("allows_int8"));
+  m.def("sum_in_rank_order", &SumInRankOrder, nb::arg("target"), nb::arg("in_ptrs"), nb::arg("dtype"), nb::arg("count"),
+        nb::arg("out_ptr"), nb::arg("out_dtype"), Unlocked());
+  m.def("sum_quantized_in_rank_order", &SumQuantizedInRankOrder, nb::arg("target"), nb::arg("in_ptrs"), nb::arg("dtype"),
+        nb::arg("num_rows"), nb::arg("row_size"), nb::arg("out_ptr"), Unlocked());
 }
 
 }  // namespace

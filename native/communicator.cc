@@ -16,6 +16,7 @@ constexpr size_t kAlignment = 64;
 // bytes than the two-shot one, and sums in half the rounds but twice the additions; with more ranks it sends more.
 constexpr size_t kDirectMaxBytesOfTwo = 256 * 1024;
 constexpr size_t kDirectMaxBytes = 32 * 1024;
+constexpr size_t kInt8MinBytes = 64 * 1024;
 
 size_t RoundUp(size_t size) { return (size + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -43,7 +44,8 @@ char* Communicator::Scratch(size_t num_bytes) {
   return scratch_.get();
 }
 
-Algorithm AllReduceAlgorithm(size_t payload_bytes, int world_size) {
+Algorithm AllReduceAlgorithm(size_t payload_bytes, int world_size, bool allows_int8) {
+  if (allows_int8 && payload_bytes >= kInt8MinBytes) return Algorithm::kTwoShotInt8;
   const size_t max_bytes = world_size == 2 ? kDirectMaxBytesOfTwo : kDirectMaxBytes;
   return payload_bytes <= max_bytes ? Algorithm::kDirect : Algorithm::kTwoShot;
 }
@@ -94,12 +96,20 @@ void GroupCommunicator::Record(Channel& channel, Call& record) {
 }
 
 void GroupCommunicator::AllReduce(const AllReduceCall& call) {
-  const size_t payload_bytes = static_cast<size_t>(call.count) * ElementBytes(call.dtype);
+  const size_t payload_bytes = static_cast<size_t>(call.count()) * ElementBytes(call.dtype);
   Call record = {call.algorithm, payload_bytes, 0, NowNs(), 0, 0};
-  if (call.algorithm == Algorithm::kDirect) {
-    Direct(call, record);
-  } else {
-    TwoShot(call, record);
+  switch (call.algorithm) {
+    case Algorithm::kDirect:
+      Direct(call, record);
+      break;
+    case Algorithm::kTwoShot:
+      TwoShot(call, record);
+      break;
+    case Algorithm::kTwoShotInt8:
+      TwoShotInt8(call, record);
+      break;
+    case Algorithm::kPointToPoint:
+      throw std::invalid_argument("no all-reduce is point to point");
   }
   Record(*call.channel, record);
 }
@@ -120,13 +130,13 @@ void GroupCommunicator::Direct(const AllReduceCall& call, Call& record) {
     scratch += RoundUp(num_bytes);
   }
   messages.Exchange(record);
-  SumInRankOrder(summands, call.dtype, call.count, call.out, call.out_dtype);
+  Reduce().sum(summands, call.dtype, call.count(), call.out, call.out_dtype);
 }
 
 void GroupCommunicator::TwoShot(const AllReduceCall& call, Call& record) {
   const size_t in_bytes = ElementBytes(call.dtype);
   const size_t out_bytes = ElementBytes(call.out_dtype);
-  const auto shard = [&](int rank) { return Shard(call.count, rank, world_size()); };
+  const auto shard = [&](int rank) { return Shard(call.count(), rank, world_size()); };
   const auto begin = [&](int rank) { return static_cast<size_t>(shard(rank).begin); };
   const auto size = [&](int rank) { return static_cast<size_t>(shard(rank).end - shard(rank).begin); };
 
@@ -147,9 +157,60 @@ void GroupCommunicator::TwoShot(const AllReduceCall& call, Call& record) {
     gather.Receive(peer, At(call.out, begin(peer) * out_bytes), size(peer) * out_bytes);
   }
   scatter.Exchange(record);
-  SumInRankOrder(summands, call.dtype, static_cast<int64_t>(size(rank_)), At(call.out, begin(rank_) * out_bytes),
-                 call.out_dtype);
+  Reduce().sum(summands, call.dtype, static_cast<int64_t>(size(rank_)), At(call.out, begin(rank_) * out_bytes),
+               call.out_dtype);
   gather.Exchange(record);
+}
+
+// As the two-shot algorithm, in messages of groups. This rank's own share of the payload, and its sum, pass through 8 bits
+// like the others', so that all ranks get the same bits and none of them depends on which rank adds up which group.
+void GroupCommunicator::TwoShotInt8(const AllReduceCall& call, Call& record) {
+  const GroupedRows rows = {call.num_rows, call.row_size};
+  const auto shard = [&](int rank) { return Shard(rows.num_groups(), rank, world_size()); };
+  const auto bytes = [&](int rank) { return static_cast<size_t>(rows.MessageBytes(shard(rank))); };
+  const auto first = [&](int rank) { return static_cast<size_t>(rows.Start(shard(rank).begin)); };
+
+  size_t scratch_bytes = 0;
+  const auto reserve = [&scratch_bytes](size_t num_bytes) {
+    const size_t offset = scratch_bytes;
+    scratch_bytes += RoundUp(num_bytes);
+    return offset;
+  };
+  std::vector<size_t> outgoing, incoming, results;  // offsets, by rank
+  for (int peer = 0; peer < world_size(); ++peer) {
+    outgoing.push_back(reserve(bytes(peer)));
+    incoming.push_back(reserve(bytes(rank_)));
+    results.push_back(reserve(bytes(peer)));
+  }
+  const size_t sum_offset = reserve(sizeof(float) * static_cast<size_t>(call.count()));
+  char* scratch = communicator_->Scratch(scratch_bytes);
+  float* sum = reinterpret_cast<float*>(scratch + sum_offset);
+
+  Messages scatter(*this);
+  Messages gather(*this);
+  std::vector<const char*> summands;
+  for (int peer = 0; peer < world_size(); ++peer) {
+    const auto p = static_cast<size_t>(peer);
+    char* message = scratch + outgoing[p];
+    Reduce().quantize(rows, shard(peer), call.dtype, call.in, message);
+    if (peer == rank_) {
+      summands.push_back(message);
+      continue;
+    }
+    summands.push_back(scratch + incoming[p]);
+    scatter.Send(peer, message, bytes(peer));
+    scatter.Receive(peer, scratch + incoming[p], bytes(rank_));
+    gather.Send(peer, scratch + results[static_cast<size_t>(rank_)], bytes(rank_));
+    gather.Receive(peer, scratch + results[p], bytes(peer));
+  }
+  scatter.Exchange(record);
+  Reduce().sum_quantized(rows, shard(rank_), summands, sum + first(rank_));
+  Reduce().quantize(rows, shard(rank_), DType::kFloat32, sum, scratch + results[static_cast<size_t>(rank_)]);
+  gather.Exchange(record);
+  for (int peer = 0; peer < world_size(); ++peer) {
+    Reduce().sum_quantized(rows, shard(peer), {scratch + results[static_cast<size_t>(peer)]}, sum + first(peer));
+  }
+  Reduce().sum({sum}, DType::kFloat32, call.count(), call.out, call.out_dtype);
 }
 
 void GroupCommunicator::ReduceScatter(const ReduceScatterCall& call) {
@@ -170,7 +231,7 @@ void GroupCommunicator::ReduceScatter(const ReduceScatterCall& call) {
     scratch += RoundUp(row_bytes);
   }
   messages.Exchange(record);
-  SumInRankOrder(summands, call.dtype, call.count, call.out, call.out_dtype);
+  Reduce().sum(summands, call.dtype, call.count, call.out, call.out_dtype);
   Record(*call.channel, record);
 }
 

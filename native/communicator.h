@@ -50,17 +50,23 @@ class Communicator {
 };
 
 // Which all-reduce sends a payload in a group of so many ranks; all ranks agree because nothing else matters.
-Algorithm AllReduceAlgorithm(size_t payload_bytes, int world_size);
+//
+// allows_int8: values may travel in 8 bits, which only messages for which bytes count more than calls do. Then a sum is no
+// longer exact, and whether it is depends on the size of the message.
+Algorithm AllReduceAlgorithm(size_t payload_bytes, int world_size, bool allows_int8);
 
-// in and out may be the same if out_dtype is no wider than dtype.
+// in: [num_rows, row_size]. in and out may be the same if out_dtype is no wider than dtype.
 struct AllReduceCall {
   Channel* channel;
   Algorithm algorithm;
   DType dtype;
-  int64_t count;  // elements
+  int64_t num_rows;
+  int64_t row_size;
   const void* in;
   void* out;
   DType out_dtype;
+
+  int64_t count() const { return num_rows * row_size; }
 };
 
 // in: [world_size, count].
@@ -114,6 +120,7 @@ class GroupCommunicator {
 
   void Direct(const AllReduceCall& call, Call& record);
   void TwoShot(const AllReduceCall& call, Call& record);
+  void TwoShotInt8(const AllReduceCall& call, Call& record);
   void Record(Channel& channel, Call& record);
   int64_t num_others() const { return world_size() - 1; }
 

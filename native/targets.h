@@ -8,6 +8,7 @@
 #include "norm.h"
 #include "peaks.h"
 #include "quantize_rows.h"
+#include "reduce.h"
 #include "rotary.h"
 #include "sampling.h"
 
@@ -19,6 +20,7 @@
   extern const NormKernels kNorm;             \
   extern const PeakKernels kPeaks;            \
   extern const QuantizeKernels kQuantize;     \
+  extern const ReduceKernels kReduce;         \
   extern const RotaryKernels kRotary;         \
   extern const SamplingKernels kSampling;     \
   }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from headrace.config import AllReduceDtype
 from headrace.costs.sites import Phase
 from headrace.parallel.native_group import NativeGroup, _native
 
@@ -78,6 +79,7 @@ def algorithms_agree_to_the_bit(communicator):
                         channel,
                         algorithm,
                         NATIVE_DTYPES[dtype],
+                        1,
                         size,
                         parts[rank].data_ptr(),
                         out.data_ptr(),
@@ -208,7 +210,7 @@ def ledger_counts_calls_and_bytes(communicator):
                 algorithm = {
                     _native.Algorithm.DIRECT: "direct",
                     _native.Algorithm.TWO_SHOT: "two_shot",
-                }[_native.all_reduce_algorithm(payload.nbytes, world_size)]
+                }[_native.all_reduce_algorithm(payload.nbytes, world_size, False)]
                 item_bytes = (dtype.itemsize, out_dtype.itemsize)
                 wire_bytes = expected_wire_bytes(algorithm, count, rank, world_size, item_bytes)
                 expect("all_reduce", f"sum.{count}", phase, algorithm, payload.nbytes, wire_bytes)
@@ -234,3 +236,71 @@ def ledger_counts_calls_and_bytes(communicator):
         assert row.group == "tp"
         assert row.wait_s >= 0
         assert row.transfer_s > 0
+
+
+# Sums in 8 bits
+
+GROUP = 64
+
+
+def through_int8(x: Tensor) -> Tensor:
+    """What is left of rows of float32 that travel in 8 bits, a scale for each 64 values of a row."""
+    num_groups = -(-x.shape[-1] // GROUP)
+    groups = torch.nn.functional.pad(x, (0, -x.shape[-1] % GROUP)).view(x.shape[0], num_groups, GROUP)
+    largest = groups.abs().amax(-1, keepdim=True)
+    steps = torch.full_like(largest, 127.0)  # a number divided by a tensor is a product with torch
+    values = torch.round(groups * (steps / largest).nan_to_num(posinf=0.0))
+    return (values * (largest / steps)).view(x.shape[0], num_groups * GROUP)[:, : x.shape[-1]]
+
+
+def int8_sum(parts: Sequence[Tensor], out_dtype: torch.dtype) -> Tensor:
+    return through_int8(rank_order_sum([through_int8(part.float()) for part in parts], torch.float32)).to(out_dtype)
+
+
+@case
+def int8_sums_are_those_of_their_definition_and_near_the_exact_ones(communicator):
+    group = NativeGroup(communicator, "tp", range(communicator.world_size), all_reduce_dtype=AllReduceDtype.INT8)
+    for dtype, out_dtype in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, None)):
+        for num_rows, row_size in ((40, 1000), (1, 40_007), (700, 65), (33_000, 1), (20, 2048)):
+            parts = [brought(rank, [num_rows, row_size], dtype, seed=4) for rank in range(group.world_size)]
+            actual = group.all_reduce(parts[group.rank].clone(), "here", out_dtype=out_dtype)
+            assert_same_bits(actual, int8_sum(parts, out_dtype or dtype))
+            exact = sum(part.double() for part in parts)
+            largest = sum(part.double().abs().amax(-1, keepdim=True) for part in parts)
+            # Half a step of each summand and of the sum, and the rounding of the result.
+            assert ((actual.double() - exact).abs() <= 2.1 * largest / 254 + exact.abs() / 200).all()
+
+
+@case
+def int8_rows_depend_neither_on_their_batch_nor_on_each_other(communicator):
+    group = NativeGroup(communicator, "tp", range(communicator.world_size), all_reduce_dtype=AllReduceDtype.INT8)
+    x = brought(group.rank, [99, 1000], torch.float32, seed=5)
+    expected = group.all_reduce(x.clone(), "whole")
+    parts = [group.all_reduce(part.clone(), "parts") for part in x.split([31, 49, 19])]
+    assert_same_bits(torch.cat(parts), expected)
+    if group.rank == 0:
+        x[7, 3], x[50, 999], x[60] = torch.nan, torch.inf, 0.0
+    spoilt = group.all_reduce(x, "whole")
+    assert spoilt[7, :64].isnan().all()
+    assert spoilt[50, 960:].isnan().all()
+    spoilt[7, :64], spoilt[50, 960:], spoilt[60] = expected[7, :64], expected[50, 960:], expected[60]
+    assert_same_bits(spoilt, expected)
+
+
+@case
+def int8_serves_large_messages_alone_and_counts_its_bytes(communicator):
+    group = NativeGroup(communicator, "tp", range(communicator.world_size), all_reduce_dtype=AllReduceDtype.INT8)
+    rank, world_size = group.rank, group.world_size
+    num_rows, row_size = 131, 999
+    group.all_reduce(torch.ones(num_rows, row_size, dtype=torch.bfloat16), "large")
+    group.all_reduce(torch.ones(1, row_size, dtype=torch.bfloat16), "small")
+    # The groups of each rank, larger shares first, and how many of them end a row and so are shorter.
+    sizes = ([GROUP] * (row_size // GROUP) + [row_size % GROUP]) * num_rows
+    base, extra = divmod(len(sizes), world_size)
+    begins = [peer * base + min(peer, extra) for peer in range(world_size + 1)]
+    messages = [sum(4 + size for size in sizes[begins[peer] : begins[peer + 1]]) for peer in range(world_size)]
+    expected = sum(messages[peer] + messages[rank] for peer in range(world_size) if peer != rank)
+    rows = {row.site: row for row in group.ledger_rows()}
+    assert (rows["large"].algorithm, rows["large"].wire_bytes) == ("two_shot_int8", expected)
+    assert rows["large"].payload_bytes == 2 * num_rows * row_size
+    assert (rows["small"].algorithm, rows["small"].wire_bytes) == ("direct", (world_size - 1) * 2 * row_size)

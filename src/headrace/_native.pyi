@@ -240,7 +240,8 @@ class GroupCommunicator:
         channel: int,
         algorithm: Algorithm,
         dtype: DType,
-        count: int,
+        num_rows: int,
+        row_size: int,
         in_ptr: int,
         out_ptr: int,
         out_dtype: DType,
@@ -261,7 +262,13 @@ class GroupCommunicator:
     def send(self, stream: Stream | None, channel: int, to: int, data_ptr: int, num_bytes: int) -> None: ...
     def recv(self, stream: Stream | None, channel: int, source: int, data_ptr: int, num_bytes: int) -> None: ...
 
-def all_reduce_algorithm(payload_bytes: int, world_size: int) -> Algorithm: ...
+def all_reduce_algorithm(payload_bytes: int, world_size: int, allows_int8: bool) -> Algorithm: ...
+def sum_in_rank_order(
+    target: Target, in_ptrs: Sequence[int], dtype: DType, count: int, out_ptr: int, out_dtype: DType
+) -> None: ...
+def sum_quantized_in_rank_order(
+    target: Target, in_ptrs: Sequence[int], dtype: DType, num_rows: int, row_size: int, out_ptr: int
+) -> None: ...
 def rotary_table(
     stream: Stream,
     positions_ptr: int,

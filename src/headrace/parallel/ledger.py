@@ -11,7 +11,8 @@ class LedgerRow:
 
     operation: all_reduce, all_gather, reduce_scatter, send or recv.
     algorithm: what wire_bytes hold for: "direct" (each rank to each other), "two_shot" (reduce-scatter and all-gather,
-        both direct), "ring", "point_to_point".
+        both direct), "two_shot_int8" (the same in 8 bits, with a float32 scale for each 64 values), "ring",
+        "point_to_point".
     count: calls.
     payload_bytes: of the tensors this rank handed to its calls (those it received, for recv).
     wire_bytes: what this rank sent.

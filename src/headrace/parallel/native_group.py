@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headrace.config import AllReduceDtype
 from headrace.costs.sites import Phase
 from headrace.errors import KernelError, ShapeError
 from headrace.kernels import NativeStream
@@ -23,6 +24,8 @@ class NativeGroup:
     both add in rank order in float32 and round once.
 
     stream: what the collectives are launched on, so that a recording of it replays them; None runs them at once.
+    all_reduce_dtype: INT8 lets large sums travel in 8 bits; otherwise a sum travels in the type of its tensor, which
+        is for the layers to choose.
     """
 
     def __init__(
@@ -31,25 +34,30 @@ class NativeGroup:
         name: str,
         ranks: Sequence[int],
         stream: NativeStream | None = None,
+        *,
+        all_reduce_dtype: AllReduceDtype = AllReduceDtype.AUTO,
     ) -> None:
         self.name = name
         self._group = _native.GroupCommunicator(communicator, name, list(ranks))
         self.rank, self.world_size = self._group.rank, self._group.world_size
         self._stream = stream
         self._native_stream = None if stream is None else stream.native
+        self._allows_int8 = all_reduce_dtype is AllReduceDtype.INT8
         self._channels: dict[tuple[_native.Operation, str], int] = {}
 
     def all_reduce(self, tensor: Tensor, site: str, *, out_dtype: torch.dtype | None = None) -> Tensor:
         """The sum over ranks; where the tensor was, unless its type changes."""
         _check_contiguous("all_reduce", tensor)
         dtype, to_dtype = _native_dtype(tensor.dtype), _native_dtype(out_dtype or tensor.dtype)
+        row_size = tensor.shape[-1] if tensor.dim() else 1
         out = tensor if dtype == to_dtype else self._empty(tensor.shape, out_dtype or tensor.dtype)
         self._group.all_reduce(
             self._native_stream,
             self._channel(_native.Operation.ALL_REDUCE, site),
-            _native.all_reduce_algorithm(tensor.nbytes, self.world_size),
+            _native.all_reduce_algorithm(tensor.nbytes, self.world_size, self._allows_int8),
             dtype,
-            tensor.numel(),
+            tensor.numel() // max(1, row_size),
+            row_size,
             tensor.data_ptr(),
             out.data_ptr(),
             to_dtype,
