@@ -518,10 +518,32 @@ class TestAgainstSimulation:
     @given(data=st.data(), hf_config=small_models(), is_literal=st.booleans(), activation_bytes=st.sampled_from([2, 4]))
     def test_every_call_of_every_rank(self, data, hf_config, is_literal, activation_bytes):
         parallel = data.draw(layouts(hf_config))
-        events = data.draw(st.lists(events_of_runs, max_size=8))
-        rules = LITERAL_RULES if is_literal else WireRules()
+        events = data.draw(st.lists(events_of_runs, min_size=1, max_size=8))
+        self.check(hf_config, parallel, activation_bytes, events, is_literal=is_literal)
+
+    @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0]["architectures"][0])
+    @pytest.mark.parametrize("dtype", AllReduceDtype)
+    @pytest.mark.parametrize("activation_bytes", [2, 4])
+    def test_every_family_and_type(self, family, dtype, activation_bytes):
+        """Whatever a random layout may have left out."""
+        hf_config = family[0] | {"hidden_size": 36, "num_hidden_layers": 3, "vocab_size": 97}
+        events = [ForwardPass(Phase.PREFILL, 1001), ForwardPass(Phase.DECODE, 3), SampledRows(Phase.DECODE, 3, 24, 4)]
+        for t in (2, 3):
+            parallel = replace(
+                LITERAL,
+                tensor_parallel_size=t,
+                pipeline_parallel_size=2,
+                pipeline_layers=(2, 1),
+                gather_logits=False,
+                all_reduce_dtype=dtype,
+            )
+            self.check(hf_config, parallel, activation_bytes, events)
+
+    @staticmethod
+    def check(hf_config, parallel, activation_bytes, events, *, is_literal=False):
         if is_literal:
             parallel = replace(parallel, all_reduce_dtype=AllReduceDtype.AUTO, gather_logits=True)
+        rules = LITERAL_RULES if is_literal else WireRules()
         layout = Layout(model=model(hf_config), parallel=parallel, activation_bytes=activation_bytes, rules=rules)
         simulation = Simulation(hf_config, parallel, activation_bytes, literal=is_literal)
         for event in events:
