@@ -69,10 +69,37 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
+// How many of a sequence's first positions lie in this cache.
+int64_t OwnedPositions(const AttentionCall& call, int64_t seq, int64_t position) {
+  if (call.share.owned_blocks == nullptr) return position;
+  const int64_t block_size = call.layout.shape.block_size, block = position / block_size, rest = position % block_size;
+  const int32_t* owned = call.share.owned_blocks + seq * call.share.owned_stride + block;
+  const int64_t before = owned[0] * block_size;
+  return rest > 0 && owned[1] > owned[0] ? before + rest : before;
+}
+
+// Each block is one of this cache's or is not, and there is a count for each of the context.
+void CheckShare(const AttentionCall& call, int64_t seq) {
+  const int64_t block_size = call.layout.shape.block_size;
+  const int64_t num_blocks = (call.context_lens[seq] + block_size - 1) / block_size;
+  bool is_right = num_blocks < call.share.owned_stride;
+  const int32_t* owned = call.share.owned_blocks + seq * call.share.owned_stride;
+  for (int64_t i = 0; is_right && i <= num_blocks; ++i) {
+    is_right = i == 0 ? owned[0] == 0 : owned[i] == owned[i - 1] || owned[i] == owned[i - 1] + 1;
+  }
+  if (is_right) return;
+  throw std::out_of_range("sequence " + std::to_string(seq) + " has a context of " + std::to_string(num_blocks) +
+                          " blocks and counts for " + std::to_string(call.share.owned_stride - 1) +
+                          "; they begin with 0 and grow by at most 1");
+}
+
 void CheckSequence(const AttentionCall& call, int64_t seq) {
   const KvShape& shape = call.layout.shape;
   const int64_t begin = call.cu_seqlens_q[seq], end = call.cu_seqlens_q[seq + 1], length = call.context_lens[seq];
-  const int64_t num_blocks = (length + shape.block_size - 1) / shape.block_size;
+  const bool is_share = call.share.owned_blocks != nullptr;
+  if (is_share && length >= 0) CheckShare(call, seq);
+  const int64_t num_positions = length < 0 ? 0 : OwnedPositions(call, seq, length);
+  const int64_t num_blocks = (num_positions + shape.block_size - 1) / shape.block_size;
   if (begin < 0 || begin > end || end > call.num_tokens || end - begin > length || num_blocks > call.max_blocks_per_seq) {
     throw std::out_of_range("sequence " + std::to_string(seq) + " has rows " + std::to_string(begin) + " to " +
                             std::to_string(end) + " of " + std::to_string(call.num_tokens) + ", a context of " +
@@ -82,7 +109,8 @@ void CheckSequence(const AttentionCall& call, int64_t seq) {
   // Blocks before the window may have been given back; those are not read.
   const int32_t* table = call.block_tables + seq * call.max_blocks_per_seq;
   const int64_t position = length - (end - begin);
-  const int64_t first = position < call.sliding_window ? 0 : (position - call.sliding_window + 1) / shape.block_size;
+  const int64_t visible = position < call.sliding_window ? 0 : position - call.sliding_window + 1;
+  const int64_t first = OwnedPositions(call, seq, visible) / shape.block_size;
   int32_t least = 0, largest = 0;
   for (int64_t i = first; i < num_blocks && begin < end; ++i) {
     least = std::min(least, table[i]);
@@ -111,7 +139,8 @@ void CutIntoPieces(const AttentionCall& call, int num_threads, Schedule& schedul
   for (TileWork& work : schedule.works) {
     const int64_t num_splits = work.splits.end - work.splits.begin;
     const int64_t wanted = num_threads > 1 ? (work.cost + target - 1) / target : 1;
-    work.num_pieces = static_cast<int>(std::min({num_splits, wanted, max_pieces}));
+    // Rows that see nothing of a share cost nothing, and are written all the same.
+    work.num_pieces = static_cast<int>(std::max<int64_t>(1, std::min({num_splits, wanted, max_pieces})));
     if (work.num_pieces == 1) continue;
     work.partials = schedule.partial_floats;
     schedule.partial_floats += num_splits * PartialFloats(call.layout, work.tile.rows.end - work.tile.rows.begin);
@@ -154,18 +183,22 @@ Row RowAt(const AttentionCall& call, const RowTile& tile, int64_t row) {
   const int64_t group = call.num_heads / call.layout.shape.num_kv_heads;
   const int64_t first = call.cu_seqlens_q[tile.seq], num_new = call.cu_seqlens_q[tile.seq + 1] - first;
   const int64_t position = call.context_lens[tile.seq] - num_new + row / group;
-  const int64_t begin = position < call.sliding_window ? 0 : position - call.sliding_window + 1;
-  const Range panels = {call.layout.PanelOf(begin), call.layout.PanelOf(position) + 1};
-  return {first + row / group, tile.kv_head * group + row % group, begin, position + 1, panels};
+  const int64_t visible = position < call.sliding_window ? 0 : position - call.sliding_window + 1;
+  const int64_t begin = OwnedPositions(call, tile.seq, visible), end = OwnedPositions(call, tile.seq, position + 1);
+  const Range panels = begin < end ? Range{call.layout.PanelOf(begin), call.layout.PanelOf(end - 1) + 1} : Range{0, 0};
+  return {first + row / group, tile.kv_head * group + row % group, begin, end, panels};
 }
 
 Range VisiblePanels(const AttentionCall& call, const RowTile& tile) {
-  return {RowAt(call, tile, tile.rows.begin).panels.begin, RowAt(call, tile, tile.rows.end - 1).panels.end};
+  // By positions, which grow from row to row; a row that sees nothing has no panels.
+  const int64_t begin = RowAt(call, tile, tile.rows.begin).begin, end = RowAt(call, tile, tile.rows.end - 1).end;
+  return begin < end ? Range{call.layout.PanelOf(begin), call.layout.PanelOf(end - 1) + 1} : Range{0, 0};
 }
 
 Range VisibleSplits(const AttentionCall& call, const RowTile& tile) {
   const Range panels = VisiblePanels(call, tile);
-  return {SplitOf(panels.begin / kTilePanels), SplitOf((panels.end - 1) / kTilePanels) + 1};
+  const int64_t last = std::max(panels.end - 1, panels.begin);  // a tile has a split even where it sees nothing
+  return {SplitOf(panels.begin / kTilePanels), SplitOf(last / kTilePanels) + 1};
 }
 
 void Attention(Target target, const AttentionCall& call) {

@@ -15,6 +15,9 @@
 // its query and the keys and values it sees, and not on the batch, the chunk of the prompt it came in, the rows computed
 // beside it, the pieces a context was cut into or the number of threads.
 //
+// Where ranks share a context (`ContextShare`), each attends the blocks it holds and leaves out the division: o, sum and
+// m of its positions. context_share.h joins those of all ranks.
+//
 // p is as exact as the cache: float32; bfloat16 where the machine multiplies those (float32 elsewhere); 14 bits of the
 // largest p * scale of a tile for int8, whose queries are 14 bits of the row's largest entry.
 #ifndef HEADRACE_NATIVE_ATTENTION_H_
@@ -50,6 +53,17 @@ struct UnifiedMax {
   float largest = 0;
 };
 
+// The part of every context that this cache holds, where ranks share contexts, and the partial results over it.
+//
+// block_tables then list this cache's blocks alone. owned_blocks[seq][i] says how many of them are among the first i
+// blocks of the sequence, wherever those lie; rows are owned_stride apart.
+struct ContextShare {
+  const int32_t* owned_blocks = nullptr;  // null for whole contexts
+  int64_t owned_stride = 0;
+  float* numerators = nullptr;   // [num_tokens, num_heads, head_dim]: o
+  float* normalizers = nullptr;  // [num_tokens, num_heads, 2]: sum, m; 0 and -infinity where a row sees nothing
+};
+
 struct AttentionCall {
   KvLayout layout;
   const uint8_t* cache = nullptr;
@@ -73,6 +87,7 @@ struct AttentionCall {
   int64_t sliding_window = INT64_MAX;  // INT64_MAX for none
   SoftmaxScheme scheme = SoftmaxScheme::kSynchronized;
   UnifiedMax unified_max = {};
+  ContextShare share = {};  // if it has owned_blocks, partial results are written instead of out
   int64_t max_pieces = 0;  // a context is cut into at most so many pieces; 0 leaves it to the kernel
 };
 
@@ -101,7 +116,8 @@ struct RowTile {
   Range rows;
 };
 
-// A row: its token, of all new ones, and query head; the positions [begin, end) it sees, and the panels they lie in.
+// A row: its token, of all new ones, and query head; the positions [begin, end) of this cache it sees, and the panels
+// they lie in, none where a share of a context has none of them.
 struct Row {
   int64_t token;
   int64_t head;

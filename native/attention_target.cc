@@ -23,13 +23,9 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-// One block of rows over one tile: scores, probabilities, products. first and count: of the workspace's rows.
-void AttendBlock(const AttentionCall& call, const Workspace& w, const TilePanels& panels, int first, int count) {
+// Rows that all see something of one tile: scores, probabilities, products. first and count: of the workspace's rows.
+void AttendSeeing(const AttentionCall& call, const Workspace& w, const TilePanels& panels, int first, int count) {
   Range visible[kBlockRows];
-  // Rows are in order of their tokens, so those that see nothing of this tile lie before or behind the others.
-  while (count > 0 && VisiblePanels(panels, w.rows[first]).end == 0) ++first, --count;
-  while (count > 0 && VisiblePanels(panels, w.rows[first + count - 1]).end == 0) --count;
-  if (count == 0) return;
   Range all = {kTilePanels, 0};
   for (int r = 0; r < count; ++r) {
     visible[r] = VisiblePanels(panels, w.rows[first + r]);
@@ -57,6 +53,18 @@ void AttendBlock(const AttentionCall& call, const Workspace& w, const TilePanels
     case Format::kInt8:
     case Format::kInt4:
       return IntValues(call, panels, block, w.p, w.p_scale, visible);
+  }
+}
+
+// One block of rows over one tile. Those that see nothing of it lie before or behind the others, or, where a window
+// leaves a share of the context, between them.
+void AttendBlock(const AttentionCall& call, const Workspace& w, const TilePanels& panels, int first, int count) {
+  const auto sees = [&](int i) { return VisiblePanels(panels, w.rows[i]).end > 0; };
+  for (int i = first; i < first + count; ++i) {
+    if (!sees(i)) continue;
+    const int begin = i;
+    while (i + 1 < first + count && sees(i + 1)) ++i;
+    AttendSeeing(call, w, panels, begin, i + 1 - begin);
   }
 }
 
@@ -128,8 +136,28 @@ void WriteRow(const float* o, float sum, int64_t head_dim, Out* out) {
   }
 }
 
-// The largest sum whose inverse is a normal number.
+// The largest sum whose inverse is a normal number; and of a share, so that those of 2^16 ranks add up to one.
 constexpr float kLargestSum = 0x1p126f;
+constexpr float kLargestShareSum = 0x1p110f;
+
+bool IsShare(const AttentionCall& call) { return call.share.owned_blocks != nullptr; }
+
+// A row's result over a share of its context. Where a rank's share is sound by the bounds of a whole row, so is what all
+// shares add up to: bounds below grow with the number of keys, and those above are far enough off.
+void WriteShare(const AttentionCall& call, const Workspace& w, int i) {
+  const Row& row = w.rows[i];
+  const int64_t head_dim = call.layout.shape.head_dim, index = row.token * call.num_heads + row.head;
+  const bool is_empty = row.begin == row.end;
+  float* o = call.share.numerators + index * head_dim;
+  if (is_empty) {
+    memset(o, 0, head_dim * sizeof(float));
+  } else {
+    memcpy(o, w.total.o + i * OutputStride(call.layout), head_dim * sizeof(float));
+  }
+  const float m = call.scheme == SoftmaxScheme::kAsynchronized ? call.unified_max.value : w.total.m[i];
+  call.share.normalizers[2 * index] = is_empty ? 0.0f : w.total.sum[i];
+  call.share.normalizers[2 * index + 1] = is_empty ? -kInfinity : m;
+}
 
 // See UnifiedMax. Infinity and NaN times 0 are NaN, which no sum loses.
 bool IsSound(const AttentionCall& call, const Workspace& w, int i) {
@@ -141,21 +169,26 @@ bool IsSound(const AttentionCall& call, const Workspace& w, int i) {
   }
   const float smallest = call.layout.shape.format == Format::kInt8 ? 0x1p-64f : 0x1p-102f;
   const auto num_keys = static_cast<float>(w.rows[i].end - w.rows[i].begin);
-  return SumLanes(zero) == 0 && sum >= num_keys * smallest && sum <= kLargestSum;
+  const float largest = IsShare(call) ? kLargestShareSum : kLargestSum;
+  return SumLanes(zero) == 0 && sum >= num_keys * smallest && sum <= largest;
 }
 
 void Attend(const AttentionCall& call, const RowTile& tile, const Workspace& w);
 
-// Divides and writes every row; those that the unified maximum did not suit are computed again.
+// Divides and writes every row, or writes a share undivided; those that the unified maximum did not suit are computed again.
 void Finish(const AttentionCall& call, const RowTile& tile, const Workspace& w) {
   const int num_rows = static_cast<int>(tile.rows.end - tile.rows.begin);
   const bool is_checked = call.scheme == SoftmaxScheme::kAsynchronized;
   bool is_unsound[kTileRows] = {};
   int64_t num_unsound = 0;
   for (int i = 0; i < num_rows; ++i) {
-    is_unsound[i] = is_checked && !IsSound(call, w, i);
+    is_unsound[i] = is_checked && w.rows[i].begin < w.rows[i].end && !IsSound(call, w, i);
     num_unsound += is_unsound[i];
     if (is_unsound[i]) continue;
+    if (IsShare(call)) {
+      WriteShare(call, w, i);
+      continue;
+    }
     const int64_t head_dim = call.layout.shape.head_dim;
     const int64_t offset = (w.rows[i].token * call.num_heads + w.rows[i].head) * head_dim;
     const float* o = w.total.o + i * OutputStride(call.layout);

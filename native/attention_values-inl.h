@@ -226,7 +226,7 @@ void FloatValues(const AttentionCall& call, const TilePanels& panels, const Bloc
   const auto for_each_run = [&](const auto& compute) {
     for (int r = 0; r < block.count;) {
       int end = r + 1;
-      while (end < block.count && rows[end].end == rows[r].end) ++end;
+      while (end < block.count && rows[end].end == rows[r].end && rows[end].begin == rows[r].begin) ++end;
       compute(BlockRows{block.p + r * p_bytes, block.o + r * o_stride, end - r}, rows[r], visible[r]);
       r = end;
     }

@@ -43,11 +43,32 @@ class NativeAttention {
   void Run(Stream& stream, const AttentionSpec& spec, KvCache& cache, DType dtype, uintptr_t query, int64_t query_stride,
            int64_t num_tokens, int64_t num_heads, int64_t num_seqs, uintptr_t block_tables, int64_t max_blocks_per_seq,
            uintptr_t context_lens, uintptr_t cu_seqlens_q, uintptr_t out, int64_t max_pieces) const {
+    AttentionCall call = MakeCall(spec, cache, dtype, query, query_stride, num_tokens, num_heads, num_seqs, block_tables,
+                                  max_blocks_per_seq, context_lens, cu_seqlens_q, max_pieces);
+    call.out = Pointer<void>(out);
+    stream.Run("attention", [target = target_, call] { Attention(target, call); });
+  }
+
+  void RunShare(Stream& stream, const AttentionSpec& spec, KvCache& cache, DType dtype, uintptr_t query,
+                int64_t query_stride, int64_t num_tokens, int64_t num_heads, int64_t num_seqs, uintptr_t block_tables,
+                int64_t max_blocks_per_seq, uintptr_t context_lens, uintptr_t cu_seqlens_q, uintptr_t owned_blocks,
+                int64_t owned_stride, uintptr_t numerators, uintptr_t normalizers, int64_t max_pieces) const {
+    AttentionCall call = MakeCall(spec, cache, dtype, query, query_stride, num_tokens, num_heads, num_seqs, block_tables,
+                                  max_blocks_per_seq, context_lens, cu_seqlens_q, max_pieces);
+    call.share = {Pointer<const int32_t>(owned_blocks), owned_stride, Pointer<float>(numerators),
+                  Pointer<float>(normalizers)};
+    stream.Run("attention_share", [target = target_, call] { Attention(target, call); });
+  }
+
+ private:
+  static AttentionCall MakeCall(const AttentionSpec& spec, KvCache& cache, DType dtype, uintptr_t query,
+                                int64_t query_stride, int64_t num_tokens, int64_t num_heads, int64_t num_seqs,
+                                uintptr_t block_tables, int64_t max_blocks_per_seq, uintptr_t context_lens,
+                                uintptr_t cu_seqlens_q, int64_t max_pieces) {
     AttentionCall call = {cache.layout(), cache.data(), &cache.counters()};
     call.dtype = dtype;
     call.query = Pointer<const void>(query);
     call.query_stride = query_stride;
-    call.out = Pointer<void>(out);
     call.num_tokens = num_tokens;
     call.num_heads = num_heads;
     call.num_seqs = num_seqs;
@@ -62,10 +83,9 @@ class NativeAttention {
     call.scheme = spec.scheme;
     call.unified_max = spec.unified_max;
     call.max_pieces = max_pieces;
-    stream.Run("attention", [target = target_, call] { Attention(target, call); });
+    return call;
   }
 
- private:
   Target target_;
 };
 
@@ -157,7 +177,12 @@ void DefineAttention(nb::module_& m) {
       .def("run", &NativeAttention::Run, nb::arg("stream"), nb::arg("spec"), nb::arg("cache"), nb::arg("dtype"), nb::arg("query_ptr"),
            nb::arg("query_stride"), nb::arg("num_tokens"), nb::arg("num_heads"), nb::arg("num_seqs"),
            nb::arg("block_tables_ptr"), nb::arg("max_blocks_per_seq"), nb::arg("context_lens_ptr"),
-           nb::arg("cu_seqlens_q_ptr"), nb::arg("out_ptr"), nb::arg("max_pieces"), Unlocked());
+           nb::arg("cu_seqlens_q_ptr"), nb::arg("out_ptr"), nb::arg("max_pieces"), Unlocked())
+      .def("run_share", &NativeAttention::RunShare, nb::arg("stream"), nb::arg("spec"), nb::arg("cache"),
+           nb::arg("dtype"), nb::arg("query_ptr"), nb::arg("query_stride"), nb::arg("num_tokens"), nb::arg("num_heads"),
+           nb::arg("num_seqs"), nb::arg("block_tables_ptr"), nb::arg("max_blocks_per_seq"), nb::arg("context_lens_ptr"),
+           nb::arg("cu_seqlens_q_ptr"), nb::arg("owned_blocks_ptr"), nb::arg("owned_stride"), nb::arg("numerators_ptr"),
+           nb::arg("normalizers_ptr"), nb::arg("max_pieces"), Unlocked());
   nb::class_<NativeStoreKv>(m, "StoreKv")
       .def(nb::init<const std::string&>(), nb::arg("target"))
       .def("run", &NativeStoreKv::Run, nb::arg("stream"), nb::arg("cache"), nb::arg("dtype"), nb::arg("num_tokens"), nb::arg("num_heads"),

@@ -144,6 +144,27 @@ class Attention:
         out_ptr: int,
         max_pieces: int,
     ) -> None: ...
+    def run_share(
+        self,
+        stream: Stream,
+        spec: AttentionSpec,
+        cache: KvCache,
+        dtype: DType,
+        query_ptr: int,
+        query_stride: int,
+        num_tokens: int,
+        num_heads: int,
+        num_seqs: int,
+        block_tables_ptr: int,
+        max_blocks_per_seq: int,
+        context_lens_ptr: int,
+        cu_seqlens_q_ptr: int,
+        owned_blocks_ptr: int,
+        owned_stride: int,
+        numerators_ptr: int,
+        normalizers_ptr: int,
+        max_pieces: int,
+    ) -> None: ...
 
 class StoreKv:
     def __init__(self, target: str) -> None: ...

@@ -12,7 +12,7 @@ from headrace.kernels.kv_cache import (
     QuantizedKvCache,
     SoftmaxCounts,
 )
-from headrace.kernels.ops import AttentionSpec, MixtureSpec, NativeStream, Recording, SoftmaxSpec
+from headrace.kernels.ops import AttentionShare, AttentionSpec, MixtureSpec, NativeStream, Recording, SoftmaxSpec
 from headrace.kernels.weights import (
     QUANTIZATION_GROUP_SIZE,
     DenseWeight,
@@ -26,6 +26,7 @@ from headrace.kernels.weights import (
 
 __all__ = [
     "QUANTIZATION_GROUP_SIZE",
+    "AttentionShare",
     "AttentionSpec",
     "DenseKvCache",
     "DenseWeight",

@@ -55,6 +55,7 @@ class Kernels:
     rotary_store_kv_: ops.RotaryStoreKvOp
     add_: ops.AddOp
     attention: ops.AttentionOp
+    attention_share: ops.AttentionShareOp
     make_kv_cache: ops.MakeKvCacheOp
     kv_cache_num_bytes: ops.KvCacheNumBytesOp
     read_kv: ops.ReadKvOp
@@ -90,6 +91,7 @@ _OPS = (
     "rotary_store_kv_",
     "add_",
     "attention",
+    "attention_share",
     "make_kv_cache",
     "kv_cache_num_bytes",
     "read_kv",

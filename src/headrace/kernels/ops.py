@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,23 @@ class AttentionSpec:
     sliding_window: int | None = None
     logit_soft_cap: float | None = None
     softmax: SoftmaxSpec = SoftmaxSpec()
+
+
+class AttentionShare(NamedTuple):
+    """What the part of a context that one rank holds adds to softmax(logits) V, without the division.
+
+    The whole is the sum over ranks of 2^reference * numerator over the sum of 2^reference * denominator; references of
+    the asynchronized scheme are the unified maximum, but for rows computed again. They are in base 2, as kernels
+    compute, since a change of base would round each rank's differently.
+
+    Shapes:
+        numerators:  [num_tokens, num_heads, head_dim] float32
+        normalizers: [num_tokens, num_heads, 2] float32, denominator and reference; 0 and -infinity where a token sees
+            nothing of what the rank holds
+    """
+
+    numerators: Tensor
+    normalizers: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +162,19 @@ class AttentionOp(Protocol):
         cu_seqlens_q: Tensor,
         spec: AttentionSpec,
     ) -> Tensor: ...
+
+
+class AttentionShareOp(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        kv_cache: KvCache,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        owned_blocks: Tensor,
+        spec: AttentionSpec,
+    ) -> AttentionShare: ...
 
 
 class ActivationOp(Protocol):

@@ -56,6 +56,7 @@ def make_ops(target: str, stream: Stream, dataflow: Dataflow) -> dict[str, Calla
     Raises:
         BackendUnavailable: an instruction set this build or this machine does not have.
     """
+    attention = Attention(target, stream, dataflow)
     norm, activate, sampling = Norm(target, stream), Activate(target, stream), Sampling(target, stream)
     return {
         "linear": Linear(target, stream, dataflow),
@@ -65,7 +66,8 @@ def make_ops(target: str, stream: Stream, dataflow: Dataflow) -> dict[str, Calla
         "add_": norm.add_,
         "rotary_table": RotaryTable(stream),
         "rotary_store_kv_": RotaryStoreKv(target, stream),
-        "attention": Attention(target, stream, dataflow),
+        "attention": attention,
+        "attention_share": attention.share,
         "mixture": Mixture(target, stream, dataflow),
         "make_kv_cache": make_kv_cache,
         "kv_cache_num_bytes": kv_cache_num_bytes,

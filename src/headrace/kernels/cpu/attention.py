@@ -1,5 +1,7 @@
 """Attention over the paged KV cache (native/attention.h)."""
 
+from typing import NamedTuple, Self
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from headrace.kernels.cpu.stream import Stream
 from headrace.kernels.cpu.targets import check_target
 from headrace.kernels.dataflow import Dataflow
 from headrace.kernels.kv_cache import KvCache, PackedKvCache
-from headrace.kernels.ops import AttentionSpec
+from headrace.kernels.ops import AttentionShare, AttentionSpec
 
 _SCHEMES = {
     SoftmaxScheme.SYNCHRONIZED: _native.SoftmaxScheme.SYNCHRONIZED,
@@ -68,10 +70,8 @@ class Attention:
             IndexError: a block, a length or a row outside the cache or the batch.
         """
         kv_cache = packed(kv_cache)
-        _check(query, kv_cache, block_tables, context_lens, cu_seqlens_q)
+        tables = _Tables.checked(query, kv_cache, block_tables, context_lens, cu_seqlens_q)
         query = by_token(query)
-        block_tables = block_tables.contiguous()
-        context_lens, cu_seqlens_q = context_lens.contiguous(), cu_seqlens_q.contiguous()
         out = self._stream.empty(query.shape, query.dtype)
         self._native.run(
             self._stream.native,
@@ -82,15 +82,59 @@ class Attention:
             query.stride(0),
             query.shape[0],
             query.shape[1],
-            len(context_lens),
-            block_tables.data_ptr(),
-            block_tables.shape[1],
-            context_lens.data_ptr(),
-            cu_seqlens_q.data_ptr(),
+            *tables.arguments(),
             out.data_ptr(),
             max_pieces or self._dataflow.max_pieces or 0,
         )
         return out
+
+    def share(
+        self,
+        query: Tensor,
+        kv_cache: KvCache,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        owned_blocks: Tensor,
+        spec: AttentionSpec,
+        *,
+        max_pieces: int | None = None,
+    ) -> AttentionShare:
+        """`reference.attention_share`, by any softmax scheme: what `__call__` computes, before the division.
+
+        A row of the asynchronized scheme whose share leaves the sound range is computed again, synchronized, and then
+        refers to its own maximum instead of the unified one. Where every share is sound, so is their sum.
+
+        Raises:
+            as `__call__`; IndexError also for owned_blocks that do not count blocks.
+        """
+        kv_cache = packed(kv_cache)
+        tables = _Tables.checked(query, kv_cache, block_tables, context_lens, cu_seqlens_q)
+        if owned_blocks.dtype != torch.int32 or len(owned_blocks) != len(context_lens):
+            raise ShapeError(
+                f"owned_blocks are {owned_blocks.dtype} of {len(owned_blocks)} sequences; allowed: int32 of each of "
+                f"the {len(context_lens)}"
+            )
+        query, owned_blocks = by_token(query), owned_blocks.contiguous()
+        numerators = self._stream.empty(query.shape, torch.float32)
+        normalizers = self._stream.empty((*query.shape[:2], 2), torch.float32)
+        self._native.run_share(
+            self._stream.native,
+            self._native_spec(spec),
+            kv_cache.cache,
+            DTYPES[query.dtype],
+            query.data_ptr(),
+            query.stride(0),
+            query.shape[0],
+            query.shape[1],
+            *tables.arguments(),
+            owned_blocks.data_ptr(),
+            owned_blocks.shape[1],
+            numerators.data_ptr(),
+            normalizers.data_ptr(),
+            max_pieces or self._dataflow.max_pieces or 0,
+        )
+        return AttentionShare(numerators, normalizers)
 
     def _native_spec(self, spec: AttentionSpec) -> _native.AttentionSpec:
         found = self._specs.get(spec)
@@ -104,6 +148,26 @@ class Attention:
                 spec.softmax.element_bounds,
             )
         return found
+
+
+class _Tables(NamedTuple):
+    """What says where each sequence's tokens are, checked and contiguous. Held while an op reads it."""
+
+    block_tables: Tensor
+    context_lens: Tensor
+    cu_seqlens_q: Tensor
+
+    @classmethod
+    def checked(
+        cls, query: Tensor, kv_cache: PackedKvCache, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor
+    ) -> Self:
+        _check(query, kv_cache, block_tables, context_lens, cu_seqlens_q)
+        return cls(block_tables.contiguous(), context_lens.contiguous(), cu_seqlens_q.contiguous())
+
+    def arguments(self) -> tuple[int, int, int, int, int]:
+        """num_seqs, block_tables_ptr, max_blocks_per_seq, context_lens_ptr, cu_seqlens_q_ptr."""
+        tables, lens, bounds = self
+        return len(lens), tables.data_ptr(), tables.shape[1], lens.data_ptr(), bounds.data_ptr()
 
 
 def _check(

@@ -1,7 +1,7 @@
 """Every op in plain torch, accumulated in float32: the definition that other implementations are tested against."""
 
 from headrace.kernels.reference.activation import activation, gated_activation
-from headrace.kernels.reference.attention import attention
+from headrace.kernels.reference.attention import attention, attention_share
 from headrace.kernels.reference.kv_cache import kv_cache_num_bytes, make_kv_cache, read_kv, rotary_store_kv_
 from headrace.kernels.reference.linear import embedding, linear, linear_int8_activations, weight_rows
 from headrace.kernels.reference.machine_ops import MachineOps
@@ -19,6 +19,7 @@ __all__ = [
     "add_",
     "argmax",
     "attention",
+    "attention_share",
     "dequantize",
     "embedding",
     "gated_activation",
