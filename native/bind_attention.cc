@@ -3,8 +3,10 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include "attention.h"
+#include "context_share.h"
 #include "kv_cache.h"
 #include "rotary.h"
 #include "stream.h"
@@ -115,6 +117,27 @@ class NativeStoreKv {
   Target target_;
 };
 
+template <class T>
+std::vector<const T*> Pointers(const std::vector<uintptr_t>& addresses) {
+  std::vector<const T*> pointers;
+  for (const uintptr_t address : addresses) pointers.push_back(Pointer<const T>(address));
+  return pointers;
+}
+
+void RunJoinHeads(Stream& stream, const std::vector<uintptr_t>& parts, int64_t num_rows, int64_t row_bytes,
+                  uintptr_t out) {
+  const JoinHeadsCall call = {Pointers<void>(parts), num_rows, row_bytes, Pointer<void>(out)};
+  stream.Run("join_heads", [call] { JoinHeads(call); });
+}
+
+void RunWeighShare(Stream& stream, Target target, const std::vector<uintptr_t>& normalizers, int64_t own_rank,
+                   int64_t num_tokens, int64_t num_heads, int64_t head_dim, int64_t num_parts, uintptr_t numerators,
+                   DType dtype, uintptr_t out) {
+  const WeighShareCall call = {Pointers<float>(normalizers), own_rank, num_tokens, num_heads,         head_dim,
+                               num_parts, Pointer<const float>(numerators), dtype, Pointer<void>(out)};
+  stream.Run("weigh_share", [target, call] { WeighShare(target, call); });
+}
+
 KvShape MakeShape(Format format, int64_t num_blocks, int64_t block_size, int64_t num_kv_heads, int64_t head_dim) {
   return {format, num_blocks, block_size, num_kv_heads, head_dim};
 }
@@ -189,6 +212,11 @@ void DefineAttention(nb::module_& m) {
            nb::arg("query_ptr"), nb::arg("query_stride"), nb::arg("key_ptr"), nb::arg("key_stride"),
            nb::arg("value_ptr"), nb::arg("value_stride"), nb::arg("cos_ptr"), nb::arg("sin_ptr"), nb::arg("half"),
            nb::arg("is_interleaved"), nb::arg("slot_mapping_ptr"), Unlocked());
+  m.def("join_heads", &RunJoinHeads, nb::arg("stream"), nb::arg("part_ptrs"), nb::arg("num_rows"),
+        nb::arg("row_bytes"), nb::arg("out_ptr"), Unlocked());
+  m.def("weigh_share", &RunWeighShare, nb::arg("stream"), nb::arg("target"), nb::arg("normalizers_ptrs"),
+        nb::arg("own_rank"), nb::arg("num_tokens"), nb::arg("num_heads"), nb::arg("head_dim"), nb::arg("num_parts"),
+        nb::arg("numerators_ptr"), nb::arg("dtype"), nb::arg("out_ptr"), Unlocked());
   m.def(
       "rotary_table",
       [](Stream& stream, uintptr_t positions, int64_t num_tokens, uintptr_t inv_freq, int64_t half, float amplitude, uintptr_t cos,

@@ -29,6 +29,8 @@ namespace headrace {
 
 constexpr int kPanelPositions = kLanes;
 constexpr int64_t kMaxHeadDim = 1024;
+// The slot of a token whose key and value another rank keeps. Not -1, which is what the end of a missing block gives.
+constexpr int64_t kNotStored = INT64_MIN;
 
 struct KvShape {
   Format format;  // kFloat32, kBfloat16 or kInt8

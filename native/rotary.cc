@@ -20,6 +20,7 @@ void RotateAndStoreKv(Target target, const StoreKvCall& call) {
   const KvShape& shape = call.layout.shape;
   const int64_t num_slots = shape.num_blocks * shape.block_size;
   for (int64_t i = 0; i < call.num_tokens; ++i) {
+    if (call.slot_mapping[i] == kNotStored) continue;
     if (call.slot_mapping[i] < 0 || call.slot_mapping[i] >= num_slots) {
       throw std::out_of_range("slot " + std::to_string(call.slot_mapping[i]) + " of a KV cache with " +
                               std::to_string(num_slots));

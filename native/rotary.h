@@ -33,7 +33,7 @@ struct StoreKvCall {
   const float* sin = nullptr;
   int64_t half = 0;
   bool is_interleaved = false;
-  const int64_t* slot_mapping = nullptr;  // [num_tokens], read when the call runs
+  const int64_t* slot_mapping = nullptr;  // [num_tokens], kNotStored for none; read when the call runs
 };
 
 // Throws std::out_of_range for a slot the cache has not, before anything is written.

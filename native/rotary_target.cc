@@ -129,6 +129,7 @@ void RotateAndStore(const StoreKvCall& call, Range tokens) {
     for (int64_t head = 0; head < call.num_heads && call.cos != nullptr; ++head) {
       Rotate(call, token, query + head * head_dim);
     }
+    if (call.slot_mapping[token] == kNotStored) continue;
     for (int64_t head = 0; head < call.layout.shape.num_kv_heads; ++head) {
       const T* k = static_cast<const T*>(call.key) + token * call.key_stride + head * head_dim;
       const T* v = static_cast<const T*>(call.value) + token * call.value_stride + head * head_dim;

@@ -4,6 +4,7 @@
 
 #include "activation.h"
 #include "attention.h"
+#include "context_share.h"
 #include "linear.h"
 #include "norm.h"
 #include "peaks.h"
@@ -12,17 +13,18 @@
 #include "rotary.h"
 #include "sampling.h"
 
-#define HEADRACE_DECLARE_TARGET(target)       \
-  namespace target {                          \
-  extern const ActivationKernels kActivation; \
-  extern const AttentionKernels kAttention;   \
-  extern const LinearKernels kLinear;         \
-  extern const NormKernels kNorm;             \
-  extern const PeakKernels kPeaks;            \
-  extern const QuantizeKernels kQuantize;     \
-  extern const ReduceKernels kReduce;         \
-  extern const RotaryKernels kRotary;         \
-  extern const SamplingKernels kSampling;     \
+#define HEADRACE_DECLARE_TARGET(target)           \
+  namespace target {                              \
+  extern const ActivationKernels kActivation;     \
+  extern const AttentionKernels kAttention;       \
+  extern const ContextShareKernels kContextShare; \
+  extern const LinearKernels kLinear;             \
+  extern const NormKernels kNorm;                 \
+  extern const PeakKernels kPeaks;                \
+  extern const QuantizeKernels kQuantize;         \
+  extern const ReduceKernels kReduce;             \
+  extern const RotaryKernels kRotary;             \
+  extern const SamplingKernels kSampling;         \
   }
 
 namespace headrace {

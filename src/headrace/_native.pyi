@@ -290,6 +290,20 @@ def sum_in_rank_order(
 def sum_quantized_in_rank_order(
     target: Target, in_ptrs: Sequence[int], dtype: DType, num_rows: int, row_size: int, out_ptr: int
 ) -> None: ...
+def join_heads(stream: Stream, part_ptrs: Sequence[int], num_rows: int, row_bytes: int, out_ptr: int) -> None: ...
+def weigh_share(
+    stream: Stream,
+    target: Target,
+    normalizers_ptrs: Sequence[int],
+    own_rank: int,
+    num_tokens: int,
+    num_heads: int,
+    head_dim: int,
+    num_parts: int,
+    numerators_ptr: int,
+    dtype: DType,
+    out_ptr: int,
+) -> None: ...
 def rotary_table(
     stream: Stream,
     positions_ptr: int,

@@ -5,6 +5,7 @@ Layers get a `Kernels` from `dispatch.resolve_kernels` and call ops through it; 
 
 from headrace.kernels.dispatch import KernelChoice, Kernels, OpChoice, kernel_choice_from, resolve_kernels
 from headrace.kernels.kv_cache import (
+    NOT_STORED,
     DenseKvCache,
     KvCache,
     KvCacheSpec,
@@ -25,6 +26,7 @@ from headrace.kernels.weights import (
 )
 
 __all__ = [
+    "NOT_STORED",
     "QUANTIZATION_GROUP_SIZE",
     "AttentionShare",
     "AttentionSpec",

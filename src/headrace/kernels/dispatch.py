@@ -56,6 +56,8 @@ class Kernels:
     add_: ops.AddOp
     attention: ops.AttentionOp
     attention_share: ops.AttentionShareOp
+    join_heads: ops.JoinHeadsOp
+    weigh_share: ops.WeighShareOp
     make_kv_cache: ops.MakeKvCacheOp
     kv_cache_num_bytes: ops.KvCacheNumBytesOp
     read_kv: ops.ReadKvOp
@@ -92,6 +94,8 @@ _OPS = (
     "add_",
     "attention",
     "attention_share",
+    "join_heads",
+    "weigh_share",
     "make_kv_cache",
     "kv_cache_num_bytes",
     "read_kv",

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from headrace import _native
 
 
+NOT_STORED = -(2**63)
+"""The slot of a token whose key and value another rank keeps. Not -1, which a missing block gives at its end."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class KvCacheSpec:
     """block_size: tokens per block. Slot block_id * block_size + offset holds one token."""

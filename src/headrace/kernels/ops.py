@@ -177,6 +177,16 @@ class AttentionShareOp(Protocol):
     ) -> AttentionShare: ...
 
 
+class JoinHeadsOp(Protocol):
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor: ...
+
+
+class WeighShareOp(Protocol):
+    def __call__(
+        self, share: AttentionShare, normalizers: Sequence[Tensor], rank: int, *, dtype: torch.dtype, num_parts: int = 1
+    ) -> Tensor: ...
+
+
 class ActivationOp(Protocol):
     def __call__(self, x: Tensor, kind: Activation) -> Tensor: ...
 

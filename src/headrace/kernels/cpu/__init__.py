@@ -9,6 +9,7 @@ from typing import Any
 
 from headrace.kernels.cpu.activation import Activate
 from headrace.kernels.cpu.attention import Attention
+from headrace.kernels.cpu.context_share import ContextShare
 from headrace.kernels.cpu.kv_cache import kv_cache_num_bytes, make_kv_cache, read_kv
 from headrace.kernels.cpu.linear import Embedding, Linear
 from headrace.kernels.cpu.machine_ops import MachineOps
@@ -24,6 +25,7 @@ from headrace.kernels.dataflow import Dataflow
 __all__ = [
     "Activate",
     "Attention",
+    "ContextShare",
     "Embedding",
     "Linear",
     "MachineOps",
@@ -56,7 +58,7 @@ def make_ops(target: str, stream: Stream, dataflow: Dataflow) -> dict[str, Calla
     Raises:
         BackendUnavailable: an instruction set this build or this machine does not have.
     """
-    attention = Attention(target, stream, dataflow)
+    attention, context_share = Attention(target, stream, dataflow), ContextShare(target, stream)
     norm, activate, sampling = Norm(target, stream), Activate(target, stream), Sampling(target, stream)
     return {
         "linear": Linear(target, stream, dataflow),
@@ -68,6 +70,8 @@ def make_ops(target: str, stream: Stream, dataflow: Dataflow) -> dict[str, Calla
         "rotary_store_kv_": RotaryStoreKv(target, stream),
         "attention": attention,
         "attention_share": attention.share,
+        "join_heads": context_share.join_heads,
+        "weigh_share": context_share.weigh_share,
         "mixture": Mixture(target, stream, dataflow),
         "make_kv_cache": make_kv_cache,
         "kv_cache_num_bytes": kv_cache_num_bytes,

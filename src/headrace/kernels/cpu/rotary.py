@@ -73,7 +73,7 @@ class RotaryStoreKv:
         Shapes:
             query:        [num_tokens, num_heads, head_dim] float32 or bfloat16, rotated in place
             key, value:   [num_tokens, num_kv_heads, head_dim], dtype of query
-            slot_mapping: [num_tokens] int64
+            slot_mapping: [num_tokens] int64; NOT_STORED writes nothing
             cos, sin:     [num_tokens, half] float32
         Raises:
             ShapeError: tensors that do not fit together or the cache.

@@ -2,6 +2,7 @@
 
 from headrace.kernels.reference.activation import activation, gated_activation
 from headrace.kernels.reference.attention import attention, attention_share
+from headrace.kernels.reference.context_share import join_heads, weigh_share
 from headrace.kernels.reference.kv_cache import kv_cache_num_bytes, make_kv_cache, read_kv, rotary_store_kv_
 from headrace.kernels.reference.linear import embedding, linear, linear_int8_activations, weight_rows
 from headrace.kernels.reference.machine_ops import MachineOps
@@ -23,6 +24,7 @@ __all__ = [
     "dequantize",
     "embedding",
     "gated_activation",
+    "join_heads",
     "kv_cache_num_bytes",
     "layer_norm",
     "linear",
@@ -41,6 +43,7 @@ __all__ = [
     "rotary_table",
     "route_experts",
     "top_k",
+    "weigh_share",
     "weight_num_bytes",
     "weight_rows",
 ]

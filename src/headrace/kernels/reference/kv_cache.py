@@ -5,7 +5,7 @@ from torch import Tensor
 
 from headrace.config import KvCacheFormat
 from headrace.errors import KernelError
-from headrace.kernels.kv_cache import DenseKvCache, KvCache, KvCacheSpec, PackedKvCache, QuantizedKvCache
+from headrace.kernels.kv_cache import NOT_STORED, DenseKvCache, KvCache, KvCacheSpec, PackedKvCache, QuantizedKvCache
 from headrace.kernels.reference.rotary import rotary_
 
 _DTYPES = {
@@ -48,7 +48,7 @@ def rotary_store_kv_(
     Shapes:
         query:        [num_tokens, num_heads, head_dim]
         key, value:   [num_tokens, num_kv_heads, head_dim]
-        slot_mapping: [num_tokens] int64, block_id * block_size + offset
+        slot_mapping: [num_tokens] int64, block_id * block_size + offset; NOT_STORED writes nothing
         cos, sin:     [num_tokens, half] float32, see `rotary_`
     """
     wide = key.float()
@@ -56,7 +56,9 @@ def rotary_store_kv_(
         wide = wide.clone()
         rotary_(query, *cos_sin, interleaved=interleaved)
         rotary_(wide, *cos_sin, interleaved=interleaved)
-    rows = (wide, value.float())
+    is_stored = slot_mapping != NOT_STORED
+    rows = (wide[is_stored], value.float()[is_stored])
+    slot_mapping = slot_mapping[is_stored]
     match kv_cache:
         case QuantizedKvCache():
             scales = [row_scales(x) for x in rows]
