@@ -124,9 +124,10 @@ std::vector<const T*> Pointers(const std::vector<uintptr_t>& addresses) {
   return pointers;
 }
 
-void RunJoinHeads(Stream& stream, const std::vector<uintptr_t>& parts, int64_t num_rows, int64_t row_bytes,
-                  uintptr_t out) {
-  const JoinHeadsCall call = {Pointers<void>(parts), num_rows, row_bytes, Pointer<void>(out)};
+void RunJoinHeads(Stream& stream, const std::vector<uintptr_t>& parts, const std::vector<int64_t>& stride_bytes,
+                  int64_t num_rows, int64_t row_bytes, uintptr_t out) {
+  if (parts.size() != stride_bytes.size()) throw std::invalid_argument("each part has a stride");
+  const JoinHeadsCall call = {Pointers<void>(parts), stride_bytes, num_rows, row_bytes, Pointer<void>(out)};
   stream.Run("join_heads", [call] { JoinHeads(call); });
 }
 
@@ -212,8 +213,8 @@ void DefineAttention(nb::module_& m) {
            nb::arg("query_ptr"), nb::arg("query_stride"), nb::arg("key_ptr"), nb::arg("key_stride"),
            nb::arg("value_ptr"), nb::arg("value_stride"), nb::arg("cos_ptr"), nb::arg("sin_ptr"), nb::arg("half"),
            nb::arg("is_interleaved"), nb::arg("slot_mapping_ptr"), Unlocked());
-  m.def("join_heads", &RunJoinHeads, nb::arg("stream"), nb::arg("part_ptrs"), nb::arg("num_rows"),
-        nb::arg("row_bytes"), nb::arg("out_ptr"), Unlocked());
+  m.def("join_heads", &RunJoinHeads, nb::arg("stream"), nb::arg("part_ptrs"), nb::arg("stride_bytes"),
+        nb::arg("num_rows"), nb::arg("row_bytes"), nb::arg("out_ptr"), Unlocked());
   m.def("weigh_share", &RunWeighShare, nb::arg("stream"), nb::arg("target"), nb::arg("normalizers_ptrs"),
         nb::arg("own_rank"), nb::arg("num_tokens"), nb::arg("num_heads"), nb::arg("head_dim"), nb::arg("num_parts"),
         nb::arg("numerators_ptr"), nb::arg("dtype"), nb::arg("out_ptr"), Unlocked());

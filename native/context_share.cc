@@ -18,7 +18,7 @@ void JoinHeads(const JoinHeadsCall& call) {
   auto* out = static_cast<char*>(call.out);
   for (int64_t row = 0; row < call.num_rows; ++row) {
     for (int64_t part = 0; part < num_parts; ++part) {
-      const char* from = static_cast<const char*>(call.parts[part]) + row * call.row_bytes;
+      const char* from = static_cast<const char*>(call.parts[part]) + row * call.stride_bytes[part];
       memcpy(out + (row * num_parts + part) * call.row_bytes, from, call.row_bytes);
     }
   }

@@ -11,9 +11,10 @@
 
 namespace headrace {
 
-// out[t] = parts[0][t], parts[1][t], ...: each part has num_rows rows of row_bytes, all contiguous.
+// out[t] = parts[0][t], parts[1][t], ...: each part has num_rows rows of row_bytes, its stride apart; out is contiguous.
 struct JoinHeadsCall {
   std::vector<const void*> parts;
+  std::vector<int64_t> stride_bytes;
   int64_t num_rows;
   int64_t row_bytes;
   void* out;

@@ -107,6 +107,14 @@ class TestJoinHeads:
         assert joined.shape == (5, 9, 8)
         assert all(torch.equal(joined[:, 3 * i : 3 * i + 3], part) for i, part in enumerate(parts))
 
+    @each_ops
+    def test_parts_may_lie_within_something_wider(self, ops):
+        """As the query heads do within the output of a fused projection."""
+        wide = torch.randn(4, 7, 8)
+        joined = ops_of(ops).join_heads([wide[:, 1:3], wide[:, 4:6]])
+        assert torch.equal(joined, wide[:, [1, 2, 4, 5]])
+        assert joined.is_contiguous()
+
     @pytest.mark.parametrize("target", TARGETS)
     def test_parts_of_different_shapes_are_refused(self, target):
         with pytest.raises(ShapeError):

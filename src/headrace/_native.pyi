@@ -290,7 +290,14 @@ def sum_in_rank_order(
 def sum_quantized_in_rank_order(
     target: Target, in_ptrs: Sequence[int], dtype: DType, num_rows: int, row_size: int, out_ptr: int
 ) -> None: ...
-def join_heads(stream: Stream, part_ptrs: Sequence[int], num_rows: int, row_bytes: int, out_ptr: int) -> None: ...
+def join_heads(
+    stream: Stream,
+    part_ptrs: Sequence[int],
+    stride_bytes: Sequence[int],
+    num_rows: int,
+    row_bytes: int,
+    out_ptr: int,
+) -> None: ...
 def weigh_share(
     stream: Stream,
     target: Target,

@@ -16,6 +16,9 @@ class ForwardBatch:
         block_tables: [num_seqs, max_blocks_per_seq] int32, -1 padded
         context_lens: [num_seqs] int32, tokens visible to attention, this step's included
         cu_seqlens_q: [num_seqs + 1] int32, exclusive prefix sum of tokens per sequence
+        owned_blocks: [num_seqs, max_blocks_per_seq + 1] int32, how many of a sequence's first i blocks this rank has,
+            where ranks share contexts; slot_mapping (NOT_STORED for tokens of others) and block_tables then name this
+            rank's blocks alone, by its own ids. None where each rank has all.
     """
 
     input_ids: Tensor
@@ -24,3 +27,4 @@ class ForwardBatch:
     block_tables: Tensor
     context_lens: Tensor
     cu_seqlens_q: Tensor
+    owned_blocks: Tensor | None = None

@@ -40,12 +40,20 @@ class AllReduceDtype(Enum):
 class KvSharding(Enum):
     """What ranks that share a KV head hold of it, where there are more ranks than KV heads.
 
-    REPLICATED  each holds all of its context
-    SEQUENCE    each holds its share of the context's blocks; partial results of attention are added up
+    REPLICATED      each holds all of its context
+    SEQUENCE        each holds its share of the context's blocks, and attends it for the query heads of all who share;
+                    a reduce-scatter then gives each the results of its own query heads
+    SEQUENCE_FUSED  the same, but each also holds the output projection of all those heads: its partial results are
+                    added up by the all-reduce that follows the projection anyway
     """
 
     REPLICATED = "replicated"
     SEQUENCE = "sequence"
+    SEQUENCE_FUSED = "sequence_fused"
+
+    @property
+    def splits_contexts(self) -> bool:
+        return self is not KvSharding.REPLICATED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headrace.batch import ForwardBatch
+from headrace.cache.kv_share import KvShare
 from headrace.costs.memory import num_blocks_for
 from headrace.engine.logits import Largest, Logits
 from headrace.engine.rows import Row
-from headrace.kernels import Kernels, Recording
+from headrace.kernels import NOT_STORED, Kernels, Recording
 
 MAX_DECODE_STEP_SEQS = 64
 """Beyond so many sequences a step's arithmetic dwarfs what asking for its ops costs."""
@@ -41,6 +42,7 @@ class DecodeStep:
 
     What a step computes does not depend on whether it is replayed.
 
+    share: the cache blocks this rank has, if not all.
     forward: from a batch to hidden states [num_tokens, hidden_size]; head: from those to logits.
     """
 
@@ -51,16 +53,20 @@ class DecodeStep:
         head: Callable[[Tensor], Tensor],
         block_size: int,
         max_model_len: int,
+        share: KvShare | None = None,
     ) -> None:
         self._kernels = kernels
         self._forward = forward
         self._head = head
         self._block_size = block_size
+        self._share = share
         width = num_blocks_for(max_model_len, block_size)
         self._input_ids = np.zeros(MAX_DECODE_STEP_SEQS, dtype=np.int64)
         self._positions = np.zeros(MAX_DECODE_STEP_SEQS, dtype=np.int64)
         self._slot_mapping = np.zeros(MAX_DECODE_STEP_SEQS, dtype=np.int64)
         self._block_tables = np.full((MAX_DECODE_STEP_SEQS, width), -1, dtype=np.int32)
+        # Counts of a table's blocks; those past its end are never read.
+        self._owned_blocks = np.zeros((MAX_DECODE_STEP_SEQS, width + 1), dtype=np.int32)
         self._context_lens = np.zeros(MAX_DECODE_STEP_SEQS, dtype=np.int32)
         self._cu_seqlens_q = np.arange(MAX_DECODE_STEP_SEQS + 1, dtype=np.int32)
         self._written_tables: list[NDArray[np.int32] | None] = [None] * MAX_DECODE_STEP_SEQS
@@ -139,11 +145,23 @@ class DecodeStep:
         for i, (token_ids, position, block_table) in enumerate(rows):
             self._input_ids[i] = token_ids[0]
             self._positions[i] = position
-            self._slot_mapping[i] = block_table.item(position // size) * size + position % size
+            self._slot_mapping[i] = self._slot(block_table.item(position // size), position % size)
             self._context_lens[i] = position + 1
             if self._written_tables[i] is not block_table:
-                self._block_tables[i, : len(block_table)] = block_table
+                self._write_table(i, block_table)
                 self._written_tables[i] = block_table
+
+    def _slot(self, block_id: int, offset: int) -> int:
+        if self._share is None:
+            return block_id * self._block_size + offset
+        local_id = self._share.local_block(block_id)
+        return NOT_STORED if local_id is None else local_id * self._block_size + offset
+
+    def _write_table(self, i: int, block_table: NDArray[np.int32]) -> None:
+        if self._share is not None:
+            block_table, counts = self._share.local_table(block_table)
+            self._owned_blocks[i, : len(counts)] = counts
+        self._block_tables[i, : len(block_table)] = block_table
 
     def _batch(self, num_seqs: int) -> ForwardBatch:
         return ForwardBatch(
@@ -153,6 +171,7 @@ class DecodeStep:
             block_tables=torch.from_numpy(self._block_tables[:num_seqs]),
             context_lens=torch.from_numpy(self._context_lens[:num_seqs]),
             cu_seqlens_q=torch.from_numpy(self._cu_seqlens_q[: num_seqs + 1]),
+            owned_blocks=None if self._share is None else torch.from_numpy(self._owned_blocks[:num_seqs]),
         )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from headrace.batch import ForwardBatch
 from headrace.cache.kv_pool import KvPool
+from headrace.cache.kv_share import KvShare
 from headrace.engine.decode_step import MAX_DECODE_STEP_SEQS, DecodeStep
 from headrace.engine.logits import Logits
 from headrace.engine.rows import Row, build_forward_batch
@@ -19,18 +20,28 @@ class ModelRunner:
 
     max_model_len: the longest sequence that will come.
     boundary: to the stages before and after; None for a model that is one stage.
+    share: the cache blocks this rank has, if not all; the pool then has room for those alone.
     """
 
-    def __init__(self, decoder: Decoder, kv_pool: KvPool, max_model_len: int, boundary: Boundary | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv_pool: KvPool,
+        max_model_len: int,
+        boundary: Boundary | None = None,
+        share: KvShare | None = None,
+    ) -> None:
         self._decoder = decoder
         self._boundary = boundary
         self._kv_pool = kv_pool
+        self._share = share
         self._decode_step = DecodeStep(
             decoder.kernels,
             self._forward,
             decoder.compute_logits,
             block_size=kv_pool.spec.block_size,
             max_model_len=max_model_len,
+            share=share,
         )
 
     @property
@@ -50,7 +61,7 @@ class ModelRunner:
         """Hidden states of all rows' tokens, laid end to end: [num_tokens, hidden_size]. Valid until the next run."""
         if len(rows) <= MAX_DECODE_STEP_SEQS and all(len(row.token_ids) == 1 for row in rows):
             return self._decode_step.run(rows)
-        return self._forward(build_forward_batch(rows, self._kv_pool.spec.block_size))
+        return self._forward(build_forward_batch(rows, self._kv_pool.spec.block_size, self._share))
 
     def logits(self, hidden_states: Tensor) -> Logits:
         """Logits of what `run` returned, or of some rows of that. Valid until the next call of either."""

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from headrace.batch import ForwardBatch
-from headrace.config import LayerConfig, ModelConfig
+from headrace.config import KvSharding, LayerConfig, ModelConfig
 from headrace.costs.sharding import check_heads_divide, shard_kv_heads, shard_range
 from headrace.kernels import AttentionSpec, KvCache, SoftmaxSpec
 from headrace.layers.context import LayerContext
+from headrace.layers.context_attention import make_context_attention
 from headrace.layers.linear import ColumnParallelLinear, OutputPart, RowParallelLinear
 from headrace.layers.norm import RmsNorm
 from headrace.layers.parameter import Parameter
@@ -18,7 +19,10 @@ from headrace.layers.parameter import Parameter
 class Attention:
     """o_proj(attention(rotary(q), rotary(k), v)), with q, k and v from one fused projection.
 
-    Query heads are split over the group; KV heads too, or repeated where there are more ranks than KV heads.
+    Query heads are split over the group; KV heads too, or repeated where there are more ranks than KV heads. What ranks
+    with the same KV head hold of its contexts, and which columns of o_proj, is `KvSharding`.
+
+    site, context_site: those of the output's all-reduce and of the exchanges over shared contexts in the ledger.
     """
 
     def __init__(
@@ -30,12 +34,14 @@ class Attention:
         context: LayerContext,
         *,
         site: str,
+        context_site: str,
     ) -> None:
         attention, group = config.attention, context.tp_group
         check_heads_divide(attention.num_heads, attention.num_kv_heads, group.world_size)
         heads = shard_range(attention.num_heads, group.rank, group.world_size)
         kv_heads = shard_kv_heads(attention.num_kv_heads, group.rank, group.world_size)
         self._kernels = context.kernels
+        self._attend = make_context_attention(context, context_site)
         self._head_dim = attention.head_dim
         self._interleaved = layer.rope.interleaved if layer.rope else False
         self._spec = AttentionSpec(
@@ -60,7 +66,7 @@ class Attention:
             config.hidden_size,
             attention.num_heads * attention.head_dim,
             context,
-            columns=self._rows(heads),
+            columns=self._rows(_output_heads(heads, kv_heads, attention.num_heads // attention.num_kv_heads, context)),
             site=site,
             has_bias=attention.output_bias,
         )
@@ -78,10 +84,7 @@ class Attention:
         self._kernels.rotary_store_kv_(
             query, key, value, kv_cache, batch.slot_mapping, cos_sin, interleaved=self._interleaved
         )
-        attended = self._kernels.attention(
-            query, kv_cache, batch.block_tables, batch.context_lens, batch.cu_seqlens_q, self._spec
-        )
-        return self.output(attended.flatten(1))
+        return self.output(self._attend(query, batch, kv_cache, self._spec).flatten(1))
 
     def parameters(self) -> Iterator[Parameter]:
         yield from self.qkv.parameters()
@@ -95,3 +98,10 @@ class Attention:
 
     def _rows(self, heads: range) -> range:
         return range(heads.start * self._head_dim, heads.stop * self._head_dim)
+
+
+def _output_heads(heads: range, kv_heads: range, heads_per_kv_head: int, context: LayerContext) -> range:
+    """Heads whose part of the output projection this rank holds: its own, or all that share its KV head."""
+    if context.parallel.kv_sharding is KvSharding.SEQUENCE_FUSED and context.kv_group.world_size > 1:
+        return range(kv_heads.start * heads_per_kv_head, kv_heads.stop * heads_per_kv_head)
+    return heads

@@ -79,7 +79,13 @@ class DecoderLayer:
         layer: LayerConfig = config.layers[index]
         self.rope = layer.rope
         self.attention = Attention(
-            f"{prefix}.self_attn", config, layer, context.layer_softmax(index), context, site=Site.attention(index)
+            f"{prefix}.self_attn",
+            config,
+            layer,
+            context.layer_softmax(index),
+            context,
+            site=Site.attention(index),
+            context_site=Site.context(index),
         )
         self.mlp = make_mlp(f"{prefix}.mlp", config, layer.moe, context, site=Site.mlp(index))
         self.attention_residual = Residual(

@@ -8,6 +8,7 @@ from torch import Tensor
 from headrace import _native
 from headrace.errors import KernelError, ShapeError
 from headrace.kernels.cpu.dtypes import native_dtype
+from headrace.kernels.cpu.rotary import by_token
 from headrace.kernels.cpu.stream import Stream
 from headrace.kernels.cpu.targets import native_target
 from headrace.kernels.ops import AttentionShare
@@ -28,12 +29,17 @@ class ContextShare:
         first = parts[0]
         if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
             raise ShapeError(f"parts of {[list(part.shape) for part in parts]}; all must be of one shape and type")
-        parts = [part.contiguous() for part in parts]
+        parts = [by_token(part) for part in parts]
         num_tokens, num_heads, head_dim = first.shape
         out = self._stream.empty((num_tokens, num_heads * len(parts), head_dim), first.dtype)
-        row_bytes = num_heads * head_dim * first.itemsize
-        addresses = [part.data_ptr() for part in parts]
-        _native.join_heads(self._stream.native, addresses, num_tokens, row_bytes, out.data_ptr())
+        _native.join_heads(
+            self._stream.native,
+            [part.data_ptr() for part in parts],
+            [part.stride(0) * part.itemsize for part in parts],
+            num_tokens,
+            num_heads * head_dim * first.itemsize,
+            out.data_ptr(),
+        )
         return out
 
     def weigh_share(

@@ -36,4 +36,5 @@ def weigh_share(
     # A state without any weight refers to 0: infinity - infinity is not a number.
     weights = torch.exp2(references - largest.masked_fill(largest.isneginf(), 0.0))
     scaled = share.numerators * (weights[rank] / (weights * denominators).sum(0))[..., None]
-    return scaled.to(dtype).unflatten(1, (num_parts, -1)).movedim(1, 0).contiguous()
+    num_tokens, _, head_dim = scaled.shape
+    return scaled.to(dtype).view(num_tokens, num_parts, -1, head_dim).transpose(0, 1).contiguous()
