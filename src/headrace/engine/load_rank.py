@@ -26,7 +26,7 @@ from headrace.models.decoder import Decoder
 from headrace.models.loading import WeightFormats
 from headrace.models.progress import bytes_progress
 from headrace.models.source import ModelSource, load_decoder, open_model, resolve_formats
-from headrace.parallel import Group
+from headrace.parallel import Group, OneRankGroup
 from headrace.parallel.world import World
 
 
@@ -58,7 +58,7 @@ class LoadedRank:
     ) -> Worker:
         spec = kv_cache_spec(self.shape, self.kv_cache_format, num_blocks=num_blocks, block_size=block_size)
         pool = KvPool(self.kernels, spec, num_layers=len(self.shape.layers))
-        runner = ModelRunner(self.decoder, pool, max_model_len, self.boundary)
+        runner = ModelRunner(self.decoder, pool, max_model_len, self.boundary, self.shape.share)
         tp_group, gathers_logits = self.groups[0], self.parallel.gather_logits
         return Worker(
             runner,
@@ -115,9 +115,13 @@ def load_rank(
         kernels.dataflow.max_pieces = softmax.max_pieces
     tp_group = world.fabric.make_group("tp", place.tp_ranks, kernels)
     pp_group = world.fabric.make_group("pp", place.pp_ranks, kernels)
+    kv_group: Group = OneRankGroup("kv")
+    if shape.share is not None:
+        kv_group = world.fabric.make_group("kv", place.kv_ranks(source.config.attention.num_kv_heads), kernels)
     context = LayerContext(
         kernels=kernels,
         tp_group=tp_group,
+        kv_group=kv_group,
         softmax=softmax.layers,
         partial_dtype=_partial_dtype(config.parallel.all_reduce_dtype),
         parallel=config.parallel,
@@ -142,7 +146,7 @@ def load_rank(
             dtype=formats.dtype,
             max_num_tokens=config.scheduler.max_num_batched_tokens,
         ),
-        groups=(tp_group, pp_group),
+        groups=(tp_group, pp_group, kv_group),
         parallel=config.parallel,
         formats=formats,
         kv_cache_format=cache_format,
