@@ -39,17 +39,19 @@ class WireRules:
 
     all_reduce: the algorithm for so many ranks.
     gathers_logits_to_root: whole logits go to the first rank of the last stage alone, instead of to each of its ranks.
+    gathers_scattered_sums: a reduce-scatter hands all its rows to every rank, which adds up its own.
     """
 
     all_reduce: Callable[[Summands, int], str] = all_reduce_algorithm
     gathers_logits_to_root: bool = False
+    gathers_scattered_sums: bool = False
 
 
 def rules_of(transport: Transport) -> WireRules:
     """Of Headrace over this transport: gloo's sums are gathered and added up, NCCL's go around a ring."""
     match transport:
         case Transport.GLOO:
-            return WireRules(all_reduce=direct)
+            return WireRules(all_reduce=direct, gathers_scattered_sums=True)
         case Transport.NCCL:
             return WireRules(all_reduce=ring)
         case Transport.AUTO | Transport.SHM | Transport.MPI:
@@ -167,8 +169,9 @@ class RankCalls:
             sent = all_gather_wire_bytes(num_bytes, num_sharers)
             yield Exchange("all_gather", "kv", self._context_sites, DIRECT, num_bytes, sent)
         if sharding is KvSharding.SEQUENCE:
-            sent = (num_sharers - 1) * query_bytes
-            yield Exchange("reduce_scatter", "kv", self._context_sites, DIRECT, num_sharers * query_bytes, sent)
+            payload_bytes = num_sharers * query_bytes
+            sent = (num_sharers - 1) * (payload_bytes if layout.rules.gathers_scattered_sums else query_bytes)
+            yield Exchange("reduce_scatter", "kv", self._context_sites, DIRECT, payload_bytes, sent)
 
     def _sums(self, num_tokens: int) -> Iterator[Exchange]:
         parallel, model, activation_bytes = self._layout.parallel, self._layout.model, self._layout.activation_bytes
