@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from headrace.config import EngineConfig, Transport
+from headrace.config import AllReduceDtype, EngineConfig, ParallelConfig, Transport
 from headrace.config.launched import launched_from
 from headrace.costs.micro_batches import max_prompt_tokens
 from headrace.errors import ParallelismError
@@ -24,6 +24,7 @@ def start_world(config: EngineConfig) -> World:
     parallel = config.parallel
     if parallel.world_size == 1:
         return one_rank_world()
+    _check(parallel)
     launched = launched_from()
     if launched is not None and parallel.transport is not Transport.SHM:
         transport = launched.transport if parallel.transport is Transport.AUTO else parallel.transport
@@ -39,6 +40,13 @@ def start_world(config: EngineConfig) -> World:
         )
     transport = Transport.SHM if parallel.transport is Transport.AUTO else parallel.transport
     return start_local_world(parallel, transport, _RANK_MODULE, config, micro_batch_bytes=_micro_batch_bytes(config))
+
+
+def _check(parallel: ParallelConfig) -> None:
+    if parallel.all_reduce_dtype is AllReduceDtype.INT8 and parallel.transport in (Transport.GLOO, Transport.NCCL):
+        raise ParallelismError(
+            f"all_reduce_dtype is 'int8', which transport '{parallel.transport.value}' lacks; use shm or mpi"
+        )
 
 
 def _micro_batch_bytes(config: EngineConfig) -> int:

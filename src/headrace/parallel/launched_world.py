@@ -29,7 +29,7 @@ def join_launched_world(config: ParallelConfig, launched: Launched, transport: T
             f"{launched.launcher} has started {launched.world_size} ranks, but --tp {config.tensor_parallel_size} --pp "
             f"{config.pipeline_parallel_size} has {config.world_size}; make the two equal"
         )
-    start = _start_mpi() if transport is Transport.MPI else _start_torch(config, launched, transport)
+    start = _start_mpi(config) if transport is Transport.MPI else _start_torch(config, launched, transport)
     control, line = open_lines(launched.rank, launched.world_size, start.broadcast, config.deadline_s)
     hosts = start.all_gather(host_id())
     place = Place(rank=launched.rank, config=config)
@@ -56,13 +56,13 @@ class _Start(NamedTuple):
     all_gather: Callable[[str], list[str]]
 
 
-def _start_mpi() -> _Start:
+def _start_mpi(config: ParallelConfig) -> _Start:
     from headrace.parallel.mpi import import_mpi, make_communicator
     from headrace.parallel.native_fabric import NativeFabric
 
     communicator = make_communicator()
     world = import_mpi().COMM_WORLD
-    return _Start(NativeFabric(communicator), world.bcast, world.allgather)
+    return _Start(NativeFabric(communicator, config.all_reduce_dtype), world.bcast, world.allgather)
 
 
 def _start_torch(config: ParallelConfig, launched: Launched, transport: Transport) -> _Start:

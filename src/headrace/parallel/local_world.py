@@ -87,7 +87,7 @@ def _meet(config: ParallelConfig, transport: Transport, micro_batch_bytes: int) 
         ahead_bytes = max(_RING_BYTES, num_stages * micro_batch_bytes)
         ahead = [(rank, rank + stage_size, ahead_bytes) for rank in range(config.world_size - stage_size)]
         region = make_region(config.world_size, _RING_BYTES, ahead)
-        return _Meeting(fabric=NativeFabric(make_communicator(region, 0)), region_fd=region.fd)
+        return _Meeting(fabric=NativeFabric(make_communicator(region, 0), config.all_reduce_dtype), region_fd=region.fd)
     from torch._C._distributed_c10d import TCPStore
 
     from headrace.parallel.torch_fabric import TorchFabric
@@ -101,7 +101,7 @@ def _join(greeting: Greeting, config: ParallelConfig) -> Fabric:
         from headrace.parallel.native_fabric import NativeFabric
         from headrace.parallel.shm import join_region, make_communicator
 
-        return NativeFabric(make_communicator(join_region(greeting.region_fd), greeting.rank))
+        return NativeFabric(make_communicator(join_region(greeting.region_fd), greeting.rank), config.all_reduce_dtype)
     from torch._C._distributed_c10d import TCPStore
 
     from headrace.parallel.torch_fabric import TorchFabric

@@ -1,7 +1,8 @@
 """Groups over native communicators: shared memory within a host, MPI within and between hosts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from headrace.config import AllReduceDtype
 from headrace.kernels import Kernels
 from headrace.parallel.group import Group, OneRankGroup
 from headrace.parallel.native import _native
@@ -9,19 +10,19 @@ from headrace.parallel.native_group import NativeGroup
 
 
 class NativeFabric:
-    """communicator: this rank's end of the world. on_close: gives back what the communicator stands on."""
+    """communicator: this rank's end of the world. all_reduce_dtype: that sums travel in, see `NativeGroup`."""
 
-    def __init__(self, communicator: _native.Communicator, on_close: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, communicator: _native.Communicator, all_reduce_dtype: AllReduceDtype) -> None:
         self._communicator = communicator
-        self._on_close = on_close
+        self._all_reduce_dtype = all_reduce_dtype
 
     def make_group(self, name: str, ranks: Sequence[int], kernels: Kernels) -> Group:
         if len(ranks) == 1:
             return OneRankGroup(name)
-        return NativeGroup(self._communicator, name, ranks, kernels.stream)
+        return NativeGroup(self._communicator, name, ranks, kernels.stream, all_reduce_dtype=self._all_reduce_dtype)
 
     def abort(self, reason: str) -> None:
         self._communicator.abort(reason)
 
     def close(self) -> None:
-        self._on_close()
+        pass
