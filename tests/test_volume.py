@@ -240,18 +240,26 @@ class Wire:
         return [peer for peer in range(self.world_size) if peer != rank]
 
 
-def int8_bytes(elements):
-    """A byte for each, and four for the scale of every 64 that begin."""
-    return len(elements) + 4 * len(elements[::64])
+def int8_groups(num_rows, row_size):
+    """Values that share a scale: 64 of a row, or what is left of it."""
+    rows = np.arange(num_rows * row_size).reshape(num_rows, row_size)
+    return [group for row in rows for group in np.split(row, range(64, row_size, 64))]
 
 
-def simulate_all_reduce(algorithm, num_elements, summand_bytes, sum_bytes, world_size):
+def int8_bytes(groups):
+    """A byte for each value, and four for each scale."""
+    return sum(len(group) + 4 for group in groups)
+
+
+def simulate_all_reduce(algorithm, shape, summand_bytes, sum_bytes, world_size):
     """Bytes that each rank sends, every message made; at the end each rank has every element of every rank."""
-    wire, everybody = Wire(world_size), set(range(world_size))
+    wire, everybody, num_elements = Wire(world_size), set(range(world_size)), shape[0] * shape[1]
     parts = np.array_split(np.arange(num_elements), world_size)
     have = [[{rank} for _ in parts] for rank in range(world_size)]
     sizes = (lambda part: len(part) * summand_bytes), (lambda part: len(part) * sum_bytes)
     if algorithm == "two_shot_int8":
+        groups = int8_groups(*shape)
+        parts = [[groups[i] for i in part] for part in np.array_split(np.arange(len(groups)), world_size)]
         sizes = int8_bytes, int8_bytes
     if algorithm == "direct":
         for rank in range(world_size):
@@ -281,35 +289,36 @@ def simulate_all_reduce(algorithm, num_elements, summand_bytes, sum_bytes, world
 class TestAlgorithms:
     @given(
         algorithm=st.sampled_from(["direct", "two_shot", "two_shot_int8", "ring"]),
-        num_elements=st.integers(0, 1000),
+        shape=st.tuples(st.integers(1, 9), st.integers(1, 300)),
         widths=st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([2, 4])),
         world_size=st.integers(2, 9),
     )
-    def test_all_reduce_against_messages(self, algorithm, num_elements, widths, world_size):
-        summands = Summands(num_elements=num_elements, summand_bytes=widths[0], sum_bytes=widths[1])
+    def test_all_reduce_against_messages(self, algorithm, shape, widths, world_size):
+        summands = Summands(num_rows=shape[0], row_size=shape[1], summand_bytes=widths[0], sum_bytes=widths[1])
         predicted = [all_reduce_wire_bytes(summands, algorithm, rank, world_size) for rank in range(world_size)]
-        assert predicted == simulate_all_reduce(algorithm, num_elements, *widths, world_size)
+        assert predicted == simulate_all_reduce(algorithm, shape, *widths, world_size)
 
     @given(st.integers(0, 10**6), st.integers(1, 16))
     def test_ring_and_two_shot_total_twice_what_the_others_hold(self, num_elements, world_size):
-        summands = Summands(num_elements=num_elements, summand_bytes=2, sum_bytes=2)
+        summands = Summands(num_rows=1, row_size=num_elements, summand_bytes=2, sum_bytes=2)
         for algorithm in ("ring", "two_shot"):
             total = sum(all_reduce_wire_bytes(summands, algorithm, rank, world_size) for rank in range(world_size))
             assert total == 2 * (world_size - 1) * summands.payload_bytes
 
     def test_unknown_algorithm(self):
         with pytest.raises(ValueError, match="'tree' is no algorithm"):
-            all_reduce_wire_bytes(Summands(num_elements=1, summand_bytes=2, sum_bytes=2), "tree", 0, 2)
+            all_reduce_wire_bytes(Summands(num_rows=1, row_size=1, summand_bytes=2, sum_bytes=2), "tree", 0, 2)
 
     @pytest.mark.parametrize(("world_size", "limit"), [(2, 256 * 1024), (3, 32 * 1024), (8, 32 * 1024)])
     def test_large_messages_go_in_two_shots(self, world_size, limit):
-        for num_bytes, may_quantize, expected in (
-            (limit, False, "direct"),
-            (limit, True, "direct"),
-            (limit + 1, False, "two_shot"),
-            (limit + 1, True, "two_shot_int8"),
-        ):
-            summands = Summands(num_elements=num_bytes, summand_bytes=1, sum_bytes=1, may_quantize=may_quantize)
+        for num_bytes, expected in ((limit, "direct"), (limit + 1, "two_shot")):
+            summands = Summands(num_rows=1, row_size=num_bytes, summand_bytes=1, sum_bytes=1)
+            assert all_reduce_algorithm(summands, world_size) == expected
+
+    @pytest.mark.parametrize(("world_size", "below"), [(2, "direct"), (3, "two_shot")])
+    def test_large_messages_may_go_in_8_bits(self, world_size, below):
+        for num_elements, expected in ((16 * 1024 - 1, below), (16 * 1024, "two_shot_int8")):
+            summands = Summands(num_rows=num_elements, row_size=1, summand_bytes=4, sum_bytes=2, may_quantize=True)
             assert all_reduce_algorithm(summands, world_size) == expected
 
 
@@ -331,15 +340,21 @@ class Simulation:
     def stage_ranks(self, stage):
         return list(range(stage * self.t, (stage + 1) * self.t))
 
-    def all_reduce(self, stage, site, num_elements, element_bytes, *, quantizes=False):
+    def all_reduce(self, stage, site, shape, element_bytes):
         if self.t == 1:
             return
-        payload_bytes = num_elements * element_bytes
-        is_small = payload_bytes <= (262144 if self.t == 2 else 32768)
-        algorithm = "ring" if self.literal else "direct" if is_small else "two_shot_int8" if quantizes else "two_shot"
-        sent = simulate_all_reduce(algorithm, num_elements, element_bytes, self.activation_bytes, self.t)
+        payload_bytes = shape[0] * shape[1] * element_bytes
+        algorithm = self.algorithm(payload_bytes)
+        sent = simulate_all_reduce(algorithm, shape, element_bytes, self.activation_bytes, self.t)
         for rank, num_bytes in zip(self.stage_ranks(stage), sent, strict=True):
             self.count(rank, "all_reduce", "tp", site, algorithm, payload_bytes, num_bytes)
+
+    def algorithm(self, payload_bytes):
+        if self.literal:
+            return "ring"
+        if self.parallel.all_reduce_dtype is AllReduceDtype.INT8 and payload_bytes >= 65536:
+            return "two_shot_int8"
+        return "direct" if payload_bytes <= (262144 if self.t == 2 else 32768) else "two_shot"
 
     def all_gather(self, stage, site, part_bytes):
         if self.t == 1:
@@ -393,7 +408,7 @@ class Simulation:
         )
         if settings.shard_embedding:
             width = self.hf.get("word_embed_proj_dim", self.hf["hidden_size"])
-            self.all_reduce(0, "embedding", num_tokens * width, self.activation_bytes)
+            self.all_reduce(0, "embedding", (num_tokens, width), self.activation_bytes)
         layer = 0
         for stage, num_layers in enumerate(num_layers_of):
             if stage:
@@ -405,9 +420,8 @@ class Simulation:
                     self.all_reduce(
                         stage,
                         f"layers.{layer}.{part}",
-                        num_tokens * self.hf["hidden_size"],
+                        (num_tokens, self.hf["hidden_size"]),
                         self.activation_bytes if is_mixture else summand_bytes,
-                        quantizes=settings.all_reduce_dtype is AllReduceDtype.INT8,
                     )
                 layer += 1
 

@@ -6,7 +6,6 @@ Three sizes are kept apart everywhere:
     total wire bytes  the sum of wire_bytes over the ranks of the group
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from headrace.config import AllReduceDtype
@@ -27,20 +26,30 @@ DIRECT_MAX_BYTES_OF_TWO = 256 * 2**10
 DIRECT_MAX_BYTES = 32 * 2**10
 """The same for more ranks, which send n / 2 times as much that way."""
 
-_INT8_BLOCK = 64
+INT8_MIN_BYTES = 64 * 2**10
+"""Payload from which a sum travels in 8 bits, if it may: below, its time is that of its meetings."""
+
+_INT8_GROUP = 64
+_INT8_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summands:
-    """What an all-reduce is given: summand_bytes of an element handed over, sum_bytes of an element of the result.
+    """What an all-reduce is given: [num_rows, row_size], summand_bytes of an element handed over, sum_bytes of an
+    element of the result.
 
     The two differ where partial sums are float32 and activations are not: a sum is rounded once, then travels rounded.
     """
 
-    num_elements: int
+    num_rows: int
+    row_size: int
     summand_bytes: int
     sum_bytes: int
     may_quantize: bool = False
+
+    @property
+    def num_elements(self) -> int:
+        return self.num_rows * self.row_size
 
     @property
     def payload_bytes(self) -> int:
@@ -49,10 +58,10 @@ class Summands:
 
 def all_reduce_algorithm(summands: Summands, world_size: int) -> str:
     """What Headrace's own groups use. All ranks agree, since nothing but the size of the message matters."""
+    if summands.may_quantize and summands.payload_bytes >= INT8_MIN_BYTES:
+        return TWO_SHOT_INT8
     max_bytes = DIRECT_MAX_BYTES_OF_TWO if world_size == 2 else DIRECT_MAX_BYTES
-    if summands.payload_bytes <= max_bytes:
-        return DIRECT
-    return TWO_SHOT_INT8 if summands.may_quantize else TWO_SHOT
+    return DIRECT if summands.payload_bytes <= max_bytes else TWO_SHOT
 
 
 def summand_bytes(dtype: AllReduceDtype, activation_bytes: int) -> int:
@@ -63,37 +72,50 @@ def summand_bytes(dtype: AllReduceDtype, activation_bytes: int) -> int:
 def all_reduce_wire_bytes(summands: Summands, algorithm: str, rank: int, world_size: int) -> int:
     """Bytes that `rank` sends in one all-reduce of S bytes among n ranks.
 
-    direct    (n - 1) S: its whole tensor to each other rank
-    two_shot  its tensor but for its own part, then the sum of its own part to each other rank
-    ring      all parts but number rank + 1, then all sums but number rank + 2: 2 (n - 1) / n S, if n divides it
+    direct         (n - 1) S: its whole tensor to each other rank
+    two_shot       its tensor but for its own part, then the sum of its own part to each other rank
+    two_shot_int8  the same of what 8 bits and scales take
+    ring           all parts but number rank + 1, then all sums but number rank + 2: 2 (n - 1) / n S, if n divides it
 
-    Part r is that of `shard_range`: parts differ by at most one element, and so do the ranks' figures.
+    Part r is that of `shard_range`: parts differ by at most one element (one group of 64, in 8 bits), and so do the
+    ranks' figures.
     """
     if world_size == 1:
         return 0
-    parts = [len(shard_range(summands.num_elements, i, world_size)) for i in range(world_size)]
     if algorithm == DIRECT:
         return (world_size - 1) * summands.payload_bytes
-    if algorithm == TWO_SHOT:
-        return _two_shot(parts, rank, lambda n: n * summands.summand_bytes, lambda n: n * summands.sum_bytes)
     if algorithm == TWO_SHOT_INT8:
-        return _two_shot(parts, rank, _int8_bytes, _int8_bytes)
+        parts = [_int8_bytes(summands, shard) for shard in _shards(_num_int8_groups(summands), world_size)]
+        return sum(parts) + (world_size - 2) * parts[rank]
+    parts = [len(shard) for shard in _shards(summands.num_elements, world_size)]
+    if algorithm == TWO_SHOT:
+        others = summands.num_elements - parts[rank]
+        return others * summands.summand_bytes + (world_size - 1) * parts[rank] * summands.sum_bytes
     if algorithm == RING:
-        kept = (
-            parts[(rank + 1) % world_size] * summands.summand_bytes
-            + parts[(rank + 2) % world_size] * summands.sum_bytes
-        )
-        return summands.num_elements * (summands.summand_bytes + summands.sum_bytes) - kept
+        summed = summands.num_elements - parts[(rank + 1) % world_size]
+        passed_on = summands.num_elements - parts[(rank + 2) % world_size]
+        return summed * summands.summand_bytes + passed_on * summands.sum_bytes
     raise ValueError(f"'{algorithm}' is no algorithm of an all-reduce")
 
 
-def _two_shot(parts: list[int], rank: int, as_summand: Callable[[int], int], as_sum: Callable[[int], int]) -> int:
-    others = sum(as_summand(part) for peer, part in enumerate(parts) if peer != rank)
-    return others + (len(parts) - 1) * as_sum(parts[rank])
+def _shards(num_units: int, world_size: int) -> list[range]:
+    return [shard_range(num_units, rank, world_size) for rank in range(world_size)]
 
 
-def _int8_bytes(num_elements: int) -> int:
-    return num_elements + 4 * -(-num_elements // _INT8_BLOCK)
+def _num_int8_groups(summands: Summands) -> int:
+    """They begin anew with each row, so that a row's values do not depend on those before it."""
+    return summands.num_rows * -(-summands.row_size // _INT8_GROUP)
+
+
+def _int8_bytes(summands: Summands, groups: range) -> int:
+    """Of a part: a byte for each value and a scale for each group, the last of a row being what is left of it."""
+    per_row = -(-summands.row_size // _INT8_GROUP)
+
+    def first_value(group: int) -> int:
+        row, index = divmod(group, per_row)
+        return row * summands.row_size + index * _INT8_GROUP
+
+    return first_value(groups.stop) - first_value(groups.start) + _INT8_SCALE_BYTES * len(groups)
 
 
 def all_gather_wire_bytes(part_bytes: int, world_size: int) -> int:

@@ -178,26 +178,22 @@ class RankCalls:
         if self._stage == 0 and parallel.shard_embedding:
             # Of rows of the table, before whatever projects them.
             width = model.embedding.projection_size or model.hidden_size
-            yield self._all_reduce(
-                (Site.EMBEDDING,),
-                Summands(num_elements=num_tokens * width, summand_bytes=activation_bytes, sum_bytes=activation_bytes),
-            )
-        num_elements, dtype = num_tokens * model.hidden_size, parallel.all_reduce_dtype
-        # Experts are summed before ranks are, and rounded to the activations' type.
-        for sites, element_bytes in (
-            (self._linear_sites, summand_bytes(dtype, activation_bytes)),
-            (self._mixture_sites, activation_bytes),
-        ):
-            if sites:
-                summands = Summands(
-                    num_elements=num_elements,
-                    summand_bytes=element_bytes,
-                    sum_bytes=activation_bytes,
-                    may_quantize=dtype is AllReduceDtype.INT8,
-                )
-                yield self._all_reduce(sites, summands)
+            yield self._all_reduce((Site.EMBEDDING,), num_tokens, width, activation_bytes)
+        element_bytes = summand_bytes(parallel.all_reduce_dtype, activation_bytes)
+        if self._linear_sites:
+            yield self._all_reduce(self._linear_sites, num_tokens, model.hidden_size, element_bytes)
+        if self._mixture_sites:
+            # Experts are summed before ranks are, and rounded to the activations' type.
+            yield self._all_reduce(self._mixture_sites, num_tokens, model.hidden_size, activation_bytes)
 
-    def _all_reduce(self, sites: tuple[str, ...], summands: Summands) -> Exchange:
+    def _all_reduce(self, sites: tuple[str, ...], num_rows: int, row_size: int, element_bytes: int) -> Exchange:
+        summands = Summands(
+            num_rows=num_rows,
+            row_size=row_size,
+            summand_bytes=element_bytes,
+            sum_bytes=self._layout.activation_bytes,
+            may_quantize=self._layout.parallel.all_reduce_dtype is AllReduceDtype.INT8,
+        )
         algorithm = self._layout.rules.all_reduce(summands, self._num_ranks)
         sent = all_reduce_wire_bytes(summands, algorithm, self._tp_rank, self._num_ranks)
         return Exchange("all_reduce", "tp", sites, algorithm, summands.payload_bytes, sent)
