@@ -66,11 +66,12 @@ class Sums(NamedTuple):
     payload_bytes: int = 0
     wire_bytes: int = 0
 
-    def plus(self, other: "Sums") -> "Sums":
-        return Sums(*(mine + its for mine, its in zip(self, other, strict=True)))
-
-    def times(self, factor: int) -> "Sums":
-        return Sums(*(value * factor for value in self))
+    def plus(self, other: "Sums", times: int = 1) -> "Sums":
+        return Sums(
+            self.num_calls + times * other.num_calls,
+            self.payload_bytes + times * other.payload_bytes,
+            self.wire_bytes + times * other.wire_bytes,
+        )
 
 
 class RankVolume:
@@ -92,11 +93,10 @@ class RankVolume:
         """Everything: what a self-check compares first, and cheapest."""
         total = Sums()
         for event, times in run.items():
-            if event not in self._totals:
-                self._totals[event] = add_up(
-                    _one_site(exchange).times(len(exchange.sites)) for exchange in self.exchanges(event)
-                )
-            total = total.plus(self._totals[event].times(times))
+            found = self._totals.get(event)
+            if found is None:
+                found = self._totals[event] = self._total_of(event)
+            total = total.plus(found, times)
         return total
 
     def rows(self, run: Run) -> list[VolumeRow]:
@@ -104,10 +104,10 @@ class RankVolume:
         sums: defaultdict[tuple[str, str, str, Phase, str], Sums] = defaultdict(Sums)
         for event, times in run.items():
             for exchange in self.exchanges(event):
-                more = _one_site(exchange).times(times)
+                more = _one_site(exchange)
                 for site in exchange.sites:
                     place = (exchange.operation, exchange.group, site, event.phase, exchange.algorithm)
-                    sums[place] = sums[place].plus(more)
+                    sums[place] = sums[place].plus(more, times)
         return [
             VolumeRow(
                 operation=operation,
@@ -122,9 +122,16 @@ class RankVolume:
             for (operation, group, site, phase, algorithm), total in sums.items()
         ]
 
+    def _total_of(self, event: Event) -> Sums:
+        total = Sums()
+        for exchange in self.exchanges(event):
+            total = total.plus(_one_site(exchange), len(exchange.sites))
+        return total
+
 
 def _one_site(exchange: Exchange) -> Sums:
-    return Sums(1, exchange.payload_bytes, exchange.wire_bytes).times(exchange.calls_per_site)
+    times = exchange.calls_per_site
+    return Sums(times, times * exchange.payload_bytes, times * exchange.wire_bytes)
 
 
 def add_up(parts: Iterable[Sums]) -> Sums:
