@@ -398,7 +398,8 @@ class Simulation:
                 others = len(sharers) - 1
                 self.count(rank, "all_gather", "kv", site, "direct", query, others * query)
                 self.count(rank, "all_gather", "kv", site, "direct", normalizers, others * normalizers)
-                self.count(rank, "reduce_scatter", "kv", site, "direct", scattered, sent)
+                if self.parallel.kv_sharding is KvSharding.SEQUENCE:
+                    self.count(rank, "reduce_scatter", "kv", site, "direct", scattered, sent)
 
     def layers(self, phase, num_tokens, num_layers_of):
         self.phase = phase
@@ -494,7 +495,7 @@ def layouts(draw, hf_config):
     flags = draw(st.tuples(*[st.booleans()] * 4))
     return ParallelConfig(
         tensor_parallel_size=draw(st.sampled_from([t for t in (1, 2, 3, 4, 6, 12) if _divides(t, num_kv_heads)])),
-        kv_sharding=draw(st.sampled_from([KvSharding.REPLICATED, KvSharding.SEQUENCE])),
+        kv_sharding=draw(st.sampled_from(KvSharding)),
         pipeline_parallel_size=p,
         pipeline_layers=sizes,
         all_reduce_dtype=draw(st.sampled_from(AllReduceDtype)),
@@ -692,6 +693,19 @@ class TestRequests:
         )
         rows = pick(predict_request(layout, REQUEST, 128)[0], operation="all_reduce")
         assert {row.algorithm for row in rows} == algorithms
+
+    def test_gloo_hands_all_rows_to_every_rank(self):
+        """16 ranks on 8 KV heads, in pairs: of two rows each keeps one, and gloo sends both."""
+        parallel = ParallelConfig(tensor_parallel_size=16, kv_sharding=KvSharding.SEQUENCE)
+        row_bytes = 2 * 128 * BF16_BYTES
+        for transport, num_bytes in ((Transport.SHM, row_bytes), (Transport.GLOO, 2 * row_bytes)):
+            layout = Layout(
+                model=model(LLAMA_8B), parallel=parallel, activation_bytes=BF16_BYTES, rules=rules_of(transport)
+            )
+            for rows in predict_run(layout, Counter([ForwardPass(Phase.DECODE, 1)])):
+                scattered = pick(rows, operation="reduce_scatter")
+                assert len(scattered) == 32
+                assert {(row.payload_bytes, row.wire_bytes) for row in scattered} == {(2 * row_bytes, num_bytes)}
 
     def test_no_room_for_a_token_of_each(self):
         request = RequestShape(prompt_tokens=5, output_tokens=5, batch_size=4)
