@@ -27,7 +27,7 @@ from headrace.layers.context import LayerContext
 from headrace.models.decoder import Decoder
 from headrace.models.loading import Progress
 from headrace.models.source import ModelSource, load_decoder, open_model, resolve_formats
-from headrace.parallel import Group, OneRankGroup
+from headrace.parallel.group import Group, OneRankGroup
 
 transformers.utils.logging.disable_progress_bar()
 

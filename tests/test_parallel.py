@@ -19,7 +19,7 @@ from headrace.costs.sharding import (
 from headrace.errors import ParallelismError
 from headrace.kernels import KernelChoice
 from headrace.models.source import open_model
-from headrace.parallel import OneRankGroup
+from headrace.parallel.group import OneRankGroup
 
 # Shares
 

@@ -22,7 +22,7 @@ from headrace.engine.runner import ModelRunner
 from headrace.kernels import NOT_STORED, KernelChoice, SoftmaxSpec, resolve_kernels
 from headrace.layers.context import LayerContext
 from headrace.models.source import ModelSource, load_decoder, open_model, resolve_formats
-from headrace.parallel import Group, OneRankGroup
+from headrace.parallel.group import Group, OneRankGroup
 
 native = pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")
 

@@ -24,7 +24,7 @@ from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.rows import Row
 from headrace.engine.worker import Worker
 from headrace.kernels import KernelChoice, resolve_kernels
-from headrace.parallel import Group, OneRankGroup
+from headrace.parallel.group import Group, OneRankGroup
 from headrace.parallel.place import Place
 
 PROMPTS = [[5, 9, 200, 31], list(range(40, 140)), [7], [5, 9, 200, 31, 8], [11, 12, 13]]

@@ -17,7 +17,7 @@ from headrace.layers.embedding import LmHead, TokenEmbedding
 from headrace.layers.parameter import ParameterRows
 from headrace.models.decoder import Decoder
 from headrace.models.source import ModelSource, open_model
-from headrace.parallel import OneRankGroup
+from headrace.parallel.group import OneRankGroup
 
 PROMPT = random_tokens(21, seed=4)
 FAMILIES = ["llama", "llama-tied", "opt", "opt-350m", "gemma2", "chatglm3"]

@@ -11,7 +11,7 @@ from headrace.layers.context import LayerContext
 from headrace.layers.parameter import Parameter
 from headrace.models.decoder import Decoder
 from headrace.models.loading import WeightFormats
-from headrace.parallel import OneRankGroup
+from headrace.parallel.group import OneRankGroup
 
 _DENSE_BYTES = {WeightFormat.FLOAT32: 4, WeightFormat.BFLOAT16: 2}
 

@@ -15,7 +15,7 @@ from headrace.errors import ConfigError
 from headrace.models.config_file import read_config_file
 
 if TYPE_CHECKING:
-    from headrace.parallel import LedgerRow
+    from headrace.parallel.ledger import LedgerRow
 
 _PROMPT_TOKENS, _OUTPUT_TOKENS = 128, 128
 

@@ -13,7 +13,8 @@ from headrace.costs.steps import GREEDY_ROW_BYTES, ForwardPass, Run, SampledRows
 from headrace.costs.volume import RankVolume, Sums, add_up, differences
 from headrace.engine.sampler import SamplingRow
 from headrace.engine.sharded_sampler import GATHERED_ROWS
-from headrace.parallel import Group, LedgerRow
+from headrace.parallel.group import Group
+from headrace.parallel.ledger import LedgerRow
 
 logger = logging.getLogger(__name__)
 

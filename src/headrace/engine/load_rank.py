@@ -26,7 +26,7 @@ from headrace.models.decoder import Decoder
 from headrace.models.loading import WeightFormats
 from headrace.models.progress import bytes_progress
 from headrace.models.source import ModelSource, load_decoder, open_model, resolve_formats
-from headrace.parallel import Group, OneRankGroup
+from headrace.parallel.group import Group, OneRankGroup
 from headrace.parallel.world import World
 
 

@@ -12,17 +12,17 @@ from typing import NoReturn
 
 from headrace.config import EngineConfig
 from headrace.errors import HeadraceError
-from headrace.models.hub import resolve_model_folder
-from headrace.parallel.launch import inherited_channels, receive_greeting
-from headrace.parallel.local_world import join_local_world
+from headrace.parallel.launch import Greeting, inherited_channels, receive_greeting
+from headrace.parallel.local_world import join_fabric, join_local_world
 from headrace.parallel.world import World
 
 
 def main() -> None:
     control, line = inherited_channels(sys.argv[1:])
     greeting = receive_greeting(control)
-    world = join_local_world(greeting, greeting.settings.parallel, control, line)
-    _end(run_rank(world, greeting.settings))
+    config: EngineConfig = greeting.settings
+    world = join_local_world(greeting, config.parallel, control, line)
+    _end(run_rank(world, config, greeting))
 
 
 def serve_launched(config: EngineConfig) -> NoReturn:
@@ -32,6 +32,7 @@ def serve_launched(config: EngineConfig) -> NoReturn:
         HeadraceError: this rank finds no other.
     """
     from headrace.engine.start import start_world
+    from headrace.models.hub import resolve_model_folder
 
     folder = resolve_model_folder(config.load.model, config.load.revision, show_progress=False)
     config = replace(config, load=replace(config.load, model=str(folder), show_progress=False))
@@ -48,12 +49,18 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def run_rank(world: World, config: EngineConfig) -> int:
-    """Load, follow rank 0, end; the exit code."""
-    from headrace.engine.load_rank import load_rank
-    from headrace.engine.ranks import follow
+def run_rank(world: World, config: EngineConfig, greeting: Greeting | None = None) -> int:
+    """Load, follow rank 0, end; the exit code.
 
+    greeting: of a rank that rank 0 has started, which has yet to join the others' fabric.
+    """
     try:
+        # Seconds of imports on a busy machine, during which rank 0 hears from this rank.
+        from headrace.engine.load_rank import load_rank
+        from headrace.engine.ranks import follow
+
+        if greeting is not None:
+            world.fabric = join_fabric(greeting, config.parallel)
         follow(world, load_rank(config, Path(config.load.model), world))
     except BaseException as error:
         # What went wrong is rank 0's to say; where, if nobody foresaw it, is said here.

@@ -14,8 +14,8 @@ from headrace.engine.wire import decode_plan, decode_result, encode_plan, encode
 from headrace.engine.worker import Worker
 from headrace.errors import EngineStopped, RankError
 from headrace.machine import available_memory_bytes, host_id
-from headrace.parallel import LedgerRow
 from headrace.parallel.channel import ChannelClosed
+from headrace.parallel.ledger import LedgerRow
 from headrace.parallel.world import World
 
 _PLAN, _LEDGER, _DIFFERENCES, _END = b"p", b"l", b"d", b"e"

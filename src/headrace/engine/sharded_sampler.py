@@ -58,7 +58,7 @@ from headrace.engine.sampler import (
     explain_failure,
 )
 from headrace.errors import KernelError
-from headrace.parallel import Group
+from headrace.parallel.group import Group
 
 GATHERED_ROWS = 64
 """Rows of whole logits that exist at once."""

@@ -19,7 +19,7 @@ from headrace.engine.runner import ModelRunner
 from headrace.engine.sampler import Sampler, SamplingRow
 from headrace.engine.sharded_sampler import ShardedSampler
 from headrace.errors import KernelError
-from headrace.parallel import Group
+from headrace.parallel.group import Group
 
 _PROMPT_LOGITS_ROWS = 64
 """Prompt positions whose logits exist at once: 64 rows of 128 Ki entries are 32 MiB of float32."""

@@ -6,7 +6,7 @@ import torch
 
 from headrace.config import ParallelConfig
 from headrace.kernels import Kernels, SoftmaxSpec
-from headrace.parallel import Group, OneRankGroup
+from headrace.parallel.group import Group, OneRankGroup
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from headrace.batch import ForwardBatch
 from headrace.config import KvSharding
 from headrace.kernels import AttentionSpec, Kernels, KvCache
 from headrace.layers.context import LayerContext
-from headrace.parallel import Group
+from headrace.parallel.group import Group
 
 
 class ContextAttention(Protocol):

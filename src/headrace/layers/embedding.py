@@ -10,7 +10,7 @@ from headrace.costs.sharding import shard_vocabulary, vocabulary_shard_sizes
 from headrace.costs.sites import Site
 from headrace.layers.context import LayerContext
 from headrace.layers.parameter import Parameter, ParameterRows, TensorSlice, whole_matrix
-from headrace.parallel import Group
+from headrace.parallel.group import Group
 
 
 class TokenEmbedding:

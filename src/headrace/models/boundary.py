@@ -7,7 +7,7 @@ from headrace.config import ParallelConfig
 from headrace.costs.sites import Site
 from headrace.kernels import Kernels
 from headrace.models.decoder import ResidualStream
-from headrace.parallel import Group
+from headrace.parallel.group import Group
 
 
 class Boundary:

@@ -22,7 +22,7 @@ from headrace.models.loading import Progress
 from headrace.models.progress import bytes_progress
 from headrace.models.quantization import quantization_config, quantized_names
 from headrace.models.source import ModelSource, open_model
-from headrace.parallel import OneRankGroup
+from headrace.parallel.group import OneRankGroup
 
 _SHARD_BYTES = 256 * 2**20
 _COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.*")

@@ -1,6 +1,3 @@
-"""Ranks: the `Group` that layers communicate through, the ledger of what went through it, and how a model is cut."""
-
-from headrace.parallel.group import Group, OneRankGroup
-from headrace.parallel.ledger import LedgerRow
-
-__all__ = ["Group", "LedgerRow", "OneRankGroup"]
+"""Ranks: the groups that layers communicate through, the ledger of what went through them, and the lines that ranks
+start, follow and end by. Lines and places need no torch, so that a rank shows signs of life while it imports it.
+"""

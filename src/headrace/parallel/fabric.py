@@ -1,16 +1,17 @@
 """What carries tensors between the ranks of one engine, and makes their groups."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from headrace.kernels import Kernels
-from headrace.parallel.group import Group, OneRankGroup
+if TYPE_CHECKING:
+    from headrace.kernels import Kernels
+    from headrace.parallel.group import Group
 
 
 class Fabric(Protocol):
     """Made once per process; groups come from it, in the same order on every rank of each."""
 
-    def make_group(self, name: str, ranks: Sequence[int], kernels: Kernels) -> Group:
+    def make_group(self, name: str, ranks: Sequence[int], kernels: "Kernels") -> "Group":
         """The group of these ranks of the world, this one among them."""
         ...
 
@@ -24,7 +25,9 @@ class Fabric(Protocol):
 class NoFabric:
     """One rank, nobody else."""
 
-    def make_group(self, name: str, ranks: Sequence[int], kernels: Kernels) -> Group:  # noqa: ARG002
+    def make_group(self, name: str, ranks: Sequence[int], kernels: "Kernels") -> "Group":  # noqa: ARG002
+        from headrace.parallel.group import OneRankGroup
+
         return OneRankGroup(name)
 
     def abort(self, reason: str) -> None:

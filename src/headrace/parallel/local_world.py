@@ -5,7 +5,7 @@ from typing import Any
 
 from headrace.config import ParallelConfig, Transport
 from headrace.parallel.channel import Channel
-from headrace.parallel.fabric import Fabric
+from headrace.parallel.fabric import Fabric, NoFabric
 from headrace.parallel.launch import Greeting, LocalRanks
 from headrace.parallel.place import Place
 from headrace.parallel.world import World, exit_soon
@@ -55,10 +55,10 @@ def start_local_world(
 
 
 def join_local_world(greeting: Greeting, config: ParallelConfig, control: Channel, line: Channel) -> World:
-    """The world of a rank that `start_local_world` has started."""
+    """The world of a rank that `start_local_world` has started, still without a fabric: see `join_fabric`."""
     return World(
         Place(rank=greeting.rank, config=config),
-        _join(greeting, config),
+        NoFabric(),
         {0: control},
         {0: line},
         num_ranks_on_host=config.world_size,
@@ -96,7 +96,8 @@ def _meet(config: ParallelConfig, transport: Transport, micro_batch_bytes: int) 
     return _Meeting(fabric=TorchFabric(transport.value, store, 0, config.deadline_s), store_port=store.port)
 
 
-def _join(greeting: Greeting, config: ParallelConfig) -> Fabric:
+def join_fabric(greeting: Greeting, config: ParallelConfig) -> Fabric:
+    """What carries this rank's tensors. Imports torch."""
     if greeting.region_fd is not None:
         from headrace.parallel.native_fabric import NativeFabric
         from headrace.parallel.shm import join_region, make_communicator
