@@ -137,6 +137,21 @@ std::vector<Row> LedgerRows(const GroupCommunicator& group) {
   return rows;
 }
 
+// Operation, site, phase, algorithm; payload and wire bytes; start, arrival of the last other rank (0: none) and end in ns
+// of CLOCK_MONOTONIC.
+using EventRow = std::tuple<Operation, std::string, Phase, Algorithm, uint64_t, uint64_t, int64_t, int64_t, int64_t>;
+
+std::vector<EventRow> DrainTrace(GroupCommunicator& group) {
+  std::vector<EventRow> rows;
+  for (const Event& event : group.trace().events()) {
+    const Call& call = event.call;
+    rows.emplace_back(event.channel->operation, event.channel->site, event.phase, call.algorithm, call.payload_bytes,
+                      call.wire_bytes, call.start_ns, call.arrival_ns, call.end_ns);
+  }
+  group.trace().Clear();
+  return rows;
+}
+
 // RankError is looked up when it is thrown, so that the module needs nothing of Python's when it is imported.
 void Translate(const std::exception_ptr& thrown, void*) {
   try {
@@ -177,6 +192,11 @@ void DefineGroup(nb::module_& m) {
           },
           nb::arg("operation"), nb::arg("site"))
       .def("ledger_rows", &LedgerRows)
+      .def(
+          "start_trace", [](GroupCommunicator& group, size_t max_events) { group.trace().Start(max_events); },
+          nb::arg("max_events"))
+      .def("drain_trace", &DrainTrace)
+      .def_prop_ro("num_dropped_events", [](GroupCommunicator& group) { return group.trace().num_dropped(); })
       .def("all_reduce", &AllReduce, nb::arg("stream").none(), nb::arg("channel"), nb::arg("algorithm"),
            nb::arg("dtype"), nb::arg("num_rows"), nb::arg("row_size"), nb::arg("in_ptr"), nb::arg("out_ptr"),
            nb::arg("out_dtype"), Unlocked())

@@ -92,7 +92,9 @@ GroupCommunicator::GroupCommunicator(std::shared_ptr<Communicator> communicator,
 
 void GroupCommunicator::Record(Channel& channel, Call& record) {
   record.end_ns = NowNs();
-  channel.Add(phase_.load(std::memory_order_relaxed), record);
+  const Phase phase = phase_.load(std::memory_order_relaxed);
+  channel.Add(phase, record);
+  trace_.Add(channel, phase, record);
 }
 
 void GroupCommunicator::AllReduce(const AllReduceCall& call) {

@@ -107,6 +107,7 @@ class GroupCommunicator {
   int world_size() const { return static_cast<int>(ranks_.size()); }
   Ledger& ledger() { return ledger_; }
   const Ledger& ledger() const { return ledger_; }
+  Trace& trace() { return trace_; }
   void SetPhase(Phase phase) { phase_.store(phase, std::memory_order_relaxed); }
 
   void AllReduce(const AllReduceCall& call);
@@ -130,6 +131,7 @@ class GroupCommunicator {
   int rank_;
   std::atomic<Phase> phase_{Phase::kPrefill};
   Ledger ledger_;
+  Trace trace_;
 };
 
 }  // namespace headrace

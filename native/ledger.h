@@ -75,6 +75,41 @@ class Channel {
   std::array<std::array<Totals, kNumAlgorithms>, kNumPhases> totals_;
 };
 
+// A call as it was, for a picture of where time goes.
+struct Event {
+  const Channel* channel;
+  Phase phase;
+  Call call;
+};
+
+// Events of the thread that communicates, which also drains them; none unless asked for.
+class Trace {
+ public:
+  // Keeps no more events than this between two drains, and counts those left out. 0 keeps none.
+  void Start(size_t max_events) {
+    max_events_ = max_events;
+    events_.clear();
+    events_.reserve(max_events);
+    num_dropped_ = 0;
+  }
+  void Add(const Channel& channel, Phase phase, const Call& call) {
+    if (max_events_ == 0) return;
+    if (events_.size() == max_events_) {
+      ++num_dropped_;
+    } else {
+      events_.push_back({&channel, phase, call});
+    }
+  }
+  const std::vector<Event>& events() const { return events_; }
+  uint64_t num_dropped() const { return num_dropped_; }
+  void Clear() { events_.clear(); }
+
+ private:
+  size_t max_events_ = 0;
+  std::vector<Event> events_;
+  uint64_t num_dropped_ = 0;
+};
+
 // The channels of a group. They are never removed, so their numbers and addresses stay.
 class Ledger {
  public:

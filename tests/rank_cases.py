@@ -3,6 +3,7 @@
 Each rank knows what the others bring, and so what must come of it.
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -236,6 +237,47 @@ def ledger_counts_calls_and_bytes(communicator):
         assert row.group == "tp"
         assert row.wait_s >= 0
         assert row.transfer_s > 0
+
+
+@case
+def trace_keeps_calls_one_by_one_until_it_is_full(communicator):
+    group = world_group(communicator)
+    group.all_reduce(torch.ones(7), "before")
+    group.start_trace(3)
+    group.set_phase(Phase.DECODE)
+    began_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    for i in range(4):
+        group.all_reduce(torch.ones(1000 * i + 5, dtype=torch.bfloat16), f"site.{i}")
+    ended_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    events = group.drain_trace()
+    assert [(event.site, event.payload_bytes) for event in events] == [
+        ("site.0", 10),
+        ("site.1", 2010),
+        ("site.2", 4010),
+    ]
+    assert group.num_dropped_events == 1
+    for event in events:
+        assert (event.operation, event.group, event.phase, event.algorithm) == (
+            "all_reduce",
+            "tp",
+            Phase.DECODE,
+            "direct",
+        )
+        assert event.wire_bytes == (group.world_size - 1) * event.payload_bytes
+        assert event.arrival_ns is not None
+        assert began_ns <= event.start_ns <= event.end_ns <= ended_ns
+        assert event.arrival_ns <= event.end_ns
+    rows = {row.site: row for row in group.ledger_rows()}
+    for event in events:
+        row = rows[event.site]
+        assert round((row.wait_s + row.transfer_s) * 1e9) == event.end_ns - event.start_ns
+        assert round(row.wait_s * 1e9) == max(0, event.arrival_ns - event.start_ns)
+    assert group.drain_trace() == []
+    group.all_gather(torch.ones(1), "after")
+    assert [event.site for event in group.drain_trace()] == ["after"]
+    group.start_trace(0)
+    group.all_gather(torch.ones(1), "after")
+    assert group.drain_trace() == []
 
 
 # Sums in 8 bits

@@ -21,8 +21,8 @@ def run_with_mpi(world_size: int, *names: str) -> None:
     command = [str(MPIEXEC), "-n", str(world_size), sys.executable, str(SCRIPT), *names]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=55)
     assert done.returncode == 0, done.stderr + done.stdout
-    expected = [f"rank {rank} of {world_size} is done" for rank in range(world_size)]
-    assert sorted(done.stdout.splitlines()) == expected
+    for rank in range(world_size):
+        assert f"rank {rank} of {world_size} is done" in done.stdout
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -30,3 +30,22 @@ class LedgerRow:
     wire_bytes: int
     wait_s: float | None
     transfer_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeEvent:
+    """One call, as `LedgerRow` counts it, on the clock that the processes of a host share (CLOCK_MONOTONIC).
+
+    arrival_ns: when the last of the other ranks came, None where none was waited for.
+    """
+
+    operation: str
+    group: str
+    site: str
+    phase: Phase
+    algorithm: str
+    payload_bytes: int
+    wire_bytes: int
+    start_ns: int
+    arrival_ns: int | None
+    end_ns: int

@@ -9,7 +9,7 @@ from headrace.config import AllReduceDtype
 from headrace.costs.sites import Phase
 from headrace.errors import KernelError, ShapeError
 from headrace.kernels import NativeStream
-from headrace.parallel.ledger import LedgerRow
+from headrace.parallel.ledger import ExchangeEvent, LedgerRow
 from headrace.parallel.native import _native
 
 _PHASES = {Phase.PREFILL: _native.Phase.PREFILL, Phase.DECODE: _native.Phase.DECODE}
@@ -137,6 +137,43 @@ class NativeGroup:
                 wait_ns,
                 transfer_ns,
             ) in self._group.ledger_rows()
+        ]
+
+    def start_trace(self, max_events: int) -> None:
+        """Keep calls one by one from here on, at most so many until they are drained; 0 keeps none."""
+        self._group.start_trace(max_events)
+
+    @property
+    def num_dropped_events(self) -> int:
+        """Calls that a full trace has left out since it was started."""
+        return self._group.num_dropped_events
+
+    def drain_trace(self) -> list[ExchangeEvent]:
+        """The calls kept since the last time, in order; on the thread that makes them."""
+        return [
+            ExchangeEvent(
+                operation=operation.name.lower(),
+                group=self.name,
+                site=site,
+                phase=_PHASE_OF[phase],
+                algorithm=algorithm.name.lower(),
+                payload_bytes=payload_bytes,
+                wire_bytes=wire_bytes,
+                start_ns=start_ns,
+                arrival_ns=arrival_ns or None,
+                end_ns=end_ns,
+            )
+            for (
+                operation,
+                site,
+                phase,
+                algorithm,
+                payload_bytes,
+                wire_bytes,
+                start_ns,
+                arrival_ns,
+                end_ns,
+            ) in self._group.drain_trace()
         ]
 
     def _channel(self, operation: _native.Operation, site: str) -> int:
