@@ -26,11 +26,16 @@ class BenchSettings:
 @dataclass(frozen=True, kw_only=True)
 class ModelSpeed:
     """Seconds, best of the rounds: prefill_s by prompt length, decode_step_s by context length, batch_step_s by batch
-    size. A step makes one token for each sequence."""
+    size. A step makes one token for each sequence.
+
+    The exchange shares say what part of that time rank 0 spent in exchanges with other ranks, waiting included."""
 
     prefill_s: dict[int, float] = field(default_factory=dict)
     decode_step_s: dict[int, float] = field(default_factory=dict)
     batch_step_s: dict[int, float] = field(default_factory=dict)
+    prefill_exchange_share: dict[int, float] = field(default_factory=dict)
+    decode_exchange_share: dict[int, float] = field(default_factory=dict)
+    batch_exchange_share: dict[int, float] = field(default_factory=dict)
 
 
 def measure_speed(engine: Engine, settings: BenchSettings, on_start: Callable[[str], None]) -> ModelSpeed:
@@ -43,14 +48,20 @@ def measure_speed(engine: Engine, settings: BenchSettings, on_start: Callable[[s
         num_steps = settings.decode_tokens if length in settings.context_lens else 0
         rounds = _rounds(runner, (1, length, num_steps), settings.num_rounds, f"{length} tokens", on_start)
         if length in settings.prefill_tokens:
-            speed.prefill_s[length] = min(r.prefill_s for r in rounds)
+            best = min(rounds, key=lambda r: r.prefill_s)
+            speed.prefill_s[length] = best.prefill_s
+            speed.prefill_exchange_share[length] = best.prefill_exchange_s / best.prefill_s
         if num_steps:
-            speed.decode_step_s[length] = min(r.step_s for r in rounds)
+            best = min(rounds, key=lambda r: r.step_s)
+            speed.decode_step_s[length] = best.step_s
+            speed.decode_exchange_share[length] = best.decode_exchange_s / best.decode_s
     for size in settings.batch_sizes:
         rounds = _rounds(
             runner, (size, BATCH_CONTEXT_LEN, BATCH_STEPS), settings.num_rounds, f"batch of {size}", on_start
         )
-        speed.batch_step_s[size] = min(r.step_s for r in rounds)
+        best = min(rounds, key=lambda r: r.step_s)
+        speed.batch_step_s[size] = best.step_s
+        speed.batch_exchange_share[size] = best.decode_exchange_s / best.decode_s
     return speed
 
 

@@ -17,13 +17,18 @@ from headrace.errors import ConfigError, RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTimes:
-    """num_prompt_tokens and num_decode_tokens are over all sequences of the round."""
+    """num_prompt_tokens and num_decode_tokens are over all sequences of the round.
+
+    exchange_s: of the time before it, what rank 0 spent in exchanges with other ranks, waiting included.
+    """
 
     num_seqs: int
     num_prompt_tokens: int
     prefill_s: float
     num_decode_tokens: int
     decode_s: float
+    prefill_exchange_s: float = 0.0
+    decode_exchange_s: float = 0.0
 
     @property
     def step_s(self) -> float:
@@ -55,16 +60,23 @@ class RoundRunner:
             ConfigError: as `prefilled`.
             RequestError: as `prefilled`, or a sequence ended before the round did.
         """
+        executor = self._engine.model.executor
+        exchanges_s = [executor.exchange_s()]
         with self.prefilled(num_seqs, context_len, num_steps) as prefill_s:
+            exchanges_s.append(executor.exchange_s())
             start = time.perf_counter()
-            num_decode_tokens = sum(self._step() for _ in range(num_steps))
+            # A step of the engine is one micro-batch of those that stages have in flight.
+            num_decode_tokens = sum(self._step() for _ in range(num_steps * executor.max_in_flight))
             decode_s = time.perf_counter() - start
+            exchanges_s.append(executor.exchange_s())
         return RoundTimes(
             num_seqs=num_seqs,
             num_prompt_tokens=num_seqs * context_len,
             prefill_s=prefill_s,
             num_decode_tokens=num_decode_tokens,
             decode_s=decode_s,
+            prefill_exchange_s=exchanges_s[1] - exchanges_s[0],
+            decode_exchange_s=exchanges_s[2] - exchanges_s[1],
         )
 
     @contextmanager

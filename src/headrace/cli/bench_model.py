@@ -4,7 +4,7 @@ import argparse
 import json
 
 from headrace.cli.bench_options import ProtocolDefaults, add_protocol_options, check_positive, resolve_settings
-from headrace.cli.options import DEMO, add_model_options, make_llm
+from headrace.cli.options import DEMO, add_model_options, make_llm, parallel_config
 from headrace.cli.progress_line import progress_line
 from headrace.cli.terminal import is_watched
 
@@ -39,7 +39,10 @@ def run(args: argparse.Namespace) -> int:
     with progress_line(is_shown=not is_silent) as on_start:
         speed = measure_speed(engine, settings, on_start)
         peak_bytes = peak_memory_bytes()
-        limits = measure_limits(engine.model.kernels, engine.model.formats, engine.model.plan.num_threads, on_start)
+        # Of the machine, not of one rank's share of it.
+        num_threads = engine.model.plan.num_threads * engine.model.num_ranks_on_host
+        engine.model.kernels.set_num_threads(num_threads)
+        limits = measure_limits(engine.model.kernels, engine.model.formats, num_threads, on_start)
     report = BenchReport(
         model_name=args.model or DEMO,
         model=engine.model,
@@ -49,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         peak_memory_bytes=peak_bytes,
         num_threads=args.num_threads,
         remarks=tuple(remarks),
+        parallel=parallel_config(args),
     )
     if args.json:
         print(json.dumps(report.to_json(), allow_nan=False))

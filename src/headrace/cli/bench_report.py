@@ -11,19 +11,24 @@ from headrace.bench.limits import MachineLimits
 from headrace.bench.model import BATCH_CONTEXT_LEN, BATCH_STEPS, BenchSettings, ModelSpeed
 from headrace.cli.environment import machine, versions
 from headrace.cli.terminal import aligned, format_bytes, format_ms, format_rate
+from headrace.config import ParallelConfig
 from headrace.costs.memory import kv_token_bytes
 from headrace.engine.load import LoadedModel
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Figure:
-    """One measured time, the tokens that went through in it, and the floor it stands on."""
+    """One measured time, the tokens that went through in it, and the floor it stands on.
+
+    exchange_share: of that time, what rank 0 spent in exchanges with other ranks, waiting included.
+    """
 
     key: str
     label: str
     num_tokens: int
     measured_s: float
     floor: Floor
+    exchange_share: float
 
     @property
     def tokens_per_s(self) -> float:
@@ -42,6 +47,7 @@ class BenchReport:
     peak_memory_bytes: int
     num_threads: int | None
     remarks: tuple[str, ...]
+    parallel: ParallelConfig
 
     @property
     def facts(self) -> WeightFacts:
@@ -52,19 +58,20 @@ class BenchReport:
         token_bytes = kv_token_bytes(self.model.config, self.model.kv_cache_format)
         for length, seconds in self.speed.prefill_s.items():
             floor = prefill_floor(length, facts, limits)
-            yield Figure(
-                key=f"prefill_{length}", label=f"prefill {length}", num_tokens=length, measured_s=seconds, floor=floor
-            )
+            share = self.speed.prefill_exchange_share[length]
+            yield Figure(f"prefill_{length}", f"prefill {length}", length, seconds, floor, share)
         for length, seconds in self.speed.decode_step_s.items():
             # Half way through the steps, which is their average.
             context_len = length + self.settings.decode_tokens // 2
             floor = decode_floor(1, context_len, token_bytes, facts, limits)
             label = f"decode from {length}"
-            yield Figure(key=f"decode_from_{length}", label=label, num_tokens=1, measured_s=seconds, floor=floor)
+            share = self.speed.decode_exchange_share[length]
+            yield Figure(f"decode_from_{length}", label, 1, seconds, floor, share)
         for size, seconds in self.speed.batch_step_s.items():
             floor = decode_floor(size, BATCH_CONTEXT_LEN + BATCH_STEPS // 2, token_bytes, facts, limits)
             label = f"decode, batch of {size}"
-            yield Figure(key=f"batched_decode_{size}", label=label, num_tokens=size, measured_s=seconds, floor=floor)
+            share = self.speed.batch_exchange_share[size]
+            yield Figure(f"batched_decode_{size}", label, size, seconds, floor, share)
 
     def to_json(self) -> dict[str, Any]:
         figures, model = list(self.figures()), self.model
@@ -72,6 +79,9 @@ class BenchReport:
             "engine": "headrace",
             "model": self.model_name,
             "threads": model.plan.num_threads,
+            "tensor_parallel_size": self.parallel.tensor_parallel_size,
+            "pipeline_parallel_size": self.parallel.pipeline_parallel_size,
+            "exchange_shares": {f.key: round(f.exchange_share, 4) for f in figures},
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             **{f.key: round(f.tokens_per_s, 3) for f in figures if not f.key.startswith("batched_")},
             "batched_decode": {
@@ -94,7 +104,8 @@ class BenchReport:
 
 def table(report: BenchReport) -> list[str]:
     """Figures beside their floors, then what they stand on."""
-    rows = [("", "tokens/s", "measured", "floor", "bound by", "share of limit")]
+    has_ranks = report.parallel.world_size > 1
+    rows = [("", "tokens/s", "measured", "floor", "bound by", "share of limit", *["exchanges"] * has_ranks)]
     for figure in report.figures():
         rows.append(
             (
@@ -104,6 +115,7 @@ def table(report: BenchReport) -> list[str]:
                 format_ms(figure.floor.floor_s),
                 figure.floor.bound,
                 f"{figure.floor.share(figure.measured_s):.1%}",
+                *[f"{figure.exchange_share:.1%}"] * has_ranks,
             )
         )
     return [*aligned(rows), "", *aligned(list(_background(report)), num_left=2)]
@@ -119,6 +131,12 @@ def _background(report: BenchReport) -> Iterator[tuple[str, str]]:
     yield "peak memory", format_bytes(report.peak_memory_bytes)
     yield "machine", machine()["cpu"]
     yield "threads", str(model.plan.num_threads)
+    if report.parallel.world_size > 1:
+        parallel = report.parallel
+        yield (
+            "ranks",
+            f"TP {parallel.tensor_parallel_size} x PP {parallel.pipeline_parallel_size}, threads are each rank's",
+        )
     yield "limits", f"read {limits.read_gb_per_s:.1f} GB/s; {peaks}"
     yield "attention", model.softmax.reason
     yield "kernels", ", ".join(sorted({choice.implementation for choice in model.kernels.explain()}))

@@ -25,6 +25,10 @@ class Executor(Protocol):
         """What the oldest open plan sampled; waits for it."""
         ...
 
+    def exchange_s(self) -> float:
+        """Seconds that this rank has spent in exchanges with others so far, waiting included."""
+        ...
+
     def close(self) -> None:
         """End the ranks there are beside this one."""
         ...

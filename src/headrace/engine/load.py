@@ -51,6 +51,7 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     generation_config: dict[str, Any]
     weight_bytes: int
+    num_ranks_on_host: int
     load_s: float
 
 
@@ -111,6 +112,7 @@ def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kern
         eos_token_ids=eos_token_ids,
         generation_config=files.generation_config,
         weight_bytes=sum(report.weight_bytes for report in reports),
+        num_ranks_on_host=world.num_ranks_on_host,
         load_s=time.monotonic() - started_s,
     )
 

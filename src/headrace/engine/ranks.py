@@ -102,6 +102,10 @@ class RankedExecutor:
         self._check()
         return [_ledger_rows(self.worker), *(list(map(_as_ledger_row, rows)) for rows in self._ask_all(_LEDGER))]
 
+    def exchange_s(self) -> float:
+        """Seconds that this rank has spent in exchanges with others so far, waiting included."""
+        return sum((row.wait_s or 0.0) + row.transfer_s for row in _ledger_rows(self.worker))
+
     def exchange_differences(self) -> list[str]:
         """Where a rank's ledger differs from what its plans predict; while no plan is in flight."""
         self._check()
