@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headrace.cli.options import add_model_options, add_sampling_options, make_llm, parse_token_ids, sampling_changes
@@ -41,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--n", type=int, metavar="N", help="independent outputs for each prompt (default: 1)")
     parser.add_argument("--logprobs", type=int, metavar="N", help="log probabilities of N likely tokens; needs --json")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write what every rank did and when, for ui.perfetto.dev",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per output, and nothing else")
     parser.add_argument("--quiet", action="store_true", help="print no figures after the text")
     add_sampling_options(parser, max_tokens=_MAX_TOKENS)
@@ -57,6 +64,9 @@ def run(args: argparse.Namespace) -> int:
         require_tokenizer=args.prompt_token_ids is None,
     )
     params = llm.default_sampling_params(**changes)
+    if args.trace is not None:
+        args.trace.touch()  # not writable is better said now than after all the work
+        llm.engine.model.executor.start_trace()
     if args.json:
         results = _complete(llm, prompts, params, args)
         _print_json(results)
@@ -65,6 +75,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         results = _complete(llm, prompts, params, args)
         _print_labelled(results)
+    if args.trace is not None:
+        from headrace.engine.trace import write_trace
+
+        write_trace(llm.engine.model.executor.take_traces(), args.trace)
     if not args.json and not args.quiet:
         for line in summary(results):
             note(line)

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.trace import RankTrace
 
 
 class Executor(Protocol):
@@ -23,6 +24,14 @@ class Executor(Protocol):
 
     def collect(self) -> StepResult:
         """What the oldest open plan sampled; waits for it."""
+        ...
+
+    def start_trace(self) -> None:
+        """Keep steps and exchanges of every rank one by one from now on."""
+        ...
+
+    def take_traces(self) -> list[RankTrace]:
+        """What every rank has kept since the last time, rank 0 first; while no plan is in flight."""
         ...
 
     def exchange_s(self) -> float:

@@ -1,6 +1,7 @@
 """The executor of one rank in the engine's own thread."""
 
 from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.trace import RankTrace
 from headrace.engine.worker import Worker
 
 
@@ -19,6 +20,12 @@ class LocalExecutor:
     def collect(self) -> StepResult:
         assert self._plan is not None, "nothing was submitted"
         return self.worker.execute(self._plan)
+
+    def start_trace(self) -> None:
+        self.worker.start_trace()
+
+    def take_traces(self) -> list[RankTrace]:
+        return [self.worker.take_trace("rank 0")]
 
     def exchange_s(self) -> float:
         return 0.0

@@ -1,6 +1,7 @@
 """All ranks of an engine: how they start, agree on the cache, follow rank 0 and end."""
 
 import json
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any
 from headrace.costs.sites import Phase
 from headrace.engine.load_rank import LoadedRank
 from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.trace import RankTrace
 from headrace.engine.wire import decode_plan, decode_result, encode_plan, encode_result
 from headrace.engine.worker import Worker
 from headrace.errors import EngineStopped, RankError
@@ -19,7 +21,10 @@ from headrace.parallel.ledger import LedgerRow
 from headrace.parallel.world import World
 
 _PLAN, _LEDGER, _DIFFERENCES, _END = b"p", b"l", b"d", b"e"
+_START_TRACE, _TAKE_TRACE, _CLOCK = b"s", b"t", b"c"
 """First byte of what rank 0 says to the others."""
+
+_CLOCK_QUESTIONS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +106,35 @@ class RankedExecutor:
         """The rows of each rank's ledger, rank 0 first; while no plan is in flight."""
         self._check()
         return [_ledger_rows(self.worker), *(list(map(_as_ledger_row, rows)) for rows in self._ask_all(_LEDGER))]
+
+    def start_trace(self) -> None:
+        """Keep steps and exchanges of every rank one by one from now on."""
+        self._check()
+        self.worker.start_trace()
+        self._ask_all(_START_TRACE)
+
+    def take_traces(self) -> list[RankTrace]:
+        """What every rank has kept since the last time, rank 0 first, on rank 0's clock."""
+        self._check()
+        offsets_ns = [self._clock_offset_ns(rank) for rank in self._world.control]
+        answers = zip(self._ask_all(_TAKE_TRACE), offsets_ns, strict=True)
+        own = self.worker.take_trace(str(self._world.place))
+        return [own, *(RankTrace.from_data(data, offset_ns) for data, offset_ns in answers)]
+
+    def _clock_offset_ns(self, rank: int) -> int:
+        """How far another host's clock is ahead of this one's: of several questions, the one answered fastest tells,
+        to half the time that took. Ranks of one host have one clock."""
+        best_ns, offset_ns = 0, 0
+        for _ in range(_CLOCK_QUESTIONS):
+            asked_ns = time.monotonic_ns()
+            self._world.send(rank, _CLOCK)
+            host, their_ns = json.loads(self._world.receive(rank))
+            if host == host_id():
+                return 0
+            taken_ns = time.monotonic_ns() - asked_ns
+            if not best_ns or taken_ns < best_ns:
+                best_ns, offset_ns = taken_ns, their_ns - (asked_ns + taken_ns // 2)
+        return offset_ns
 
     def exchange_s(self) -> float:
         """Seconds that this rank has spent in exchanges with others so far, waiting included."""
@@ -189,6 +223,13 @@ def follow(world: World, loaded: LoadedRank) -> None:
                 world.send(0, encode_result(result))
         elif kind == _LEDGER:
             world.send(0, json.dumps(_ledger_data(worker)).encode())
+        elif kind == _START_TRACE:
+            worker.start_trace()
+            world.send(0, b"null")
+        elif kind == _TAKE_TRACE:
+            world.send(0, json.dumps(worker.take_trace(str(world.place)).to_data()).encode())
+        elif kind == _CLOCK:
+            world.send(0, json.dumps([host_id(), time.monotonic_ns()]).encode())
         elif kind == _DIFFERENCES:
             world.send(0, json.dumps(worker.exchange_differences()).encode())
         else:

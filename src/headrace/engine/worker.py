@@ -3,6 +3,7 @@
 A worker decides nothing. Whoever feeds it the same plans gets the same tokens, in this process or another.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from headrace.engine.rows import Row
 from headrace.engine.runner import ModelRunner
 from headrace.engine.sampler import Sampler, SamplingRow
 from headrace.engine.sharded_sampler import ShardedSampler
+from headrace.engine.trace import MAX_EVENTS, RankTrace, StepEvent
 from headrace.errors import KernelError
 from headrace.parallel.group import Group
 
@@ -65,6 +67,8 @@ class Worker:
         self.groups = tuple(group for group in groups if group.world_size > 1)
         self._phase: Phase | None = None
         self._check = check
+        self._steps: list[StepEvent] | None = None
+        """For a trace; None while there is none."""
         self._runner = runner
         self._sampler = _make_sampler(tp_group, runner.vocab_size, gathers_logits)
         self._eos_token_ids = eos_token_ids
@@ -90,14 +94,31 @@ class Worker:
             self._sequences[new.seq_id] = self._sequence(new)
         if not plan.chunks:
             return StepResult(sampled=(), prompt_logprobs=(), failed={})
-        if self._check is None:
-            return self._run(plan)
-        phase = Phase.DECODE if plan.num_decode_tokens == plan.num_tokens else Phase.PREFILL
-        self._set_phase(phase)
-        self._check.begin_step(phase, plan.num_tokens)
-        result = self._run(plan)
-        self._check.end_step(self.fallback_rows)
+        if self._steps is None:
+            return self._run_checked(plan)
+        start_ns = time.monotonic_ns()
+        result = self._run_checked(plan)
+        if len(self._steps) < MAX_EVENTS:
+            phase, end_ns = _phase_of(plan), time.monotonic_ns()
+            self._steps.append(StepEvent(plan.step, phase, plan.num_tokens, len(plan.chunks), start_ns, end_ns))
         return result
+
+    def start_trace(self) -> None:
+        """Keep steps and exchanges one by one from now on."""
+        self._steps = []
+        for group in self.groups:
+            group.start_trace(MAX_EVENTS)
+
+    def take_trace(self, name: str) -> RankTrace:
+        """What was kept since the last time; name: of this rank, for people."""
+        steps, self._steps = self._steps or [], [] if self._steps is not None else None
+        exchanges = [event for group in self.groups for event in group.drain_trace()]
+        return RankTrace(
+            name=name,
+            steps=steps,
+            exchanges=sorted(exchanges, key=lambda event: event.start_ns),
+            num_dropped=sum(group.num_dropped_events for group in self.groups),
+        )
 
     def exchange_differences(self) -> list[str]:
         """Where the ledger of this rank differs from what its plans predict: one line for each figure."""
@@ -106,6 +127,16 @@ class Worker:
     def reset(self) -> None:
         """Forget every sequence, as after a step that failed half way."""
         self._sequences.clear()
+
+    def _run_checked(self, plan: StepPlan) -> StepResult:
+        if self._check is None:
+            return self._run(plan)
+        phase = _phase_of(plan)
+        self._set_phase(phase)
+        self._check.begin_step(phase, plan.num_tokens)
+        result = self._run(plan)
+        self._check.end_step(self.fallback_rows)
+        return result
 
     def _run(self, plan: StepPlan) -> StepResult:
         hidden_states = self._runner.run([self._row(chunk) for chunk in plan.chunks])
@@ -186,6 +217,10 @@ class Worker:
             rows = prompt_logprobs(self._sampler.whole_rows(logits), part, num_top)
             found.append(PromptLogprobs(seq_id=chunk.seq_id, start=chunk.start + offset + 1, rows=rows))
         return found
+
+
+def _phase_of(plan: StepPlan) -> Phase:
+    return Phase.DECODE if plan.num_decode_tokens == plan.num_tokens else Phase.PREFILL
 
 
 def _make_sampler(tp_group: Group | None, vocab_size: int, gathers_logits: bool) -> Sampler | ShardedSampler:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from headrace.costs.sites import Phase
-from headrace.parallel.ledger import LedgerRow
+from headrace.parallel.ledger import ExchangeEvent, LedgerRow
 
 
 class Group(Protocol):
@@ -59,6 +59,19 @@ class Group(Protocol):
         """What this rank has exchanged in this group so far."""
         ...
 
+    def start_trace(self, max_events: int) -> None:
+        """Keep calls one by one from now on, up to so many."""
+        ...
+
+    @property
+    def num_dropped_events(self) -> int:
+        """Calls that a full trace has left out since it was started."""
+        ...
+
+    def drain_trace(self) -> list[ExchangeEvent]:
+        """The calls kept since the last time, oldest first."""
+        ...
+
 
 class OneRankGroup:
     """A group of one: nothing to exchange."""
@@ -88,4 +101,12 @@ class OneRankGroup:
         pass
 
     def ledger_rows(self) -> list[LedgerRow]:
+        return []
+
+    def start_trace(self, max_events: int) -> None:
+        pass
+
+    num_dropped_events = 0
+
+    def drain_trace(self) -> list[ExchangeEvent]:
         return []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headrace.costs.sites import Phase
 from headrace.errors import RankError
-from headrace.parallel.ledger import LedgerRow
+from headrace.parallel.ledger import ExchangeEvent, LedgerRow
 
 _MAX_LEAVING = 16
 """Messages that may be under way at once: more than stages of a pipeline have."""
@@ -38,6 +38,9 @@ class TorchGroup:
         self._process_group = process_group
         self._backend = backend
         self._phase = Phase.PREFILL
+        self._max_events = 0
+        self._events: list[ExchangeEvent] = []
+        self.num_dropped_events = 0
         self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
         self._entries: dict[tuple[str, str, str, Phase], _Entry] = {}
 
@@ -110,6 +113,13 @@ class TorchGroup:
             for (operation, algorithm, site, phase), entry in self._entries.items()
         ]
 
+    def start_trace(self, max_events: int) -> None:
+        self._max_events, self._events, self.num_dropped_events = max_events, [], 0
+
+    def drain_trace(self) -> list[ExchangeEvent]:
+        events, self._events = self._events, []
+        return events
+
     def _gather(
         self, operation: str, algorithm: str, tensor: Tensor, site: str, shapes: Sequence[torch.Size]
     ) -> list[Tensor]:
@@ -139,7 +149,7 @@ class TorchGroup:
         *,
         waits: bool = True,
     ) -> dist.Work:
-        started_s = time.monotonic()
+        start_ns = time.monotonic_ns()
         try:
             work = start()
             if waits:
@@ -150,5 +160,27 @@ class TorchGroup:
         entry.count += 1
         entry.payload_bytes += payload_bytes
         entry.wire_bytes += wire_bytes
-        entry.transfer_s += time.monotonic() - started_s
+        end_ns = time.monotonic_ns()
+        entry.transfer_s += (end_ns - start_ns) / 1e9
+        if self._max_events:
+            self._trace(
+                ExchangeEvent(
+                    operation=operation,
+                    group=self.name,
+                    site=site,
+                    phase=self._phase,
+                    algorithm=algorithm,
+                    payload_bytes=payload_bytes,
+                    wire_bytes=wire_bytes,
+                    start_ns=start_ns,
+                    arrival_ns=None,
+                    end_ns=end_ns,
+                )
+            )
         return work
+
+    def _trace(self, event: ExchangeEvent) -> None:
+        if len(self._events) < self._max_events:
+            self._events.append(event)
+        else:
+            self.num_dropped_events += 1
