@@ -108,7 +108,9 @@ def test_decode_steps_are_replayed(tmp_path):
         llm = LLM(str(tmp_path), **SETTINGS, tensor_parallel_size=2, kv_sharding=sharding.value)
         try:
             outputs(llm)
-            step = llm.engine.model.executor.worker.decode_step
+            worker = llm.engine.model.executor.worker
+            assert worker._runner._kv_pool.spec.num_blocks == NUM_BLOCKS // 2
+            step = worker.decode_step
             assert step.obstacle is None
             assert {num_seqs for num_seqs, layers in step._layers.items() if layers.recording.replay is not None} >= {
                 1,
