@@ -20,7 +20,7 @@ from headrace.kernels import KernelChoice, resolve_kernels
 from headrace.parallel import mpi, shm
 from headrace.parallel.native_group import NativeGroup, _native
 
-_SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 2 << 20)
+_SIZES = (4 << 10, 8 << 10, 16 << 10, 64 << 10, 256 << 10, 2 << 20)
 _RING_BYTES = 256 << 10
 _ROUNDS = 15
 _ROUND_S = 0.02
