@@ -77,10 +77,13 @@ class Pulse:
                 for line in self._lines.values():
                     _send_if_possible(line, _BEAT)
                 next_beat_s = now_s + self._interval_s
-            for descriptor, _ in poller.poll(max(0.0, next_beat_s - now_s) * 1000):
+            wake_s = min(next_beat_s, min(self._heard_s.values()) + self._deadline_s)
+            found = poller.poll(max(0.0, wake_s - now_s) * 1000)
+            self._excuse(time.monotonic() - max(wake_s, now_s))
+            for descriptor, _ in found:
                 if descriptor in rank_of and not self._listen(rank_of[descriptor]):
                     return
-            if not self._check_silence(now_s):
+            if not self._check_silence():
                 return
 
     def _listen(self, rank: int) -> bool:
@@ -96,13 +99,15 @@ class Pulse:
                 return self._lose(lost_rank, reason)
         return True
 
-    def _check_silence(self, polled_s: float) -> bool:
-        """A rank is silent only if this process was awake to hear it: having been stopped itself, it listens first."""
+    def _excuse(self, late_s: float) -> None:
+        """A rank is silent only while this process is awake to hear it, and not stopped, or busy with an import."""
+        if late_s > self._interval_s:
+            self._heard_s = {rank: heard_s + late_s for rank, heard_s in self._heard_s.items()}
+
+    def _check_silence(self) -> bool:
         now_s = time.monotonic()
-        if now_s - polled_s > self._deadline_s:
-            self._heard_s = dict.fromkeys(self._lines, now_s)
         for rank, heard_s in self._heard_s.items():
-            if now_s - heard_s > self._deadline_s:
+            if now_s - heard_s >= self._deadline_s:
                 return self._lose(rank, f"has shown no sign of life for {self._deadline_s:g} s")
         return True
 
