@@ -12,10 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from headrace.config import Transport
 from headrace.parallel.channel import Channel, channel_pair
 
-_END_S = 5.0
+_STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+_END_S = 4.0
 """What a rank has to end in by itself, before it is killed."""
 
 
@@ -68,8 +71,12 @@ class LocalRanks:
         return None
 
     def end(self) -> None:
-        """Wait for the processes, which have been told to end, and kill those that do not."""
+        """Wait for the processes, which have been told to end, and kill those that do not or that are stopped."""
         deadline_s = time.monotonic() + _END_S
+        for process in self._processes.values():
+            with suppress(psutil.NoSuchProcess):
+                if psutil.Process(process.pid).status() in _STOPPED:
+                    process.kill()
         for process in self._processes.values():
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=max(0.0, deadline_s - time.monotonic()))
