@@ -157,9 +157,11 @@ class RankedExecutor:
         self._close()
 
     def _check(self) -> None:
-        if self._world.failure is not None:
-            self._has_failed = True
-            raise EngineStopped(f"{self._world.failure}; the other ranks have ended with it: load the model again")
+        if self._world.failure is None:
+            return
+        if not self._has_failed:
+            raise self._failed(RankError(self._world.failure))
+        raise EngineStopped(f"{self._world.failure}; the other ranks have ended with it: load the model again")
 
     def _failed(self, error: BaseException) -> BaseException:
         self._has_failed = True
