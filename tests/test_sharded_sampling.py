@@ -72,6 +72,7 @@ def make_llm(folder, parallel: ParallelConfig) -> tuple[LLM, ThreadExecutor]:
         world = SimpleNamespace(
             place=Place(rank=group.rank, config=parallel),
             num_ranks_on_host=len(groups),
+            check=lambda: None,
             fabric=SimpleNamespace(make_group=make_group),
         )
         rank = load_rank(config, folder, world)
@@ -183,6 +184,7 @@ def test_the_largest_of_a_shard_is_found_while_it_is_computed(folder, rank) -> N
     world = SimpleNamespace(
         place=Place(rank=rank, config=parallel),
         num_ranks_on_host=4,
+        check=lambda: None,
         fabric=SimpleNamespace(make_group=lambda name, *_: Bystander(rank, 4) if name == "tp" else OneRankGroup(name)),
     )
     config = EngineConfig(load=LoadConfig(model=str(folder)), parallel=parallel, num_threads=1)

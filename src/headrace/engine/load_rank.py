@@ -127,7 +127,7 @@ def load_rank(
         parallel=config.parallel,
     )
     decoder = _load_with_progress(
-        source, context, formats, max_model_len, shape.layers, config.parallel.world_size, show_progress
+        source, context, formats, max_model_len, shape.layers, world, show_progress=show_progress
     )
     linear_weights = LinearWeights.of((p.weight for p in decoder.linear_parameters()), formats.dtype)
     prepare_dataflow(kernels, linear_weights, config.dataflow, num_threads, show_progress=show_progress)
@@ -197,12 +197,19 @@ def _load_with_progress(
     formats: WeightFormats,
     max_model_len: int,
     layers: range,
-    num_ranks: int,
+    world: World,
+    *,
     show_progress: bool,
 ) -> Decoder:
     # About what one rank reads: a bar need not know which tensors are not cut.
-    total_bytes = source.checkpoint_bytes // num_ranks
-    with bytes_progress("loading weights", total_bytes, show_progress) as progress:
+    total_bytes = source.checkpoint_bytes // world.place.config.world_size
+    with bytes_progress("loading weights", total_bytes, show_progress) as show:
+
+        def progress(num_bytes: int) -> None:
+            # Loading takes minutes: where another rank is lost, there is no point in going on.
+            world.check()
+            show(num_bytes)
+
         return load_decoder(
             source, context, formats, max_model_len=max_model_len, progress=progress, layer_range=layers
         )

@@ -83,6 +83,14 @@ class World:
         assert self._failure is not None
         return RankError(self._failure)
 
+    def check(self) -> None:
+        """
+        Raises:
+            RankError: a rank was lost; says which, and why.
+        """
+        if self._failure is not None:
+            raise RankError(self._failure)
+
     def fail(self, error: BaseException) -> None:
         """Tell all ranks that this one cannot go on, and why; unless that is because another one was lost."""
         if isinstance(error, RankError):
