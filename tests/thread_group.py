@@ -62,8 +62,8 @@ class ThreadGroup:
     def recv_(self, tensor: Tensor, source: int, site: str) -> None:
         self._count("recv", site, tensor.nbytes, 0)
         sent_for, sent = self._boxes[source][self.rank].get(timeout=TIMEOUT_S)
-        assert (sent_for, sent.shape, sent.dtype) == (site, tensor.shape, tensor.dtype)
-        tensor.copy_(sent)
+        assert (sent_for, sent.numel(), sent.dtype) == (site, tensor.numel(), tensor.dtype)
+        tensor.copy_(sent.view_as(tensor))
 
     def set_phase(self, phase: Phase) -> None:
         self._phase = phase

@@ -1,0 +1,108 @@
+"""An engine whose ranks are threads of one process: every layout without the seconds that processes take to start."""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from thread_group import ThreadGroup, thread_groups
+
+from headrace import LLM
+from headrace.config import Dtype, LoadConfig, ParallelConfig, Quantize
+from headrace.engine.engine import Engine
+from headrace.engine.llm import _engine_config
+from headrace.engine.load_rank import load_rank
+from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.worker import Worker
+from headrace.parallel.group import Group, OneRankGroup
+from headrace.parallel.ledger import LedgerRow
+from headrace.parallel.place import Place
+
+
+class ThreadFabric:
+    """Groups of threads by name and ranks."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[str, tuple[int, ...]], list[ThreadGroup]] = {}
+
+    def make_group(self, rank: int, name: str, ranks: Sequence[int]) -> Group:
+        if len(ranks) == 1:
+            return OneRankGroup(name)
+        groups = self._groups.setdefault((name, tuple(ranks)), thread_groups(len(ranks), name))
+        return groups[list(ranks).index(rank)]
+
+    def abort(self) -> None:
+        for groups in self._groups.values():
+            groups[0].abort()
+
+
+class ThreadExecutor:
+    """Every rank's worker runs every plan as soon as it is submitted, each in a thread of its own."""
+
+    def __init__(self, fabric: ThreadFabric, workers: list[Worker], parallel: ParallelConfig) -> None:
+        self.workers, self._fabric = workers, fabric
+        self.max_in_flight = parallel.pipeline_parallel_size
+        self._reporters = workers[-parallel.tensor_parallel_size :]
+        self._pool = ThreadPoolExecutor(len(workers))
+        self._results: list[StepResult] = []
+
+    def submit(self, plan: StepPlan) -> None:
+        results = list(self._pool.map(lambda worker: self._execute(worker, plan), self.workers))
+        first, *others = results[-len(self._reporters) :]
+        assert all(other == first for other in others), "ranks of the last stage have sampled different tokens"
+        self._results.append(first)
+
+    def collect(self) -> StepResult:
+        return self._results.pop(0)
+
+    def reset(self) -> None:
+        self._results.clear()
+        for worker in self.workers:
+            worker.reset()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def ledger_rows(self) -> list[list[LedgerRow]]:
+        return [[row for group in worker.groups for row in group.ledger_rows()] for worker in self.workers]
+
+    def _execute(self, worker: Worker, plan: StepPlan) -> StepResult:
+        try:
+            return worker.execute(plan)
+        except threading.BrokenBarrierError:
+            raise
+        except BaseException:
+            self._fabric.abort()
+            raise
+
+
+def thread_llm(folder: Path, *, dtype: str = "float32", quantize: str | None = None, **settings: Any) -> LLM:
+    """`LLM` with these settings, those of `ParallelConfig` included, on ranks that are threads."""
+    of_one_rank = {k: v for k, v in settings.items() if k not in ParallelConfig.__dataclass_fields__}
+    llm = LLM(str(folder), dtype=dtype, quantize=quantize, **of_one_rank)
+    model, fabric = llm.engine.model, ThreadFabric()
+    load = LoadConfig(model=str(folder), dtype=Dtype(dtype), quantize=Quantize(quantize or "none"))
+    # Ranks in threads bring whole tensors to every sum, as gloo's do.
+    config = _engine_config(load, settings | {"transport": "gloo"})
+
+    def worker(rank: int) -> Worker:
+        world = SimpleNamespace(
+            place=Place(rank=rank, config=config.parallel),
+            num_ranks_on_host=1,
+            check=lambda: None,
+            fabric=SimpleNamespace(make_group=lambda name, ranks, _: fabric.make_group(rank, name, ranks)),
+        )
+        return load_rank(config, folder, world).make_worker(
+            num_blocks=model.plan.num_blocks,
+            block_size=model.plan.cache.block_size,
+            max_model_len=model.plan.max_model_len,
+            eos_token_ids=model.eos_token_ids,
+        )
+
+    workers = [worker(rank) for rank in range(config.parallel.world_size)]
+    executor = ThreadExecutor(fabric, workers, config.parallel)
+    llm.engine = Engine(replace(model, executor=executor))
+    return llm
