@@ -93,4 +93,5 @@ def assert_ledgers_as_predicted(
     assert len(ledgers) == len(predicted) == parallel.world_size
     for rank, (expected, rows) in enumerate(zip(predicted, ledgers, strict=True)):
         assert rows, f"rank {rank} has exchanged nothing"
-        assert not list(differences(expected, rows)), f"rank {rank}"
+        found = list(differences(expected, rows))
+        assert not found, "\n".join([f"rank {rank}:", *found])

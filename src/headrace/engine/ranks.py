@@ -4,7 +4,6 @@ import json
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,6 @@ from headrace.engine.wire import decode_plan, decode_result, encode_plan, encode
 from headrace.engine.worker import Worker
 from headrace.errors import EngineStopped, RankError
 from headrace.machine import available_memory_bytes, host_id
-from headrace.parallel.channel import ChannelClosed
 from headrace.parallel.ledger import LedgerRow
 from headrace.parallel.world import World
 
@@ -70,7 +68,7 @@ class RankedExecutor:
         self._reporter = self._config.world_size - self._config.tensor_parallel_size
         self._own_results: list[StepResult] = []
         self._has_failed = False
-        self._close = weakref.finalize(self, _end_ranks, world)
+        self._close = weakref.finalize(self, world.close, _END)
 
     @property
     def max_in_flight(self) -> int:
@@ -169,14 +167,6 @@ class RankedExecutor:
             self._world.fail(error)
         assert self._world.failure is not None
         return RankError(self._world.failure) if isinstance(error, RankError) else error
-
-
-def _end_ranks(world: World) -> None:
-    if world.failure is None:
-        with suppress(ChannelClosed):
-            for channel in world.control.values():
-                channel.send(_END)
-    world.close()
 
 
 def _ledger_rows(worker: Worker) -> list[LedgerRow]:

@@ -1,7 +1,9 @@
 """Messages between two processes over a stream socket: step plans, results, signs of life. No tensors."""
 
+import select
 import socket
 import struct
+import time
 from contextlib import suppress
 
 _HEADER = struct.Struct("<I")
@@ -47,6 +49,16 @@ class Channel:
         while (message := self._take()) is not None:
             messages.append(message)
         return messages
+
+    def wait_for_end(self, timeout_s: float) -> None:
+        """Until the other end has closed, or for so long; what it still says is passed over."""
+        deadline_s = time.monotonic() + timeout_s
+        poller = select.poll()
+        with suppress(ChannelClosed, OSError, ValueError):
+            poller.register(self.fileno(), select.POLLIN)
+            while (left_s := deadline_s - time.monotonic()) > 0:
+                if poller.poll(left_s * 1000):
+                    self.receive_ready()
 
     def close(self) -> None:
         with suppress(OSError):

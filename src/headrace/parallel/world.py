@@ -2,7 +2,9 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from headrace.config import ParallelConfig
 from headrace.errors import HeadraceError, RankError
@@ -37,7 +39,8 @@ class World:
     ) -> None:
         self.place = place
         self.fabric = fabric
-        self.control = dict(control)
+        # In the order of ranks, whatever the order in which they have called.
+        self.control = dict(sorted(control.items()))
         self.num_ranks_on_host = num_ranks_on_host
         self._lines = dict(lines)
         self._describe, self._on_failure, self._on_close = describe, on_failure, on_close
@@ -98,17 +101,31 @@ class World:
         reason = str(error) if isinstance(error, HeadraceError) else f"{type(error).__name__}: {error}"
         self._lose(self.place.rank, f"failed: {reason}")
 
-    def close(self) -> None:
-        """An orderly end; whatever has failed has ended before."""
+    def close(self, farewell: bytes = b"") -> None:
+        """An orderly end; whatever has failed has ended before.
+
+        farewell: rank 0's last word to the others, which hang up after it. Signs of life stop before it is said, and
+        lines stay open until all have heard it: an end in order must not look like a loss to anybody.
+        """
         with self._lock:
             if self._is_closed:
                 return
             self._is_closed = True
         self._pulse.stop()
+        if farewell and self._failure is None:
+            self._say_farewell(farewell)
         self._on_close()
         for channel in (*self.control.values(), *self._lines.values()):
             channel.close()
         self.fabric.close()
+
+    def _say_farewell(self, message: bytes) -> None:
+        for channel in self.control.values():
+            with suppress(ChannelClosed):
+                channel.send(message)
+        deadline_s = time.monotonic() + _GRACE_S
+        for channel in self.control.values():
+            channel.wait_for_end(deadline_s - time.monotonic())
 
     def _lose(self, rank: int, reason: str) -> None:
         with self._lock:
