@@ -17,14 +17,16 @@ from scripts.namespaces.network import CommandError, network
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.namespaces", description=__doc__)
     parser.add_argument("--hosts", type=int, default=2, metavar="N", help="ranks (default: %(default)s)")
-    parser.add_argument("--rate", default="", metavar="RATE", help="what a host can send, as tc has it: 1gbit, 100mbit")
+    parser.add_argument(
+        "--mbit-per-s", type=int, default=0, metavar="M", help="what a host can send (default: no limit)"
+    )
     parser.add_argument("command", nargs="+", help="after --: the program and its arguments")
     args = parser.parse_args()
     if (reason := why_not()) is not None:
         print(f"error: {reason}", file=sys.stderr)
         return 1
     try:
-        with network(args.hosts, args.rate) as hosts:
+        with network(args.hosts, args.mbit_per_s) as hosts:
             with mpiexec(hosts, args.command) as started:
                 status: int = started.wait()
             for rank, counters in enumerate(hosts.counters()):

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 INTERFACE = "eth0"
-_BURST_BYTES = 16 * 1024
+_MIN_BURST_BYTES = 2 * 1514
+_BURST_S = 100e-6
+"""What a host that has been silent may send at once, beyond its rate: what a timer needs to keep up with that."""
 _MAX_QUEUE_S = "200ms"
 
 
@@ -41,13 +43,14 @@ class Network:
     namespaces: tuple[str, ...]
     addresses: tuple[str, ...]
 
-    def limit(self, rate: str) -> None:
-        """Let no host send faster than this, e.g. "100mbit"; no limit where it is empty."""
+    def limit(self, mbit_per_s: int) -> None:
+        """Let no host send faster than this; 0 for no limit."""
         for namespace in self.namespaces:
             with suppress(CommandError):
                 _run("tc", "-n", namespace, "qdisc", "del", "dev", INTERFACE, "root")
-            if rate:
-                bucket = ["tbf", "rate", rate, "burst", str(_BURST_BYTES), "latency", _MAX_QUEUE_S]
+            if mbit_per_s:
+                burst_bytes = max(_MIN_BURST_BYTES, int(mbit_per_s * 1e6 / 8 * _BURST_S))
+                bucket = ["tbf", "rate", f"{mbit_per_s}mbit", "burst", str(burst_bytes), "latency", _MAX_QUEUE_S]
                 _run("tc", "-n", namespace, "qdisc", "add", "dev", INTERFACE, "root", *bucket)
 
     def counters(self) -> list[Counters]:
@@ -73,7 +76,7 @@ def why_not() -> str | None:
 
 
 @contextmanager
-def network(num_hosts: int, rate: str = "") -> Iterator[Network]:
+def network(num_hosts: int, mbit_per_s: int = 0) -> Iterator[Network]:
     """A network of so many hosts, which is gone afterwards, with every process that runs on it.
 
     SIGTERM ends the program as Ctrl-C does, so that this holds then too.
@@ -89,7 +92,7 @@ def network(num_hosts: int, rate: str = "") -> Iterator[Network]:
     before = signal.signal(signal.SIGTERM, _end)
     try:
         _make(made, switch)
-        made.limit(rate)
+        made.limit(mbit_per_s)
         yield made
     finally:
         for namespace in (*hosts, switch):

@@ -55,16 +55,18 @@ class Line:
         return asdict(self) | {"data_bytes": self.data_bytes, "ratio": self.ratio}
 
 
-def measure_layout(folder: Path, tensor_parallel_size: int, pipeline_parallel_size: int, rate: str = "") -> list[Line]:
+def measure_layout(
+    folder: Path, tensor_parallel_size: int, pipeline_parallel_size: int, mbit_per_s: int = 0
+) -> list[Line]:
     """A model's requests. folder: of `write_random_model`."""
     sizes = [str(tensor_parallel_size), str(pipeline_parallel_size)]
-    with network(tensor_parallel_size * pipeline_parallel_size, rate) as hosts:
+    with network(tensor_parallel_size * pipeline_parallel_size, mbit_per_s) as hosts:
         return list(_run(hosts, f"TP {sizes[0]}, PP {sizes[1]}", "model", str(folder), *sizes))
 
 
-def measure_operations(num_ranks: int, rate: str = "", *, smallest_bytes: int = 8) -> list[Line]:
+def measure_operations(num_ranks: int, mbit_per_s: int = 0, *, smallest_bytes: int = 8) -> list[Line]:
     """Collectives and sends without a model, of several sizes."""
-    with network(num_ranks, rate) as hosts:
+    with network(num_ranks, mbit_per_s) as hosts:
         return list(_run(hosts, f"{num_ranks} ranks", "operations", str(smallest_bytes)))
 
 
@@ -116,24 +118,30 @@ def table(lines: Sequence[Line]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.namespaces.wire", description=__doc__)
-    parser.add_argument("--rate", default="", metavar="RATE", help="what a host can send, as tc has it: 1gbit, 100mbit")
+    parser.add_argument(
+        "--mbit-per-s", type=int, default=0, metavar="M", help="what a host can send (default: no limit)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
     args = parser.parse_args()
     if (reason := why_not()) is not None:
         print(f"error: {reason}", file=sys.stderr)
         return 1
     try:
-        lines = measure_operations(2, args.rate)
+        lines = measure_operations(2, args.mbit_per_s)
         with tempfile.TemporaryDirectory() as folder:
             model = write_random_model(Path(folder))
             for layout in _LAYOUTS:
-                lines += measure_layout(model, *layout, args.rate)
+                lines += measure_layout(model, *layout, args.mbit_per_s)
     except (CommandError, subprocess.TimeoutExpired) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(json.dumps({"rate": args.rate, "lines": [line.to_json() for line in lines]}) if args.json else table(lines))
+    print(
+        json.dumps({"mbit_per_s": args.mbit_per_s, "lines": [line.to_json() for line in lines]})
+        if args.json
+        else table(lines)
+    )
     return 0
 
 
