@@ -23,7 +23,7 @@ POINT_TO_POINT = "point_to_point"
 
 DIRECT_MAX_BYTES_OF_TWO = 256 * 2**10
 """Payload up to which two ranks exchange whole tensors: no more bytes than in two shots, and half the meetings."""
-DIRECT_MAX_BYTES = 32 * 2**10
+DIRECT_MAX_BYTES = 2 * 2**10
 """The same for more ranks, which send n / 2 times as much that way."""
 
 INT8_MIN_BYTES = 64 * 2**10
