@@ -50,8 +50,8 @@ class Trial:
         """What every rank has to end in."""
         if self.signal is Signals.SIGKILL:
             return DEATH_S
-        # Noticed within the deadline; then the stopped one is killed.
-        return float(self.settings["deadline_s"]) + 1.0
+        # Noticed within the deadline; then the stopped one is killed, and those that load have a moment to end.
+        return float(self.settings["deadline_s"]) + 2.0
 
 
 @dataclass(kw_only=True)

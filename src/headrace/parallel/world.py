@@ -13,8 +13,11 @@ from headrace.parallel.fabric import Fabric, NoFabric
 from headrace.parallel.place import Place
 from headrace.parallel.pulse import Pulse
 
-_GRACE_S = 2.0
+_GRACE_S = 1.0
 """What a rank has to end in once another one is lost, before it is ended."""
+
+_FAREWELL_S = 2.0
+"""What ranks have to hang up in after an orderly end was announced."""
 
 
 class World:
@@ -123,7 +126,7 @@ class World:
         for channel in self.control.values():
             with suppress(ChannelClosed):
                 channel.send(message)
-        deadline_s = time.monotonic() + _GRACE_S
+        deadline_s = time.monotonic() + _FAREWELL_S
         for channel in self.control.values():
             channel.wait_for_end(deadline_s - time.monotonic())
 
