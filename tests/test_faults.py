@@ -34,6 +34,7 @@ SETTINGS = {
     "model": str(demo_model_path()),
     "tensor_parallel_size": 2,
     "pipeline_parallel_size": 1,
+    "transport": "shm",
     "deadline_s": DEADLINE_S,
     "num_threads": 1,
 }
@@ -93,10 +94,11 @@ def test_a_closed_socket(what, is_idle):
         stream.shutdown(socket.SHUT_RDWR)
     else:
         threading.Timer(0.3, stream.shutdown, (socket.SHUT_RDWR,)).start()
-    with pytest.raises(RankError, match=r"^rank 1"):
+    # Each side sees the other one go; the first to say so is believed.
+    with pytest.raises(RankError, match=r"^rank (1 |0 cannot be heard by rank 1)"):
         while True:
             llm.generate([PROMPT], SHORT if is_idle else ENDLESS)
-    with pytest.raises(EngineStopped, match=r"^rank 1.* load the model again"):
+    with pytest.raises(EngineStopped, match=r"^rank .* load the model again"):
         llm.generate([PROMPT], SHORT)
     _, alive = psutil.wait_procs(ranks, timeout=DEATH_S)
     assert not alive
@@ -114,8 +116,9 @@ def test_nothing_is_left_in_the_caller():
             {thread.name for thread in threading.enumerate()},
         )
 
-    before = state()
-    for kill in (True, False):
+    before = None
+    # What earlier tests have left for the garbage collector, and imports, are gone and done after a first round.
+    for kill in (False, True, False):
         llm = LLM(**SETTINGS)
         llm.generate([PROMPT], SHORT)
         if kill:
@@ -124,6 +127,7 @@ def test_nothing_is_left_in_the_caller():
                 llm.generate([PROMPT], ENDLESS)
         llm.close()
         del llm
+        before = before or state()
         assert state() == before
 
 

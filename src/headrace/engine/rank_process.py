@@ -6,6 +6,7 @@
 import os
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -45,7 +46,8 @@ def serve_launched(config: EngineConfig) -> NoReturn:
 
 def _end(code: int) -> NoReturn:
     """End without the interpreter's own end, which would wait for whatever else still runs."""
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -64,9 +66,11 @@ def run_rank(world: World, config: EngineConfig, greeting: Greeting | None = Non
         follow(world, load_rank(config, Path(config.load.model), world))
     except BaseException as error:
         # What went wrong is rank 0's to say; where, if nobody foresaw it, is said here.
-        if not isinstance(error, HeadraceError | KeyboardInterrupt):
-            traceback.print_exc()
         world.fail(error)
+        if not isinstance(error, HeadraceError | KeyboardInterrupt):
+            # There may be no room for it where standard error is a file.
+            with suppress(OSError):
+                traceback.print_exc()
         return 1
     world.close()
     return 0

@@ -67,7 +67,7 @@ class World:
         try:
             self.control[rank].send(message)
         except ChannelClosed as error:
-            raise self.error(rank, f"cannot be reached: {error}") from None
+            raise self.error(rank, f"cannot be reached by rank {self.place.rank}: {error}") from None
 
     def receive(self, rank: int) -> bytes:
         """
@@ -77,7 +77,7 @@ class World:
         try:
             return self.control[rank].receive()
         except ChannelClosed as error:
-            raise self.error(rank, f"cannot be heard: {error}") from None
+            raise self.error(rank, f"cannot be heard by rank {self.place.rank}: {error}") from None
 
     def error(self, rank: int, reason: str) -> RankError:
         """The first failure that was noticed, which is this one if there was none before.
