@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "to do the multiplications; the share says how close the figure came to it."
     )
     add_protocol_options(parser, _DEFAULTS)
-    add_model_options(parser)
+    add_model_options(parser, with_ranks=True)
 
 
 def run(args: argparse.Namespace) -> int:

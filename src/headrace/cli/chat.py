@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message that stays for the whole conversation")
     add_sampling_options(parser, max_tokens=None)
-    add_model_options(parser)
+    add_model_options(parser, with_ranks=True)
 
 
 def run(args: argparse.Namespace) -> int:

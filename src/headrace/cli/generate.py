@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object per output, and nothing else")
     parser.add_argument("--quiet", action="store_true", help="print no figures after the text")
     add_sampling_options(parser, max_tokens=_MAX_TOKENS)
-    add_model_options(parser)
+    add_model_options(parser, with_ranks=True)
 
 
 def run(args: argparse.Namespace) -> int:

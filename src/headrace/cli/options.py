@@ -64,9 +64,12 @@ _SAMPLING_SETTINGS = (
 
 
 def add_model_options(
-    parser: argparse.ArgumentParser, *, default: str = f"{DEMO}, the small one inside the package"
+    parser: argparse.ArgumentParser,
+    *,
+    default: str = f"{DEMO}, the small one inside the package",
+    with_ranks: bool = False,
 ) -> None:
-    """Which model, and how it is loaded, cached and scheduled."""
+    """Which model, and how it is loaded, cached and scheduled; with_ranks: also over how many ranks it is spread."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="MODEL", help=f"a folder or a hub id such as org/name (default: {default})")
     model.add_argument("--revision", help="branch, tag or commit of a hub model")
@@ -83,12 +86,13 @@ def add_model_options(
         help="format of linear weights, converted while loading (default: %(default)s, as stored)",
     )
     _add_engine_options(parser.add_argument_group("engine"))
-    _add_parallel_options(
-        parser.add_argument_group(
-            "ranks",
-            "processes that share the model; started on this host, or by `mpiexec -n N headrace ...` on several",
+    if with_ranks:
+        _add_parallel_options(
+            parser.add_argument_group(
+                "ranks",
+                "processes that share the model; started on this host, or by `mpiexec -n N headrace ...` on several",
+            )
         )
-    )
 
 
 def _add_engine_options(group: argparse._ArgumentGroup) -> None:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time against M, as .png, .svg or .pdf")
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
-    add_model_options(parser)
+    add_model_options(parser, with_ranks=True)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="load the model, run such requests, and put what the ledgers of its ranks counted beside it",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
-    add_model_options(parser)
+    add_model_options(parser, with_ranks=True)
 
 
 def run(args: argparse.Namespace) -> int:
