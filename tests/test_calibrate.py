@@ -243,11 +243,11 @@ def test_greedy_text_is_the_same_with_a_calibration(own_tiny, kv_cache_dtype):
 
 @needs_native
 def test_an_engine_uses_the_constants_of_its_folder(own_tiny, monkeypatch):
-    from headrace.engine import load
+    from headrace.engine import load_rank
 
     made = []
-    original = load.LayerContext
-    monkeypatch.setattr(load, "LayerContext", lambda **fields: made.append(original(**fields)) or made[-1])
+    original = load_rank.LayerContext
+    monkeypatch.setattr(load_rank, "LayerContext", lambda **fields: made.append(original(**fields)) or made[-1])
     layers = (RANGE, replace(RANGE, least=-500.0, least_row_max=-500.0))
     save_calibration(layers, own_tiny / FILE_NAME)
     for softmax in ("asynchronized", "auto"):
