@@ -37,13 +37,13 @@ def assert_the_wire_agrees(lines):
         else:
             # Acknowledgements of what the other ranks have sent.
             most_bytes = max(other.predicted_bytes for other in lines if other.work == line.work)
-            assert 0 < line.data_bytes < (MAX_RATIO - 1) * most_bytes, line
+            assert 0 <= line.data_bytes < (MAX_RATIO - 1) * most_bytes, line
         # A plan or a result for each of at most 101 steps, and acknowledgements.
         num_others = max(other.rank for other in lines)
         assert 0 < line.sent.control_bytes < 101 * 300 * num_others, line
 
 
-@pytest.mark.parametrize(("tensor_parallel_size", "pipeline_parallel_size"), [(2, 1), (4, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("tensor_parallel_size", "pipeline_parallel_size"), [(4, 1), (2, 2)])
 def test_a_models_messages(model, tensor_parallel_size, pipeline_parallel_size):
     lines = measure_layout(model, tensor_parallel_size, pipeline_parallel_size)
     assert {line.rank for line in lines} == set(range(tensor_parallel_size * pipeline_parallel_size))
@@ -74,7 +74,7 @@ def test_a_network_limits_and_is_gone_afterwards():
 
 def test_a_network_that_cannot_be_made_leaves_nothing():
     before = namespaces()
-    with pytest.raises(CommandError, match="tbf"), network(2, -1):
+    with pytest.raises(CommandError, match="tbf"), network(2, 10**30):
         raise AssertionError("there is no such rate")
     assert namespaces() == before
 

@@ -98,8 +98,9 @@ def operations(namespaces: list[str], smallest_bytes: str) -> list[Result]:
     communicator = make_communicator()
     group = NativeGroup(communicator, "tp", range(communicator.world_size))
     meter = Meter(namespaces)
-    _metered(meter, lambda: None)  # connects what is not connected yet
-    together = _metered(meter, lambda: None)
+    # The first may connect what is not connected yet.
+    nothing = [_metered(meter, lambda: None) for _ in range(3)]
+    together_bytes = [min(sent.all_bytes for sent in of_host) for of_host in zip(*nothing, strict=True)]
     results = []
     for name, call, predicted_bytes in _operations(group, int(smallest_bytes)):
         call()
@@ -112,7 +113,7 @@ def operations(namespaces: list[str], smallest_bytes: str) -> list[Result]:
                 "work": f"{_CALLS} x {name}",
                 "predicted_bytes": [predicted for predicted, _ in everybody],
                 "counted_bytes": [counted for _, counted in everybody],
-                "sent": [asdict(s) | {"control_bytes": t.all_bytes} for s, t in zip(sent, together, strict=True)],
+                "sent": [asdict(s) | {"control_bytes": t} for s, t in zip(sent, together_bytes, strict=True)],
             }
         )
     return results
@@ -125,7 +126,7 @@ def _operations(group: NativeGroup, smallest_bytes: int) -> list[tuple[str, Call
     found: list[tuple[str, Callable[[], object], int]] = []
     for num_bytes in sizes:
         x = torch.zeros(num_bytes // 2, dtype=torch.bfloat16)
-        summands = Summands(num_elements=x.numel(), summand_bytes=2, sum_bytes=2)
+        summands = Summands(num_rows=1, row_size=x.numel(), summand_bytes=2, sum_bytes=2)
         algorithm = all_reduce_algorithm(summands, size)
         sent = all_reduce_wire_bytes(summands, algorithm, rank, size)
         found.append((f"all_reduce, {_name(num_bytes)}, {algorithm}", lambda x=x: group.all_reduce(x, "here"), sent))
