@@ -94,7 +94,7 @@ def a_row_of_an_all_reduce_does_not_depend_on_its_batch(communicator):
     """The batch is large enough for the two-shot algorithm, its rows alone for the direct one."""
     group = world_group(communicator)
     for dtype in DTYPES:
-        x = brought(group.rank, [257, 1000], dtype, seed=2)
+        x = brought(group.rank, [601, 500], dtype, seed=2)
         alone = torch.stack([group.all_reduce(row.clone(), "rows") for row in x])
         assert_same_bits(group.all_reduce(x, "batch"), alone)
     algorithms = {(row.site, row.algorithm) for row in group.ledger_rows()}
@@ -247,13 +247,13 @@ def trace_keeps_calls_one_by_one_until_it_is_full(communicator):
     group.set_phase(Phase.DECODE)
     began_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     for i in range(4):
-        group.all_reduce(torch.ones(1000 * i + 5, dtype=torch.bfloat16), f"site.{i}")
+        group.all_reduce(torch.ones(400 * i + 5, dtype=torch.bfloat16), f"site.{i}")
     ended_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     events = group.drain_trace()
     assert [(event.site, event.payload_bytes) for event in events] == [
         ("site.0", 10),
-        ("site.1", 2010),
-        ("site.2", 4010),
+        ("site.1", 810),
+        ("site.2", 1610),
     ]
     assert group.num_dropped_events == 1
     for event in events:
