@@ -93,7 +93,7 @@ class Engine:
         request.
 
         A step that raises (out of memory, Ctrl-C) ends every request with that error, reported by the next step; the
-        engine is then empty and takes new ones.
+        engine is then empty and takes new ones. With other ranks it takes none: they have ended.
         """
         if self._failed:
             updates, self._failed = self._failed, []

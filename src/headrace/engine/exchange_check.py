@@ -35,6 +35,9 @@ class ExchangeCheck:
         self._vocab_size = layout.model.vocab_size
         self._largest_shard = len(shard_vocabulary(self._vocab_size, 0, layout.parallel.tensor_parallel_size))
         self._run: Run = Counter()
+        self._recent: Run = Counter()
+        """Not compared yet."""
+        self._predicted = Sums()
         self._checked_s = time.monotonic()
         self._has_reported = False
         self._phase = Phase.PREFILL
@@ -42,13 +45,13 @@ class ExchangeCheck:
 
     def begin_step(self, phase: Phase, num_tokens: int) -> None:
         self._phase = phase
-        self._run[ForwardPass(phase, num_tokens)] += 1
+        self._recent[ForwardPass(phase, num_tokens)] += 1
 
     def add_sampling(self, rows: Sequence[SamplingRow]) -> None:
         """Rows about to be sampled together."""
         phase = self._phase
         if all(row.takes_largest for row in rows):
-            self._run[SampledRows(phase, len(rows), len(rows) * GREEDY_ROW_BYTES)] += 1
+            self._recent[SampledRows(phase, len(rows), len(rows) * GREEDY_ROW_BYTES)] += 1
             return
         records = [
             row_record(
@@ -60,11 +63,11 @@ class ExchangeCheck:
             for row in rows
         ]
         candidate_bytes, draw_bytes = candidates_payload_bytes(records), draws_payload_bytes(records)
-        self._run[SampledRows(phase, len(rows), candidate_bytes, draw_bytes)] += 1
+        self._recent[SampledRows(phase, len(rows), candidate_bytes, draw_bytes)] += 1
 
     def add_whole_rows(self, num_rows: int) -> None:
         """Rows gathered whole at once."""
-        self._run[WholeRows(self._phase, num_rows)] += 1
+        self._recent[WholeRows(self._phase, num_rows)] += 1
 
     def end_step(self, fallback_rows: int) -> None:
         """Compare now and then, and report the first difference as an error in the log.
@@ -75,15 +78,21 @@ class ExchangeCheck:
             self._add_fallback(fallback_rows - self._fallback_rows)
             self._fallback_rows = fallback_rows
         now_s = time.monotonic()
-        if now_s - self._checked_s < _INTERVAL_S or self._has_reported:
+        if now_s - self._checked_s >= _INTERVAL_S:
+            self._checked_s = now_s
+            self.compare()
+
+    def compare(self) -> None:
+        """Report the first difference, if there is one, as an error in the log."""
+        # What was added up before is not added up again: the kinds of sampling are many, in a long run.
+        self._predicted = self._predicted.plus(self._volume.total(self._recent))
+        self._run += self._recent
+        self._recent.clear()
+        if self._has_reported or _total(self._rows()) == self._predicted:
             return
-        self._checked_s = now_s
+        self._has_reported = True
         found = self.differences()
-        if found:
-            self._has_reported = True
-            logger.error(
-                "rank %d exchanged other bytes than predicted, in %d places: %s", self._rank, len(found), found[0]
-            )
+        logger.error("rank %d exchanged other bytes than predicted, in %d places: %s", self._rank, len(found), found[0])
 
     def _add_fallback(self, num_rows: int) -> None:
         whole, rest = divmod(num_rows, GATHERED_ROWS)
@@ -92,10 +101,10 @@ class ExchangeCheck:
 
     def differences(self) -> list[str]:
         """One line for each figure that differs; none if ledger and prediction agree to the byte."""
-        rows = [row for group in self._groups for row in group.ledger_rows()]
-        if _total(rows) == self._volume.total(self._run):
-            return []
-        return list(differences(self._volume.rows(self._run), rows))
+        return list(differences(self._volume.rows(self._run + self._recent), self._rows()))
+
+    def _rows(self) -> list[LedgerRow]:
+        return [row for group in self._groups for row in group.ledger_rows()]
 
 
 def _total(rows: Sequence[LedgerRow]) -> Sums:

@@ -16,7 +16,7 @@ from headrace.engine.local_executor import LocalExecutor
 from headrace.engine.rank_process import serve_launched
 from headrace.engine.ranks import RankedExecutor, agree, announce, tightest_host
 from headrace.engine.softmax import ChosenSoftmax
-from headrace.engine.start import start_world
+from headrace.engine.start import resolve_transport, start_world
 from headrace.engine.tune import LinearWeights
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels
@@ -71,7 +71,7 @@ def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kern
     if launched is not None and launched.rank > 0:
         serve_launched(config)
     files = _ModelFiles.read(config)
-    config = replace(config, load=replace(config.load, model=str(files.folder)))
+    config = resolve_transport(replace(config, load=replace(config.load, model=str(files.folder))))
     world = start_world(config)
     try:
         loaded = load_rank(config, files.folder, world, change_kernels=change_kernels)

@@ -145,6 +145,7 @@ def load_rank(
             hidden_size=source.config.hidden_size,
             dtype=formats.dtype,
             max_num_tokens=config.scheduler.max_num_batched_tokens,
+            placement=source.config.norm.placement,
         ),
         groups=(tp_group, pp_group, kv_group),
         parallel=config.parallel,

@@ -32,11 +32,11 @@ def serve_launched(config: EngineConfig) -> NoReturn:
     Raises:
         HeadraceError: this rank finds no other.
     """
-    from headrace.engine.start import start_world
+    from headrace.engine.start import resolve_transport, start_world
     from headrace.models.hub import resolve_model_folder
 
     folder = resolve_model_folder(config.load.model, config.load.revision, show_progress=False)
-    config = replace(config, load=replace(config.load, model=str(folder), show_progress=False))
+    config = resolve_transport(replace(config, load=replace(config.load, model=str(folder), show_progress=False)))
     code = run_rank(start_world(config), config)
     if code == 0:
         # The launcher's library wants an orderly end.

@@ -1,6 +1,7 @@
 """All ranks of an engine: how they start, agree on the cache, follow rank 0 and end."""
 
 import json
+import os
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,7 @@ class RankedExecutor:
         self._reporter = self._config.world_size - self._config.tensor_parallel_size
         self._own_results: list[StepResult] = []
         self._has_failed = False
-        self._close = weakref.finalize(self, world.close, _END)
+        self._close = weakref.finalize(self, _close_in, os.getpid(), world)
 
     @property
     def max_in_flight(self) -> int:
@@ -102,18 +103,18 @@ class RankedExecutor:
 
     def ledger_rows(self) -> list[list[LedgerRow]]:
         """The rows of each rank's ledger, rank 0 first; while no plan is in flight."""
-        self._check()
+        self._check_idle()
         return [_ledger_rows(self.worker), *(list(map(_as_ledger_row, rows)) for rows in self._ask_all(_LEDGER))]
 
     def start_trace(self) -> None:
         """Keep steps and exchanges of every rank one by one from now on."""
-        self._check()
+        self._check_idle()
         self.worker.start_trace()
         self._ask_all(_START_TRACE)
 
     def take_traces(self) -> list[RankTrace]:
         """What every rank has kept since the last time, rank 0 first, on rank 0's clock."""
-        self._check()
+        self._check_idle()
         offsets_ns = [self._clock_offset_ns(rank) for rank in self._world.control]
         answers = zip(self._ask_all(_TAKE_TRACE), offsets_ns, strict=True)
         own = self.worker.take_trace(str(self._world.place))
@@ -140,7 +141,7 @@ class RankedExecutor:
 
     def exchange_differences(self) -> list[str]:
         """Where a rank's ledger differs from what its plans predict; while no plan is in flight."""
-        self._check()
+        self._check_idle()
         differences = [self.worker.exchange_differences(), *self._ask_all(_DIFFERENCES)]
         return [f"rank {rank}: {line}" for rank, lines in enumerate(differences) for line in lines]
 
@@ -154,7 +155,15 @@ class RankedExecutor:
         """End all ranks in order; also done when this object is forgotten, and when the program ends."""
         self._close()
 
+    def _check_idle(self) -> None:
+        """Answers would be taken for results."""
+        self._check()
+        if self._own_results:
+            raise RuntimeError(f"{len(self._own_results)} plans are in flight; collect them before asking ranks")
+
     def _check(self) -> None:
+        if self._world.is_closed:
+            raise EngineStopped("the model was closed; load it again")
         if self._world.failure is None:
             return
         if not self._has_failed:
@@ -167,6 +176,12 @@ class RankedExecutor:
             self._world.fail(error)
         assert self._world.failure is not None
         return RankError(self._world.failure) if isinstance(error, RankError) else error
+
+
+def _close_in(process_id: int, world: World) -> None:
+    """A forked child has copies of everything, and must not end what is its parent's."""
+    if os.getpid() == process_id:
+        world.close(_END)
 
 
 def _ledger_rows(worker: Worker) -> list[LedgerRow]:
@@ -225,5 +240,6 @@ def follow(world: World, loaded: LoadedRank) -> None:
         elif kind == _DIFFERENCES:
             world.send(0, json.dumps(worker.exchange_differences()).encode())
         else:
+            worker.check_exchanges()
             assert kind == _END, f"unknown message {kind!r}"
             return

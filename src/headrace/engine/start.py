@@ -1,9 +1,10 @@
 """The world of an engine: none but itself, ranks of its own making, or those that it was started among."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from headrace.config import AllReduceDtype, EngineConfig, ParallelConfig, Transport
-from headrace.config.launched import launched_from
+from headrace.config.launched import Launched, launched_from
 from headrace.costs.micro_batches import max_prompt_tokens
 from headrace.errors import ParallelismError
 from headrace.models.families import read_model_config
@@ -17,6 +18,8 @@ _RANK_MODULE = "headrace.engine.rank_process"
 
 def start_world(config: EngineConfig) -> World:
     """
+    config: with its transport resolved, see `resolve_transport`.
+
     Raises:
         ParallelismError: ranks that `mpiexec` or `srun` has started and that do not fit the layout.
         OSError: no room for another process.
@@ -24,25 +27,37 @@ def start_world(config: EngineConfig) -> World:
     parallel = config.parallel
     if parallel.world_size == 1:
         return one_rank_world()
-    _check(parallel)
     launched = launched_from()
-    if launched is not None and parallel.transport is not Transport.SHM:
-        transport = launched.transport if parallel.transport is Transport.AUTO else parallel.transport
-        return join_launched_world(parallel, launched, transport)
     if launched is not None:
+        return join_launched_world(parallel, launched)
+    return start_local_world(parallel, _RANK_MODULE, config, micro_batch_bytes=_micro_batch_bytes(config))
+
+
+def resolve_transport(config: EngineConfig) -> EngineConfig:
+    """The same settings with the transport that will be used in place of `auto`.
+
+    Raises:
+        ParallelismError: a transport that does not join these ranks, or does not carry what is asked for.
+    """
+    parallel, launched = config.parallel, launched_from()
+    if parallel.world_size == 1:
+        return config
+    if parallel.transport is Transport.AUTO:
+        parallel = replace(parallel, transport=Transport.SHM if launched is None else launched.transport)
+    _check(parallel, launched)
+    return replace(config, parallel=parallel)
+
+
+def _check(parallel: ParallelConfig, launched: Launched | None) -> None:
+    if launched is not None and parallel.transport is Transport.SHM:
         raise ParallelismError(
             f"{launched.launcher} has started this rank, and transport 'shm' joins ranks that it has not; use mpi"
         )
-    if parallel.transport is Transport.MPI:
+    if launched is None and parallel.transport is Transport.MPI:
         raise ParallelismError(
             f"transport is 'mpi', but no launcher has started this process; put `mpiexec -n {parallel.world_size}` "
             "before the command, or leave the transport to auto"
         )
-    transport = Transport.SHM if parallel.transport is Transport.AUTO else parallel.transport
-    return start_local_world(parallel, transport, _RANK_MODULE, config, micro_batch_bytes=_micro_batch_bytes(config))
-
-
-def _check(parallel: ParallelConfig) -> None:
     if parallel.all_reduce_dtype is AllReduceDtype.INT8 and parallel.transport in (Transport.GLOO, Transport.NCCL):
         raise ParallelismError(
             f"all_reduce_dtype is 'int8', which transport '{parallel.transport.value}' lacks; use shm or mpi"

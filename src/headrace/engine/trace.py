@@ -13,7 +13,7 @@ from headrace.costs.sites import Phase
 from headrace.parallel.ledger import ExchangeEvent
 
 MAX_EVENTS = 200_000
-"""Of one rank. Later ones are left out, and counted."""
+"""Exchanges of one group, and steps of one rank. Later ones are left out; exchanges left out are counted."""
 
 _COMPUTE, _EXCHANGES = 0, 1
 """Thread ids of a rank's two tracks."""

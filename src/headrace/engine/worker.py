@@ -120,6 +120,11 @@ class Worker:
             num_dropped=sum(group.num_dropped_events for group in self.groups),
         )
 
+    def check_exchanges(self) -> None:
+        """Compare what has not been compared yet; a difference is an error in the log."""
+        if self._check is not None:
+            self._check.compare()
+
     def exchange_differences(self) -> list[str]:
         """Where the ledger of this rank differs from what its plans predict: one line for each figure."""
         return [] if self._check is None else self._check.differences()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from headrace.config import ParallelConfig
+from headrace.config import NormPlacement, ParallelConfig
 from headrace.costs.sites import Site
 from headrace.kernels import Kernels
 from headrace.models.decoder import ResidualStream
@@ -30,9 +30,12 @@ class Boundary:
         hidden_size: int,
         dtype: torch.dtype,
         max_num_tokens: int,
+        placement: NormPlacement,
     ) -> None:
         self._kernels, self._tp_group, self._pp_group = kernels, tp_group, pp_group
         self._sends_residual = config.send_residual
+        # Where a sublayer ends with its normalized sum, nothing is left to add, and zeros are sent for it.
+        self._keeps_update = config.send_residual and placement is not NormPlacement.POST
         self._is_sliced = config.slice_boundary and tp_group.world_size > 1 and hidden_size % tp_group.world_size == 0
         num_tensors = 2 if self._sends_residual else 1
         has_input = pp_group.rank > 0
@@ -43,7 +46,7 @@ class Boundary:
     def receive(self, num_tokens: int) -> ResidualStream:
         """What the stage before has sent for a batch; not for the first stage."""
         tensors = [self._receive_one(buffer, num_tokens) for buffer in self._received]
-        return ResidualStream(hidden_states=tensors[0], update=tensors[1] if self._sends_residual else None)
+        return ResidualStream(hidden_states=tensors[0], update=tensors[1] if self._keeps_update else None)
 
     def send(self, stream: ResidualStream) -> None:
         """Hand the stream to the next stage; not for the last one."""

@@ -17,7 +17,7 @@ class ChannelClosed(Exception):
 class Channel:
     """Whole messages of bytes, in order, over a connected stream socket. Blocks, and so takes no CPU while it waits.
 
-    One thread sends and one receives at a time; `close` may come from any thread and ends both.
+    One thread at a time sends and receives; `close` may come from any thread and ends both.
 
     Raises:
         ChannelClosed: from `send` and `receive`, once the other end is gone or this one closed.
@@ -31,8 +31,13 @@ class Channel:
         return self._stream.fileno()
 
     def send(self, message: bytes) -> None:
+        rest = memoryview(_HEADER.pack(len(message)) + message)
         try:
-            self._stream.sendall(_HEADER.pack(len(message)) + message)
+            while rest:
+                try:
+                    rest = rest[self._stream.send(rest, socket.MSG_DONTWAIT) :]
+                except BlockingIOError:
+                    self._wait_to_send()
         except OSError as error:
             raise ChannelClosed(str(error)) from None
 
@@ -65,6 +70,14 @@ class Channel:
             # Wakes a thread that waits in recv or sendall, which closing the descriptor would not.
             self._stream.shutdown(socket.SHUT_RDWR)
         self._stream.close()
+
+    def _wait_to_send(self) -> None:
+        """Until there is room, taking in what comes: two ends that both send much would else wait for ever."""
+        poller = select.poll()
+        poller.register(self._stream.fileno(), select.POLLIN | select.POLLOUT)
+        [(_, events)] = poller.poll()
+        if events & select.POLLIN:
+            self._read()
 
     def _read(self) -> None:
         try:

@@ -14,7 +14,6 @@ from typing import Any
 
 import psutil
 
-from headrace.config import Transport
 from headrace.parallel.channel import Channel, channel_pair
 
 _STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
@@ -27,7 +26,6 @@ class Greeting:
     """What a started rank is told first. settings: for whoever runs the rank, see `engine.rank_process`."""
 
     rank: int
-    transport: Transport
     region_fd: int | None
     store_port: int | None
     settings: Any
@@ -97,9 +95,16 @@ class LocalRanks:
             inherited = [their_control.fileno(), their_line.fileno()]
             if greeting.region_fd is not None:
                 inherited.append(greeting.region_fd)
-            command = [sys.executable, "-m", self._module, str(inherited[0]), str(inherited[1])]
+            # -P, and modules from where this process has them: not from whatever folder it was started in.
+            command = [sys.executable, "-P", "-m", self._module, str(inherited[0]), str(inherited[1])]
+            environ = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
             self._processes[greeting.rank] = subprocess.Popen(
-                command, pass_fds=inherited, stdin=subprocess.DEVNULL, stdout=2
+                command,
+                pass_fds=inherited,
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                env=environ,
+                process_group=0,  # Ctrl-C in a terminal is rank 0's to handle
             )
         self.control[greeting.rank] = control
         self.lines[greeting.rank] = line

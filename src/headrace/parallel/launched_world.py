@@ -1,6 +1,7 @@
 """The world of ranks that a launcher has started, on one host or several."""
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,8 +16,11 @@ from headrace.parallel.world import World, exit_soon
 
 logger = logging.getLogger(__name__)
 
+_has_joined = threading.Event()
+"""A launcher starts ranks once in a process, and MPI itself starts once: a fact of the process, not of an engine."""
 
-def join_launched_world(config: ParallelConfig, launched: Launched, transport: Transport) -> World:
+
+def join_launched_world(config: ParallelConfig, launched: Launched) -> World:
     """All ranks call this once.
 
     Raises:
@@ -29,7 +33,13 @@ def join_launched_world(config: ParallelConfig, launched: Launched, transport: T
             f"{launched.launcher} has started {launched.world_size} ranks, but --tp {config.tensor_parallel_size} --pp "
             f"{config.pipeline_parallel_size} has {config.world_size}; make the two equal"
         )
-    start = _start_mpi(config) if transport is Transport.MPI else _start_torch(config, launched, transport)
+    if _has_joined.is_set():
+        raise ParallelismError(
+            f"{launched.launcher} has started these ranks for one model, and the others have ended with it; "
+            "start the program again for another"
+        )
+    _has_joined.set()
+    start = _start_mpi(config) if config.transport is Transport.MPI else _start_torch(config, launched)
     control, line = open_lines(launched.rank, launched.world_size, start.broadcast, config.deadline_s)
     hosts = start.all_gather(host_id())
     place = Place(rank=launched.rank, config=config)
@@ -65,7 +75,7 @@ def _start_mpi(config: ParallelConfig) -> _Start:
     return _Start(NativeFabric(communicator, config.all_reduce_dtype), world.bcast, world.allgather)
 
 
-def _start_torch(config: ParallelConfig, launched: Launched, transport: Transport) -> _Start:
+def _start_torch(config: ParallelConfig, launched: Launched) -> _Start:
     from torch.distributed.rendezvous import rendezvous
 
     from headrace.parallel.torch_fabric import TorchFabric
@@ -81,4 +91,4 @@ def _start_torch(config: ParallelConfig, launched: Launched, transport: Transpor
         store.set(f"host-{rank}", text)
         return [store.get(f"host-{other}").decode() for other in range(world_size)]
 
-    return _Start(TorchFabric(transport.value, store, rank, config.deadline_s), broadcast, all_gather)
+    return _Start(TorchFabric(config.transport.value, store, rank, config.deadline_s), broadcast, all_gather)

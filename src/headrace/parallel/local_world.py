@@ -1,5 +1,6 @@
 """The ranks of one host, started from rank 0: its world, and that of a rank that was started."""
 
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,25 +17,23 @@ _RING_BYTES = 2**20
 """Of what one rank may be ahead of another within a stage. Longer messages travel in pieces."""
 
 
-def start_local_world(
-    config: ParallelConfig, transport: Transport, module: str, settings: Any, *, micro_batch_bytes: int
-) -> World:
+def start_local_world(config: ParallelConfig, module: str, settings: Any, *, micro_batch_bytes: int) -> World:
     """Start ranks 1 to world_size - 1 on this host; they load on their own from here on.
 
     module: run by each, with two descriptors as arguments; settings: what it finds in its `Greeting`.
     micro_batch_bytes: what one stage sends the next at most, so that it need not wait for that one to be read.
 
     Raises:
-        OSError: no room for the processes or the memory they share.
+        OSError: no room for the processes.
+        ConfigError: no room for the memory they share.
         BackendUnavailable: a transport that this build lacks.
     """
-    meeting = _meet(config, transport, micro_batch_bytes)
+    meeting = _meet(config, micro_batch_bytes)
     ranks = LocalRanks(module)
     ranks.start(
         [
             Greeting(
                 rank=rank,
-                transport=transport,
                 region_fd=meeting.region_fd,
                 store_port=meeting.store_port,
                 settings=settings,
@@ -78,8 +77,8 @@ class _Meeting:
 # Each transport is imported when it is chosen: a build may lack one, and importing all of them takes time.
 
 
-def _meet(config: ParallelConfig, transport: Transport, micro_batch_bytes: int) -> _Meeting:
-    if transport is Transport.SHM:
+def _meet(config: ParallelConfig, micro_batch_bytes: int) -> _Meeting:
+    if config.transport is Transport.SHM:
         from headrace.parallel.native_fabric import NativeFabric
         from headrace.parallel.shm import make_communicator, make_region
 
@@ -92,8 +91,11 @@ def _meet(config: ParallelConfig, transport: Transport, micro_batch_bytes: int) 
 
     from headrace.parallel.torch_fabric import TorchFabric
 
-    store = TCPStore(_LOCALHOST, 0, is_master=True, wait_for_workers=False)
-    return _Meeting(fabric=TorchFabric(transport.value, store, 0, config.deadline_s), store_port=store.port)
+    # A socket of our own, since torch's would listen on every interface.
+    with socket.create_server((_LOCALHOST, 0)) as listener:
+        port, descriptor = listener.getsockname()[1], listener.detach()
+    store = TCPStore(_LOCALHOST, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
+    return _Meeting(fabric=TorchFabric(config.transport.value, store, 0, config.deadline_s), store_port=store.port)
 
 
 def join_fabric(greeting: Greeting, config: ParallelConfig) -> Fabric:
@@ -109,4 +111,4 @@ def join_fabric(greeting: Greeting, config: ParallelConfig) -> Fabric:
 
     assert greeting.store_port is not None
     store = TCPStore(_LOCALHOST, greeting.store_port, is_master=False)
-    return TorchFabric(greeting.transport.value, store, greeting.rank, config.deadline_s)
+    return TorchFabric(config.transport.value, store, greeting.rank, config.deadline_s)

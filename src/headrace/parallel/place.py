@@ -38,10 +38,6 @@ class Place:
         return list(range(start, start + size))
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.stage == 0
-
-    @property
     def is_last_stage(self) -> bool:
         return self.stage == self.config.pipeline_parallel_size - 1
 

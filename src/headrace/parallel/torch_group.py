@@ -83,7 +83,8 @@ class TorchGroup:
         # Both must live until the message has left.
         self._leaving.append((work, sent))
         if len(self._leaving) > _MAX_LEAVING:
-            self._leaving.popleft()[0].wait()
+            oldest, _ = self._leaving.popleft()
+            self._wait(oldest, "send", site)
 
     def recv_(self, tensor: Tensor, source: int, site: str) -> None:
         found = torch.empty_like(tensor)
@@ -152,10 +153,10 @@ class TorchGroup:
         start_ns = time.monotonic_ns()
         try:
             work = start()
-            if waits:
-                work.wait()
         except RuntimeError as error:
-            raise RankError(f"{operation} at {site} of group {self.name} failed: {str(error)[:200]}") from None
+            raise self._error(operation, site, error) from None
+        if waits:
+            self._wait(work, operation, site)
         entry = self._entries.setdefault((operation, algorithm, site, self._phase), _Entry())
         entry.count += 1
         entry.payload_bytes += payload_bytes
@@ -178,6 +179,15 @@ class TorchGroup:
                 )
             )
         return work
+
+    def _wait(self, work: dist.Work, operation: str, site: str) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._error(operation, site, error) from None
+
+    def _error(self, operation: str, site: str, error: RuntimeError) -> RankError:
+        return RankError(f"{operation} at {site} of group {self.name} failed: {str(error)[:200]}")
 
     def _trace(self, event: ExchangeEvent) -> None:
         if len(self._events) < self._max_events:

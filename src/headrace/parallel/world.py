@@ -55,6 +55,10 @@ class World:
             self._pulse.start()
 
     @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    @property
     def failure(self) -> str | None:
         """Why the ranks can no longer work together, once that is so."""
         return self._failure
@@ -86,8 +90,7 @@ class World:
         """
         self._pulse.wait_for_loss(timeout_s=1.0)
         self._lose(rank, reason)
-        assert self._failure is not None
-        return RankError(self._failure)
+        return RankError(self._failure or f"the ranks have been ended: rank {rank} {reason}")
 
     def check(self) -> None:
         """
