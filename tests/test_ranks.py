@@ -11,8 +11,9 @@ from checkpoints import BY_NAME
 from tiny_model import write_tiny_model
 
 from headrace import LLM, SamplingParams
-from headrace.config import NormPlacement
+from headrace.config import EngineConfig, LoadConfig, NormPlacement, ParallelConfig, Transport
 from headrace.engine.exchange_check import ExchangeCheck
+from headrace.engine.start import resolve_transport
 from headrace.errors import ConfigError, EngineStopped, ParallelismError
 from headrace.models.source import open_model
 from headrace.parallel.channel import Channel, ChannelClosed
@@ -175,3 +176,31 @@ def test_a_wrong_prediction_is_reported_with_its_place(tiny, caplog, monkeypatch
 def test_layouts_that_cannot_be_are_refused(tiny, settings, error, message):
     with pytest.raises(error, match=message):
         LLM(tiny, **settings)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, Transport.SHM),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Transport.MPI),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, Transport.MPI),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, Transport.MPI),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, Transport.SHM),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Transport.SHM),
+        ({"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}, Transport.GLOO),
+    ],
+)
+def test_auto_becomes_what_joins_the_ranks(monkeypatch, variables, expected):
+    """Before anything depends on it: under torchrun the check once predicted what shared memory would send."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = EngineConfig(load=LoadConfig(model="model"), parallel=ParallelConfig(tensor_parallel_size=2))
+    assert resolve_transport(config).parallel.transport is expected
+
+
+def test_a_transport_that_does_not_join_launched_ranks_is_refused(monkeypatch):
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setenv("PMI_SIZE", "2")
+    parallel = ParallelConfig(tensor_parallel_size=2, transport=Transport.SHM)
+    with pytest.raises(ParallelismError, match="mpiexec or srun has started this rank"):
+        resolve_transport(EngineConfig(load=LoadConfig(model="model"), parallel=parallel))
