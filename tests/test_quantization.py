@@ -357,7 +357,7 @@ def test_kernels_this_build_has_are_chosen_and_explained(value):
     implementation = "cpu" if HAS_NATIVE and value != "reference" else "reference"
     assert {row.implementation for row in kernels.explain()} == {implementation}
     assert all(row.reason.startswith(reason) for row in kernels.explain())
-    not_ops = {"choices", "set_num_threads", "machine", "softmax_schemes", "dataflow", "tuning_key"}
+    not_ops = {"choices", "set_num_threads", "machine", "softmax_schemes", "dataflow", "tuning_key", "stream"}
     assert {row.op for row in kernels.explain()} == set(type(kernels).__dataclass_fields__) - not_ops
 
 

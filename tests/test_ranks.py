@@ -36,13 +36,20 @@ def test_two_ends_that_both_send_much_do_not_wait_for_each_other():
     """A plan and a result, each larger than a socket holds, once blocked rank 0 and the last stage for ever."""
     ends = [Channel(end) for end in socket.socketpair()]
     message = os.urandom(5_000_000)
-    threads = [threading.Thread(target=end.send, args=(message,)) for end in ends]
+    heard = []
+
+    def send_and_receive(end):
+        end.send(message)
+        heard.append(end.receive() == message)
+
+    threads = [threading.Thread(target=send_and_receive, args=(end,), daemon=True) for end in ends]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(10)
-        assert not thread.is_alive()
-    assert [end.receive() == message for end in ends] == [True, True]
+    assert heard == [True, True]
+    for end in ends:
+        end.close()
 
 
 def test_messages_arrive_whole_and_in_order_until_the_end():
@@ -50,12 +57,13 @@ def test_messages_arrive_whole_and_in_order_until_the_end():
     sent = [b"", b"a", b"b" * 70_000, b"c"]
     for message in sent:
         near.send(message)
-    near.close()
     assert [far.receive() for _ in sent] == sent
+    near.close()
     with pytest.raises(ChannelClosed):
         far.receive()
     with pytest.raises(ChannelClosed):
         near.send(b"more")
+    far.close()
 
 
 def run_script(script: str, **how) -> str:

@@ -70,7 +70,7 @@ def test_tokens_are_those_of_one_rank_and_bytes_those_predicted(tmp_path, name, 
 
     layout = Layout(model=config, parallel=ParallelConfig(**settings), activation_bytes=4, rules=rules_of(transport))
     for rank, rows in enumerate(ledgers):
-        kv_rows = [row for row in rows if row["group"] == "kv"]
+        kv_rows = [row for row in rows if row.group == "kv"]
         assert kv_rows
         for phase in Phase:
             num_steps, num_tokens = steps_and_tokens(rows, phase, config)
@@ -87,18 +87,18 @@ def test_tokens_are_those_of_one_rank_and_bytes_those_predicted(tmp_path, name, 
                 if row.group == "kv"
             }
             counted = {
-                (row["operation"], row["site"]): (row["count"], row["payload_bytes"], row["wire_bytes"])
+                (row.operation, row.site): (row.count, row.payload_bytes, row.wire_bytes)
                 for row in kv_rows
-                if row["phase"] == phase.value
+                if row.phase is phase
             }
             assert counted == predicted
 
 
 def steps_and_tokens(rows: list[dict], phase: Phase, config) -> tuple[int, int]:
     """Of a phase, from the all-reduces of the first layer's attention, which are the same however contexts lie."""
-    sums = [row for row in rows if (row["site"], row["phase"]) == ("layers.0.attention", phase.value)]
-    payload_bytes = sum(row["payload_bytes"] for row in sums)
-    return sum(row["count"] for row in sums), payload_bytes // (config.hidden_size * 4)
+    sums = [row for row in rows if (row.site, row.phase) == ("layers.0.attention", phase)]
+    payload_bytes = sum(row.payload_bytes for row in sums)
+    return sum(row.count for row in sums), payload_bytes // (config.hidden_size * 4)
 
 
 def test_decode_steps_are_replayed(tmp_path):

@@ -79,7 +79,7 @@ def why_not() -> str | None:
 def network(num_hosts: int, mbit_per_s: int = 0) -> Iterator[Network]:
     """A network of so many hosts, which is gone afterwards, with every process that runs on it.
 
-    SIGTERM ends the program as Ctrl-C does, so that this holds then too.
+    SIGTERM and Ctrl-C end the program by an exception, so that this holds then too.
 
     Raises:
         CommandError: something could not be set up; what had been is removed.
@@ -89,7 +89,8 @@ def network(num_hosts: int, mbit_per_s: int = 0) -> Iterator[Network]:
     hosts = tuple(f"{prefix}-{i}" for i in range(num_hosts))
     made = Network(hosts, tuple(f"10.77.0.{i + 1}" for i in range(num_hosts)))
     switch = f"{prefix}-switch"
-    before = signal.signal(signal.SIGTERM, _end)
+    # SIGINT too: a shell starts background jobs with it ignored.
+    before = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         _make(made, switch)
         made.limit(mbit_per_s)
@@ -97,7 +98,8 @@ def network(num_hosts: int, mbit_per_s: int = 0) -> Iterator[Network]:
     finally:
         for namespace in (*hosts, switch):
             _remove(namespace)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def read_counters(namespace: str) -> Counters:

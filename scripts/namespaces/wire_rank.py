@@ -19,7 +19,7 @@ from headrace.costs.algorithms import Summands, all_gather_wire_bytes, all_reduc
 from headrace.costs.exchanges import Layout
 from headrace.costs.steps import RequestShape
 from headrace.costs.volume import predict_request
-from headrace.engine.ranks import RankedExecutor
+from headrace.engine.ranked_executor import RankedExecutor
 from headrace.models.config_file import read_config_file
 from headrace.parallel.mpi import import_mpi, make_communicator
 from headrace.parallel.native_group import NativeGroup

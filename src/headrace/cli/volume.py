@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, request: RequestShape) -> "list[list[LedgerRow]]":
     """The ledgers of all ranks after these requests, rank 0 first."""
     from headrace.config import SamplingParams
-    from headrace.engine.ranks import RankedExecutor
+    from headrace.engine.ranked_executor import RankedExecutor
 
     # What a prompt shares with another is not computed, and so not exchanged.
     args.enable_prefix_caching = False

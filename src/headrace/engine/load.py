@@ -8,13 +8,14 @@ from typing import Any
 
 from headrace.config import EngineConfig, KvCacheFormat, ModelConfig
 from headrace.config.launched import launched_from
+from headrace.engine.agreement import agree, announce, tightest_host
 from headrace.engine.engine_plan import EnginePlan, resolve_plan
 from headrace.engine.executor import Executor
 from headrace.engine.kv_cache_spec import RankShape
 from headrace.engine.load_rank import load_rank
 from headrace.engine.local_executor import LocalExecutor
 from headrace.engine.rank_process import serve_launched
-from headrace.engine.ranks import RankedExecutor, agree, announce, tightest_host
+from headrace.engine.ranked_executor import RankedExecutor
 from headrace.engine.softmax import ChosenSoftmax
 from headrace.engine.start import resolve_transport, start_world
 from headrace.engine.tune import LinearWeights

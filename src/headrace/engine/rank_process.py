@@ -58,12 +58,13 @@ def run_rank(world: World, config: EngineConfig, greeting: Greeting | None = Non
     """
     try:
         # Seconds of imports on a busy machine, during which rank 0 hears from this rank.
+        from headrace.engine.agreement import report_and_join
+        from headrace.engine.follower import follow
         from headrace.engine.load_rank import load_rank
-        from headrace.engine.ranks import follow
 
         if greeting is not None:
             world.fabric = join_fabric(greeting, config.parallel)
-        follow(world, load_rank(config, Path(config.load.model), world))
+        follow(world, report_and_join(world, load_rank(config, Path(config.load.model), world)))
     except BaseException as error:
         # What went wrong is rank 0's to say; where, if nobody foresaw it, is said here.
         world.fail(error)

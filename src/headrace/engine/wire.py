@@ -1,6 +1,7 @@
 """Plans and results as messages between ranks: JSON, by position where something is sent at every step."""
 
 import json
+from enum import Enum
 from typing import Any
 
 from headrace.config import SamplingParams
@@ -13,6 +14,19 @@ from headrace.engine.plan import (
     StepResult,
     TokenLogprob,
 )
+
+
+class Kind(Enum):
+    """First byte of what rank 0 says to another rank; all but plans (which one rank reports on) and the end are asked
+    for an answer."""
+
+    PLAN = b"p"
+    LEDGER = b"l"
+    DIFFERENCES = b"d"
+    START_TRACE = b"s"
+    TAKE_TRACE = b"t"
+    CLOCK = b"c"
+    END = b"e"
 
 
 def encode_plan(plan: StepPlan) -> bytes:

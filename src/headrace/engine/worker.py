@@ -22,6 +22,7 @@ from headrace.engine.sharded_sampler import ShardedSampler
 from headrace.engine.trace import MAX_EVENTS, RankTrace, StepEvent
 from headrace.errors import KernelError
 from headrace.parallel.group import Group
+from headrace.parallel.ledger import LedgerRow
 
 _PROMPT_LOGITS_ROWS = 64
 """Prompt positions whose logits exist at once: 64 rows of 128 Ki entries are 32 MiB of float32."""
@@ -119,6 +120,10 @@ class Worker:
             exchanges=sorted(exchanges, key=lambda event: event.start_ns),
             num_dropped=sum(group.num_dropped_events for group in self.groups),
         )
+
+    def ledger_rows(self) -> list[LedgerRow]:
+        """What this rank has exchanged so far."""
+        return [row for group in self.groups for row in group.ledger_rows()]
 
     def check_exchanges(self) -> None:
         """Compare what has not been compared yet; a difference is an error in the log."""

@@ -1,6 +1,7 @@
 """What was exchanged: the columns of the ledger."""
 
 from dataclasses import dataclass
+from typing import Any, Self
 
 from headrace.costs.sites import Phase
 
@@ -30,6 +31,15 @@ class LedgerRow:
     wire_bytes: int
     wait_s: float | None
     transfer_s: float
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        return vars(self) | {"phase": self.phase.value}
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Self:
+        """What `to_data` wrote."""
+        return cls(**(data | {"phase": Phase(data["phase"])}))
 
 
 @dataclass(frozen=True, kw_only=True)
