@@ -18,7 +18,8 @@ from headrace.parallel.ledger import LedgerRow
 
 logger = logging.getLogger(__name__)
 
-_INTERVAL_S = 0.1
+_INTERVAL_S = 1.0
+"""A comparison takes 0.4 ms with two exchanges in each of 22 layers."""
 
 
 class ExchangeCheck:
