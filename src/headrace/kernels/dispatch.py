@@ -20,6 +20,7 @@ KERNELS_VARIABLE = "HEADRACE_KERNELS"
 TuningKeyMaker = Callable[[int], TuningKey]
 """From a number of threads to what measurements with them hold for."""
 
+_CPU = torch.device("cpu")
 _NOT_BUILT = "the native module was not built: "
 
 
@@ -43,6 +44,7 @@ class OpChoice:
 class Kernels:
     """The ops a model runs on, chosen once. `explain()` says which implementation each one is, and why.
 
+    device: where tensors that ops read and write lie.
     dataflow, tuning_key: None where linear layers have one implementation only.
     stream: None where ops run in torch.
     """
@@ -76,6 +78,7 @@ class Kernels:
     set_num_threads: ops.SetNumThreadsOp
     softmax_schemes: tuple[SoftmaxScheme, ...]
     choices: tuple[OpChoice, ...]
+    device: torch.device = _CPU
     dataflow: Dataflow | None = None
     tuning_key: TuningKeyMaker | None = None
     stream: ops.NativeStream | None = None
@@ -113,10 +116,13 @@ _OPS = (
 )
 
 
-def resolve_kernels(choice: KernelChoice, *, instruction_set: str | None = None) -> Kernels:
+def resolve_kernels(
+    choice: KernelChoice, *, instruction_set: str | None = None, device: torch.device = _CPU
+) -> Kernels:
     """The ops for a choice.
 
     instruction_set: that of the native kernels; the best one the machine has if None.
+    device: where the model lies.
 
     Raises:
         BackendUnavailable: an implementation or an instruction set asked for by name that cannot run here.
@@ -124,18 +130,22 @@ def resolve_kernels(choice: KernelChoice, *, instruction_set: str | None = None)
     asked_for = f"asked for by {KERNELS_VARIABLE}={choice.value}"
     match choice:
         case KernelChoice.REFERENCE:
-            return _reference_kernels(asked_for, instruction_set)
+            return _reference_kernels(asked_for, instruction_set, device)
         case KernelChoice.TRITON:
-            raise BackendUnavailable(
-                f"{KERNELS_VARIABLE}=triton: this build has no triton kernels; allowed: auto, reference, cpu"
-            )
+            return _triton_kernels(asked_for, instruction_set, device)
         case KernelChoice.CPU:
+            if device != _CPU:
+                raise BackendUnavailable(
+                    f"{asked_for}, but the model lies on {device}; allowed there: triton, reference"
+                )
             if isinstance(cpu := _import_cpu(), str):
                 raise BackendUnavailable(f"{asked_for}, but {cpu}")
             return _cpu_kernels(cpu, instruction_set, asked_for)
         case KernelChoice.AUTO:
+            if device != _CPU:
+                return _triton_kernels(f"auto: the model lies on {device}", instruction_set, device)
             if isinstance(cpu := _import_cpu(), str):
-                return _reference_kernels(f"auto: {cpu}", instruction_set)
+                return _reference_kernels(f"auto: {cpu}", instruction_set, device)
             return _cpu_kernels(cpu, instruction_set, "auto: native kernels run on this machine")
 
 
@@ -161,9 +171,13 @@ def _import_cpu() -> ModuleType | str:
         return str(error) if str(error).startswith(_NOT_BUILT) else f"the native module does not load: {error}"
 
 
-def _reference_kernels(reason: str, instruction_set: str | None) -> Kernels:
+def _check_no_instruction_set(instruction_set: str | None, reason: str) -> None:
     if instruction_set is not None:
         raise BackendUnavailable(f"instruction set '{instruction_set}' needs the native kernels; {reason}")
+
+
+def _reference_kernels(reason: str, instruction_set: str | None, device: torch.device) -> Kernels:
+    _check_no_instruction_set(instruction_set, reason)
     implementations = {op: getattr(reference, op) for op in _OPS}
     choices = tuple(OpChoice(op=op, implementation="reference", reason=reason) for op in _OPS)
     return Kernels(
@@ -172,6 +186,30 @@ def _reference_kernels(reason: str, instruction_set: str | None) -> Kernels:
         set_num_threads=torch.set_num_threads,
         softmax_schemes=(SoftmaxScheme.SYNCHRONIZED,),
         choices=choices,
+        device=device,
+    )
+
+
+def _triton_kernels(reason: str, instruction_set: str | None, device: torch.device) -> Kernels:
+    """Ops on weights and those on KV caches come as two sets, as with the native kernels."""
+    _check_no_instruction_set(instruction_set, reason)
+    try:
+        triton = import_module("headrace.kernels.triton")
+    except ImportError as error:
+        raise BackendUnavailable(f"{reason}, but Triton does not load: {error}") from None
+    triton.check_device(device)
+    implementations = {op: getattr(reference, op) for op in _OPS}
+    own = triton.make_ops(device)
+    choices = tuple(
+        OpChoice(op=op, implementation="triton" if op in own else "reference", reason=reason) for op in _OPS
+    )
+    return Kernels(
+        **(implementations | own),
+        machine=reference.MachineOps(),
+        set_num_threads=torch.set_num_threads,
+        softmax_schemes=(SoftmaxScheme.SYNCHRONIZED,),
+        choices=choices,
+        device=device,
     )
 
 

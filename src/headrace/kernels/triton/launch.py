@@ -1,0 +1,30 @@
+"""What every launch of a Triton kernel needs to know."""
+
+import torch
+import triton
+
+from headrace.errors import BackendUnavailable
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on tensors in the CPU's memory."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def check_device(device: torch.device) -> None:
+    """
+    Raises:
+        BackendUnavailable: Triton kernels cannot read this device's memory.
+    """
+    if device.type == "cuda" and not is_interpreted():
+        return
+    if device.type == "cpu" and is_interpreted():
+        return
+    if is_interpreted():
+        raise BackendUnavailable(
+            f"TRITON_INTERPRET=1 runs kernels on the CPU, but the model lies on {device}; unset it"
+        )
+    raise BackendUnavailable(
+        f"Triton kernels need a GPU, but the model lies on {device}; "
+        "put it on 'cuda', or set TRITON_INTERPRET=1 to run them in Triton's interpreter, for tests"
+    )
