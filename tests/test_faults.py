@@ -24,7 +24,7 @@ from headrace import LLM, SamplingParams
 from headrace.demo_model import demo_model_path
 from headrace.errors import CheckpointError, EngineStopped, HeadraceError, RankError
 from scripts.kill_ranks.__main__ import random_trials
-from scripts.kill_ranks.trial import DEATH_S, Trial, run_trial
+from scripts.kill_ranks.trial import DEATH_S, MPIEXEC, Trial, run_trial
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")
 
@@ -76,6 +76,28 @@ def test_a_stopped_rank(victim, moment):
 def test_a_stopped_stage_of_several():
     settings = SETTINGS | {"pipeline_parallel_size": 2, "tensor_parallel_size": 1}
     assert_no_problem(Trial(settings=settings, victim=1, moment="decode", delay_s=0.1, signal=signal.SIGSTOP))
+
+
+@pytest.mark.skipif(not MPIEXEC.exists(), reason="there is no mpiexec beside this Python")
+@pytest.mark.parametrize(
+    ("victim", "moment", "how"),
+    [
+        pytest.param(1, "decode", signal.SIGKILL, id="killed"),
+        pytest.param(0, "decode", signal.SIGSTOP, id="rank-0-stopped"),
+        pytest.param(1, "loading", signal.SIGSTOP, id="stopped-before-it-has-met-the-others"),
+    ],
+)
+def test_a_lost_rank_of_mpiexec(victim, moment, how):
+    """MPI's start waited for a rank that never came, for ever; and what it shares in memory was left behind."""
+    trial = Trial(
+        settings=SETTINGS | {"transport": "mpi"},
+        victim=victim,
+        moment=moment,
+        delay_s=0.3,
+        signal=how,
+        is_launched=True,
+    )
+    assert_no_problem(trial)
 
 
 def channels_of(llm: LLM, what: str) -> dict:

@@ -13,7 +13,7 @@ from typing import Any
 from headrace.demo_model import demo_model_path
 from scripts.kill_ranks.trial import MOMENTS, Outcome, Trial, run_trial
 
-_MAX_DELAY_S = {"loading": 3.0, "idle": 0.5, "prefill": 0.5, "decode": 0.5}
+_MAX_DELAY_S = {"loading": 4.0, "idle": 0.5, "prefill": 0.5, "decode": 0.5}
 
 
 def main() -> int:
@@ -27,7 +27,10 @@ def main() -> int:
         "num_threads": 1,
     }
     started_s, outcomes = time.monotonic(), []
-    for number, trial in enumerate(random_trials(settings, arguments.trials, arguments.stop_share, arguments.seed)):
+    trials = random_trials(
+        settings, arguments.trials, arguments.stop_share, arguments.seed, is_launched=arguments.transport == "mpi"
+    )
+    for number, trial in enumerate(trials):
         outcomes.append(run_trial(trial))
         print(f"{number + 1:4} {describe(outcomes[-1])}", flush=True)
     print(f"\n{summary(outcomes)}\n{len(outcomes)} trials in {time.monotonic() - started_s:.0f} s")
@@ -36,7 +39,9 @@ def main() -> int:
     return int(num_bad > 0)
 
 
-def random_trials(settings: dict[str, Any], count: int, stop_share: float, seed: int) -> Iterator[Trial]:
+def random_trials(
+    settings: dict[str, Any], count: int, stop_share: float, seed: int, *, is_launched: bool = False
+) -> Iterator[Trial]:
     """Any rank, at any moment; every tenth program loads another engine afterwards."""
     draw = random.Random(seed)
     for number in range(count):
@@ -47,7 +52,8 @@ def random_trials(settings: dict[str, Any], count: int, stop_share: float, seed:
             moment=moment,
             delay_s=draw.uniform(0, _MAX_DELAY_S[moment]),
             signal=Signals.SIGSTOP if draw.random() < stop_share else Signals.SIGKILL,
-            loads_again=number % 10 == 9,
+            loads_again=number % 10 == 9 and not is_launched,
+            is_launched=is_launched,
         )
 
 
@@ -83,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--pp", type=int, default=2)
-    parser.add_argument("--transport", choices=("auto", "gloo"), default="auto")
+    parser.add_argument("--transport", choices=("auto", "gloo", "mpi"), default="auto", help="mpi: ranks of mpiexec")
     parser.add_argument("--deadline", type=float, default=4.0, help="seconds until a silent rank is given up")
     parser.add_argument("--stop-share", type=float, default=0.3, help="of trials, that stop a rank instead")
     parser.add_argument("--seed", type=int, default=0)

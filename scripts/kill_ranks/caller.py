@@ -8,12 +8,14 @@ import gc
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from headrace import LLM, SamplingParams
+from headrace.config.launched import launched_from
 from headrace.errors import HeadraceError
 
 _PREFILL = SamplingParams(temperature=0, max_tokens=1)
@@ -22,6 +24,11 @@ _DECODE = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
+    if (launched := launched_from()) is not None and launched.rank > 0:
+        # Comes back with an error alone, which rank 0 or the launcher tells.
+        with suppress(HeadraceError):
+            LLM(**asked["settings"])
+        sys.exit(1)
     descriptors = _descriptors()
     _say("loading")
     _use(asked["settings"], asked["moment"])

@@ -23,7 +23,10 @@ MOMENTS = ("loading", "idle", "prefill", "decode")
 DEATH_S = 5.0
 """What every rank has to end in after one has died."""
 
+MPIEXEC = Path(sys.executable).parent / "mpiexec"
+
 _LOAD_S = 60.0
+_IMPORT_S = 10.0
 _ROOT = Path(__file__).parents[2]
 
 
@@ -32,6 +35,7 @@ class Trial:
     """moment: what the engine is doing, delay_s after which rank `victim` gets a signal.
 
     settings: of the engine, see `headrace.LLM`. loads_again: the same program then loads another engine.
+    is_launched: mpiexec starts the ranks, and not rank 0 the others.
     """
 
     settings: dict[str, Any]
@@ -40,6 +44,7 @@ class Trial:
     delay_s: float
     signal: Signals = Signals.SIGKILL
     loads_again: bool = False
+    is_launched: bool = False
 
     @property
     def world_size(self) -> int:
@@ -51,7 +56,9 @@ class Trial:
         if self.signal is Signals.SIGKILL:
             return DEATH_S
         # Noticed within the deadline; then the stopped one is killed, and those that load have a moment to end.
-        return float(self.settings["deadline_s"]) + 2.0
+        limit_s = float(self.settings["deadline_s"]) + 2.0
+        # A launcher's ranks know nothing of each other before each of them has imported torch.
+        return limit_s + _IMPORT_S if self.is_launched and self.moment == "loading" else limit_s
 
 
 @dataclass(kw_only=True)
@@ -71,7 +78,7 @@ def run_trial(trial: Trial) -> Outcome:
     """Load, signal, watch. Ends whatever it has started."""
     outcome = Outcome(trial=trial)
     with tempfile.TemporaryDirectory() as folder:
-        shared_before = _shared_memory()
+        shared_before = _shared_memory(trial)
         caller = Caller(trial, Path(folder))
         try:
             _watch(trial, caller, outcome)
@@ -81,7 +88,7 @@ def run_trial(trial: Trial) -> Outcome:
             caller.end()
         if left := [entry.name for entry in Path(folder).iterdir()]:
             outcome.problems.append(f"left in the folder for temporary files: {', '.join(left)}")
-        if left := sorted(_shared_memory() - shared_before):
+        if left := sorted(_shared_memory(trial) - shared_before):
             outcome.problems.append(f"left in shared memory: {', '.join(left)}")
     if "Traceback" in caller.stderr:
         outcome.problems.append(f"a traceback: {caller.stderr[-2000:]}")
@@ -93,12 +100,13 @@ class _Unexpected(Exception):
 
 
 class Caller:
-    """A `caller` process: rank 0 and what it says."""
+    """A `caller` process: rank 0 and what it says; or several, and the launcher that has started them."""
 
     def __init__(self, trial: Trial, temporary: Path) -> None:
         asked = {"settings": trial.settings, "moment": trial.moment, "loads_again": trial.loads_again}
+        launcher = [str(MPIEXEC), "-n", str(trial.world_size)] if trial.is_launched else []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "scripts.kill_ranks.caller", json.dumps(asked)],
+            [*launcher, sys.executable, "-m", "scripts.kill_ranks.caller", json.dumps(asked)],
             cwd=_ROOT,
             env=os.environ | {"TMPDIR": str(temporary)},
             stdin=subprocess.PIPE,
@@ -107,17 +115,37 @@ class Caller:
             text=True,
         )
         self.stderr = ""
+        self._other_words: list[str] = []
         self._events: queue.Queue[dict[str, Any]] = queue.Queue()
         self._threads = [threading.Thread(target=read) for read in (self._read_events, self._read_stderr)]
         for thread in self._threads:
             thread.start()
-        self.rank_0 = psutil.Process(self._process.pid)
-        self.ranks = [self.rank_0]
+        self._root = psutil.Process(self._process.pid)
+        self.rank_0 = self._root
+        self.ranks = [self._root]
 
-    def find_ranks(self, world_size: int) -> None:
-        """Rank 0 starts the others in order."""
+    def find_ranks(self, world_size: int, *, is_launched: bool) -> None:
+        """Rank 0 starts the others in order; a launcher tells each which one it is."""
+        if is_launched:
+            _wait(lambda: len(self._launched()) == world_size, _LOAD_S, "the ranks have not started")
+            self.ranks = [process for _, process in sorted(self._launched().items())]
+            self.rank_0 = self.ranks[0]
+            return
         _wait(lambda: len(self.rank_0.children()) == world_size - 1, _LOAD_S, "the ranks have not started")
         self.ranks += sorted(self.rank_0.children(), key=lambda process: (process.create_time(), process.pid))
+
+    def _launched(self) -> dict[int, psutil.Process]:
+        found = {}
+        for process in self._root.children(recursive=True):
+            with suppress(psutil.Error, KeyError):
+                # A proxy of the launcher's has none.
+                found[int(process.environ()["PMI_RANK"])] = process
+        return found
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """All that there are now, a launcher and its proxies included."""
+        return [self._root, *self._root.children(recursive=True)]
 
     def hear(self, event: str, timeout_s: float, *, passing: Sequence[str] = ()) -> dict[str, Any]:
         """What the caller says next, which must be this; whatever is in `passing` may come before."""
@@ -139,6 +167,12 @@ class Caller:
         self._process.stdin.write("\n")
         self._process.stdin.flush()
 
+    def words(self) -> str:
+        """What people would read, a launcher's words included, once all has ended that could write it."""
+        for thread in self._threads:
+            thread.join(timeout=DEATH_S)
+        return self.stderr + "".join(self._other_words)
+
     def wait(self, timeout_s: float) -> int:
         try:
             return self._process.wait(timeout_s)
@@ -148,7 +182,7 @@ class Caller:
     def end(self) -> None:
         """Kill whatever is left."""
         with suppress(psutil.Error):
-            self.ranks += self.rank_0.children(recursive=True)
+            self.ranks += self.processes
         for process in self.ranks:
             with suppress(psutil.Error):
                 process.kill()
@@ -163,7 +197,10 @@ class Caller:
     def _read_events(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._events.put(json.loads(line))
+            if line.startswith("{"):
+                self._events.put(json.loads(line))
+            else:
+                self._other_words.append(line)
 
     def _read_stderr(self) -> None:
         assert self._process.stderr is not None
@@ -171,14 +208,47 @@ class Caller:
 
 
 def _watch(trial: Trial, caller: Caller, outcome: Outcome) -> None:
-    caller.hear("loading", _LOAD_S)
-    caller.find_ranks(trial.world_size)
+    if trial.is_launched:
+        _watch_launched(trial, caller, outcome)
+    else:
+        _watch_started(trial, caller, outcome)
+
+
+def _watch_launched(trial: Trial, caller: Caller, outcome: Outcome) -> None:
+    """Nobody is left, and somebody has said why: a rank, or the launcher, which may end them before one can."""
+    _signal(trial, caller)
+    signalled_s = time.monotonic()
+    others = [process for process in caller.processes if process.pid != caller.ranks[trial.victim].pid]
+    _wait(lambda: not any(map(_is_alive, others)), trial.limit_s + 10, "the program is still alive")
+    outcome.ended_s = time.monotonic() - signalled_s
+    if outcome.ended_s > trial.limit_s:
+        outcome.problems.append(f"the program has ended after {outcome.ended_s:.1f} s only")
+    if _is_alive(caller.ranks[trial.victim]):
+        outcome.problems.append("the rank that was stopped is left behind")
+    if caller.wait(DEATH_S) == 0:
+        outcome.problems.append("the launcher has ended with exit code 0")
+    said = caller.words()
+    reasons = rf"rank {trial.victim}\b.*|.*has not met all.*|YOUR APPLICATION TERMINATED.*signal.*"
+    if found := re.search(reasons, said):
+        outcome.error = {"message": found[0]}
+    else:
+        outcome.problems.append(f"nobody has said why: {said[-500:]}")
+
+
+def _signal(trial: Trial, caller: Caller) -> None:
+    """Once the moment has come."""
+    caller.find_ranks(trial.world_size, is_launched=trial.is_launched)
     if trial.moment != "loading":
-        caller.hear("loaded", _LOAD_S)
+        caller.hear("loaded", _LOAD_S, passing=("loading",))
     if trial.moment in ("prefill", "decode"):
         caller.hear("busy", _LOAD_S)
     time.sleep(trial.delay_s)
     caller.ranks[trial.victim].send_signal(trial.signal)
+
+
+def _watch_started(trial: Trial, caller: Caller, outcome: Outcome) -> None:
+    caller.hear("loading", _LOAD_S)
+    _signal(trial, caller)
     signalled_s = time.monotonic()
     is_killed_caller = trial.victim == 0 and trial.signal is Signals.SIGKILL
     if trial.moment != "idle" and trial.victim > 0:
@@ -250,6 +320,7 @@ def _wait(is_so: Callable[[], bool], timeout_s: float, complaint: str) -> None:
         time.sleep(0.01)
 
 
-def _shared_memory() -> set[str]:
-    """Whatever has a name there, but for what MPI programs have that run at the same time: these ranks use no MPI."""
-    return {entry.name for entry in Path("/dev/shm").iterdir() if not entry.name.startswith("mpich")}
+def _shared_memory(trial: Trial) -> set[str]:
+    """Whatever has a name there, but for what MPI programs have that run at the same time as ranks without MPI."""
+    found = {entry.name for entry in Path("/dev/shm").iterdir()}
+    return {name for name in found if trial.is_launched or not name.startswith("mpich")}

@@ -1,8 +1,11 @@
 """The world of ranks that a launcher has started, on one host or several."""
 
 import logging
+import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from headrace.config import ParallelConfig, Transport
@@ -11,6 +14,7 @@ from headrace.errors import ParallelismError
 from headrace.machine import host_id
 from headrace.parallel.fabric import Fabric
 from headrace.parallel.meeting import Broadcast, open_lines
+from headrace.parallel.mpich_memory import unname_mpich_memory
 from headrace.parallel.place import Place
 from headrace.parallel.world import World, exit_soon
 
@@ -39,9 +43,11 @@ def join_launched_world(config: ParallelConfig, launched: Launched) -> World:
             "start the program again for another"
         )
     _has_joined.set()
-    start = _start_mpi(config) if config.transport is Transport.MPI else _start_torch(config, launched)
-    control, line = open_lines(launched.rank, launched.world_size, start.broadcast, config.deadline_s)
-    hosts = start.all_gather(host_id())
+    with _ending_without_others(launched, config.deadline_s):
+        start = _start_mpi(config) if config.transport is Transport.MPI else _start_torch(config, launched)
+        control, line = open_lines(launched.rank, launched.world_size, start.broadcast, config.deadline_s)
+        hosts = start.all_gather(host_id())
+    start.has_met()
     place = Place(rank=launched.rank, config=config)
     return World(
         place,
@@ -49,21 +55,55 @@ def join_launched_world(config: ParallelConfig, launched: Launched) -> World:
         control,
         line,
         num_ranks_on_host=hosts.count(host_id()),
-        # The launcher may end this process before it comes to say why by itself.
-        on_failure=_say_why if launched.rank == 0 else exit_soon,
+        on_failure=_say_why if launched.rank == 0 else _end_soon,
     )
 
 
+@contextmanager
+def _ending_without_others(launched: Launched, deadline_s: float) -> Iterator[None]:
+    """End this process, with a word on why, if the ranks do not meet in time: MPI's start cannot be called off."""
+
+    def end() -> None:
+        unname_mpich_memory()
+        with suppress(OSError):
+            print(
+                f"headrace: rank {launched.rank} has not met all {launched.world_size} ranks of {launched.launcher} "
+                f"within {deadline_s:g} s (--deadline); one of them has ended, is stopped, or runs another command",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(1)
+
+    timer = threading.Timer(deadline_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _say_why(failure: str) -> None:
+    """At once: the launcher may end this process before it comes to say so by itself."""
     logger.error(failure)
 
 
+def _end_soon(failure: str) -> None:
+    if failure.startswith("rank 0 "):
+        _say_why(failure)  # which can no longer
+    exit_soon(failure)
+
+
 class _Start(NamedTuple):
-    """What a launcher's library gives: a fabric, and enough to find each other."""
+    """What a launcher's library gives: a fabric, and enough to find each other.
+
+    has_met: called once all have.
+    """
 
     fabric: Fabric
     broadcast: Broadcast
     all_gather: Callable[[str], list[str]]
+    has_met: Callable[[], None] = lambda: None
 
 
 def _start_mpi(config: ParallelConfig) -> _Start:
@@ -72,7 +112,8 @@ def _start_mpi(config: ParallelConfig) -> _Start:
 
     communicator = make_communicator()
     world = import_mpi().COMM_WORLD
-    return _Start(NativeFabric(communicator, config.all_reduce_dtype), world.bcast, world.allgather)
+    fabric = NativeFabric(communicator, config.all_reduce_dtype)
+    return _Start(fabric, world.bcast, world.allgather, unname_mpich_memory)
 
 
 def _start_torch(config: ParallelConfig, launched: Launched) -> _Start:

@@ -45,13 +45,36 @@ def make_communicator() -> _native.Communicator:
 
 
 def import_mpi() -> Any:
+    """mpi4py's module, with MPI started.
+
+    Not by mpi4py, which holds the interpreter's lock until all ranks have come: no other thread could give up on them.
+    """
     try:
-        from mpi4py import MPI  # starts MPI, which those who do not ask for it must not
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise BackendUnavailable(
             f"ranks of mpiexec and srun need mpi4py and an MPI library (pip install 'headrace[mpi]'): {error}"
         ) from error
+    if not MPI.Is_initialized():
+        _start(MPI)
     return MPI
+
+
+def _start(mpi: Any) -> None:
+    provided = ctypes.c_int()
+    loaded = ctypes.CDLL(mpi.__file__)
+    if loaded.MPI_Init_thread(None, None, ctypes.c_int(mpi.THREAD_MULTIPLE), ctypes.byref(provided)):
+        raise BackendUnavailable("MPI does not start; does a small program of its own run under this launcher?")
+    mpi.COMM_WORLD.Set_errhandler(mpi.ERRORS_RETURN)  # as mpi4py would have
+    atexit.register(_end, mpi)
+
+
+def _end(mpi: Any) -> None:
+    if not mpi.Is_finalized():
+        mpi.Finalize()
 
 
 def _library(mpi: Any, world: Any) -> _native.MpiLibrary:
