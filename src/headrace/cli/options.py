@@ -11,6 +11,7 @@ from headrace.config import (
     AllReduceDtype,
     CacheConfig,
     DataflowChoice,
+    Device,
     Dtype,
     EngineConfig,
     KvCacheDtype,
@@ -96,6 +97,13 @@ def add_model_options(
 
 
 def _add_engine_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--device",
+        default=str(Device()),
+        metavar="DEVICE",
+        help="auto, cpu, cuda, or cuda:1 for one GPU of several; auto is a GPU if there is one, see `headrace info` "
+        "(default: %(default)s)",
+    )
     group.add_argument(
         "--threads",
         dest="num_threads",
@@ -267,6 +275,7 @@ def make_llm(args: argparse.Namespace, *, show_progress: bool, require_tokenizer
         revision=args.revision,
         dtype=args.dtype,
         quantize=args.quantize,
+        device=args.device,
         show_progress=show_progress,
         require_tokenizer=require_tokenizer,
         dataflow=args.dataflow,
@@ -292,6 +301,7 @@ def engine_config(args: argparse.Namespace, *, show_progress: bool) -> EngineCon
         softmax=Softmax(args.softmax),
         num_threads=args.num_threads,
         dataflow=DataflowChoice(args.dataflow),
+        device=Device.parse(args.device),
     )
 
 

@@ -1,5 +1,6 @@
 """Frozen, validated settings; no torch, so that planners and the command line can read them for free."""
 
+from headrace.config.device import Device, DeviceKind
 from headrace.config.engine import (
     CacheConfig,
     DataflowChoice,
@@ -38,6 +39,8 @@ __all__ = [
     "AttentionConfig",
     "CacheConfig",
     "DataflowChoice",
+    "Device",
+    "DeviceKind",
     "Dtype",
     "EmbeddingConfig",
     "EngineConfig",

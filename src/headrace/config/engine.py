@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from headrace.config.checks import check_at_least_one
+from headrace.config.device import Device
 from headrace.config.parallel import ParallelConfig
 from headrace.errors import ConfigError
 
@@ -159,6 +160,7 @@ class EngineConfig:
     ranks on this host.
 
     dataflow: how linear layers are computed, which changes their speed alone.
+    device: where weights, cache and activations lie.
     """
 
     load: LoadConfig
@@ -168,6 +170,7 @@ class EngineConfig:
     softmax: Softmax = Softmax.AUTO
     num_threads: int | None = None
     dataflow: DataflowChoice = DataflowChoice.MEASURED
+    device: Device = field(default_factory=Device)
 
     def __post_init__(self) -> None:
         check_at_least_one("num_threads", self.num_threads)

@@ -13,6 +13,7 @@ from headrace.config import (
     AllReduceDtype,
     CacheConfig,
     DataflowChoice,
+    Device,
     Dtype,
     EngineConfig,
     KvCacheDtype,
@@ -44,6 +45,7 @@ class LLM:
             print(output.outputs[0].text)
 
     model: a folder or a hub id. dtype: "auto", "float32" or "bfloat16". quantize: None, "int8" or "int4".
+    device: "auto" (a GPU if there is one), "cpu", "cuda", or "cuda:1" for one GPU of several.
     settings: any field of `CacheConfig`, `SchedulerConfig` or `ParallelConfig`, `num_threads`, `dataflow` ("measured",
         "default") and `softmax` ("auto", "measured", "synchronized", "asynchronized", "lazy").
 
@@ -52,6 +54,7 @@ class LLM:
     Raises:
         CheckpointError: the model cannot be loaded.
         ConfigError: a setting that cannot be used.
+        BackendUnavailable: a device that is not there.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class LLM:
         revision: str | None = None,
         dtype: str = "auto",
         quantize: str | None = None,
+        device: str = "auto",
         show_progress: bool = False,
         require_tokenizer: bool = False,
         **settings: Any,
@@ -73,7 +77,7 @@ class LLM:
             show_progress=show_progress,
             require_tokenizer=require_tokenizer,
         )
-        self.engine = Engine(load_model(_engine_config(load, settings)))
+        self.engine = Engine(load_model(_engine_config(load, Device.parse(str(device)), settings)))
         for remark in self.engine.model.plan.remarks:
             logger.warning(remark)
         self._request_ids = count()
@@ -296,7 +300,7 @@ class CompletionStream:
         self.close()
 
 
-def _engine_config(load: LoadConfig, settings: dict[str, Any]) -> EngineConfig:
+def _engine_config(load: LoadConfig, device: Device, settings: dict[str, Any]) -> EngineConfig:
     """Hand each setting to the config that has a field of its name."""
     cache_fields, scheduler_fields = CacheConfig.__dataclass_fields__, SchedulerConfig.__dataclass_fields__
     parallel_fields = ParallelConfig.__dataclass_fields__
@@ -321,6 +325,7 @@ def _engine_config(load: LoadConfig, settings: dict[str, Any]) -> EngineConfig:
         softmax=_member(Softmax, "softmax", settings.get("softmax", EngineConfig.softmax.value)),
         num_threads=settings.get("num_threads"),
         dataflow=_member(DataflowChoice, "dataflow", settings.get("dataflow", EngineConfig.dataflow.value)),
+        device=device,
     )
 
 

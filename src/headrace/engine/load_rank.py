@@ -10,6 +10,7 @@ import torch
 from headrace.cache.kv_pool import KvPool
 from headrace.config import AllReduceDtype, EngineConfig, KvCacheFormat, ModelConfig, ParallelConfig
 from headrace.costs.exchanges import Layout, rules_of
+from headrace.engine.devices import resolve_device
 from headrace.engine.engine_plan import resolve_max_model_len
 from headrace.engine.exchange_check import ExchangeCheck
 from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, kv_cache_spec, resolve_kv_cache_format
@@ -18,7 +19,7 @@ from headrace.engine.softmax import ChosenSoftmax, resolve_softmax
 from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.engine.tune_attention import attention_shape, look_up_attention
 from headrace.engine.worker import Worker
-from headrace.kernels import Kernels, kernel_choice_from, resolve_kernels
+from headrace.kernels import KernelChoice, Kernels, kernel_choice_from, resolve_kernels
 from headrace.layers.context import LayerContext
 from headrace.machine import cpu_limits
 from headrace.models.boundary import Boundary
@@ -86,6 +87,16 @@ def default_num_threads(config: EngineConfig, num_ranks_on_host: int) -> int:
     return config.num_threads or max(1, cpu_limits().num_threads // num_ranks_on_host)
 
 
+def rank_device(config: EngineConfig, world: World, choice: KernelChoice) -> torch.device:
+    """
+    Raises:
+        BackendUnavailable: a GPU was asked for that is not there.
+    """
+    local_rank, num_local_ranks = world.place.rank % world.num_ranks_on_host, world.num_ranks_on_host
+    chosen = resolve_device(config.device, choice, local_rank=local_rank, num_local_ranks=num_local_ranks)
+    return chosen.device
+
+
 def load_rank(
     config: EngineConfig, folder: Path, world: World, *, change_kernels: Callable[[Kernels], Kernels] | None = None
 ) -> LoadedRank:
@@ -98,7 +109,8 @@ def load_rank(
         ConfigError: settings that do not fit the model.
     """
     started_s = time.monotonic()
-    kernels = resolve_kernels(kernel_choice_from())
+    choice = kernel_choice_from()
+    kernels = resolve_kernels(choice, device=rank_device(config, world, choice))
     if change_kernels is not None:
         kernels = change_kernels(kernels)
     place, show_progress = world.place, config.load.show_progress
