@@ -12,6 +12,7 @@ from checkpoints import BY_NAME, HAS_NATIVE
 from headrace import LLM, SamplingParams
 from headrace.demo_model import demo_model_path
 from headrace.engine import runner
+from headrace.engine.step_sizes import StepSizes
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the reference kernels promise no such thing")
 
@@ -134,7 +135,7 @@ def test_with_every_linear_layer_on_one_implementation(folder, weights, dataflow
 
 
 def test_step_by_step_instead_of_replayed(folder, weights, monkeypatch):
-    monkeypatch.setattr(runner, "MAX_DECODE_STEP_SEQS", 0)
+    monkeypatch.setattr(runner, "exact_sizes", lambda: StepSizes(largest=0))
     assert results(make_llm(folder, **FORMATS[weights]), prompts()) == list(alone(folder, weights))
 
 

@@ -78,7 +78,7 @@ def test_logits_of_many_sizes_are_kept_within_bounds(runner, monkeypatch) -> Non
     for num_seqs in (4, 1, 3, 2, 2, 1):
         for expected, found in zip(first[num_seqs], run(runner, num_seqs, 0), strict=True):
             np.testing.assert_array_equal(expected, found)
-        kept = sum(head.logits.logits.shape[0] for head in runner.decode_step._heads.values())
+        kept = sum(head.logits.shape[0] for head in runner.decode_step._heads.values())
         assert kept <= 5
 
 

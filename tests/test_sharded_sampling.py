@@ -22,6 +22,8 @@ from headrace.engine.load_rank import load_rank
 from headrace.engine.outputs import RequestOutput
 from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.rows import Row
+from headrace.engine.step_inputs import StepInputs
+from headrace.engine.step_sizes import exact_sizes
 from headrace.engine.worker import Worker
 from headrace.kernels import KernelChoice, resolve_kernels
 from headrace.parallel.group import Group, OneRankGroup
@@ -209,7 +211,11 @@ def test_a_rank_without_tokens_replays_its_steps_too() -> None:
     def head(hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states.new_empty(len(hidden_states), 0)
 
-    step = DecodeStep(kernels, lambda _: hidden_states, head, block_size=16, max_model_len=64)
+    sizes = exact_sizes()
+    inputs = StepInputs(
+        max_num_seqs=sizes.largest, block_size=16, max_model_len=64, share=None, device=torch.device("cpu")
+    )
+    step = DecodeStep(kernels, lambda _: hidden_states, head, inputs, sizes)
     rows = [Row([1], 0, np.array([i], dtype=np.int32)) for i in range(2)]
     for _ in range(3):
         logits, largest = step.logits(step.run(rows))

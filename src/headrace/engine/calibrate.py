@@ -71,7 +71,7 @@ class LogitObserver:
         self._largest_row_max = max(self._largest_row_max, row_max.max().item())
         self._largest_value = max(self._largest_value, largest_value)
         bins = torch.asinh(seen).mul_(_STEPS).round_().add_(_LARGEST_BIN).int()
-        self._bins += torch.bincount(bins, minlength=len(self._bins))
+        self._bins += torch.bincount(bins, minlength=len(self._bins)).cpu()
 
     def result(self) -> LogitRange:
         return LogitRange(
@@ -207,11 +207,11 @@ def _observe(
 ) -> None:
     """The logits of one sequence's new tokens, computed as the reference's attention does, in tiles of queries."""
     block_size, num_kv_heads = kv_cache.spec.block_size, kv_cache.spec.num_kv_heads
-    key_positions = torch.arange(context_len)
+    key_positions = torch.arange(context_len, device=query.device)
     slots = block_table[key_positions // block_size].long() * block_size + key_positions % block_size
     key, value = kernels.read_kv(kv_cache, slots)
     key = key.float().transpose(0, 1)
-    positions = torch.arange(context_len - len(query), context_len)
+    positions = torch.arange(context_len - len(query), context_len, device=query.device)
     tile = max(1, _MAX_SCORE_ELEMENTS // (query.shape[1] * context_len))
     for rows, row_positions in zip(torch.split(query, tile), torch.split(positions, tile), strict=True):
         grouped = rows.float().view(len(rows), num_kv_heads, -1, query.shape[2]).permute(1, 2, 0, 3)

@@ -5,45 +5,45 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from headrace.batch import ForwardBatch
-from headrace.cache.kv_share import KvShare
-from headrace.costs.memory import num_blocks_for
-from headrace.engine.logits import Largest, Logits
+from headrace.engine.logits import Largest, Logits, read_largest
 from headrace.engine.rows import Row
-from headrace.kernels import NOT_STORED, Kernels, Recording
-
-MAX_DECODE_STEP_SEQS = 64
-"""Beyond so many sequences a step's arithmetic dwarfs what asking for its ops costs."""
+from headrace.engine.step_inputs import StepInputs
+from headrace.engine.step_sizes import StepSizes
+from headrace.kernels import Kernels, Recording
 
 _MAX_KEPT_LOGITS_BYTES = 64 * 2**20
-"""Logits are the one large output. Recordings of the head make room for each other within so many bytes, since one is
-made as quickly as it is run."""
+"""Logits are the one large output. Where each number of sequences has a recording of the head, and one is made as
+quickly as it is run, they make room for each other within so many bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layers:
-    num_seqs: int
+    """num_rows: of the recording; num_seqs of those are asked for."""
+
+    num_rows: int
     recording: Recording
     hidden_states: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Head:
+    """largest: of the last run's first rows."""
+
     recording: Recording
-    logits: Logits
+    logits: Tensor
+    largest: Callable[[int], Largest]
 
 
 class DecodeStep:
-    """Runs decode steps on input buffers that stay where they are, so that a step of a size met before can be replayed
-    as two calls, for layers and head, instead of being asked for op by op.
+    """Runs decode steps on inputs that stay where they are, so that a step of a size met before can be replayed as two
+    calls, for layers and head, instead of being asked for op by op.
 
-    What a step computes does not depend on whether it is replayed.
+    What a step computes for a sequence does not depend on whether it is replayed, nor on what else is in it.
 
-    share: the cache blocks this rank has, if not all.
-    forward: from a batch to hidden states [num_tokens, hidden_size]; head: from those to logits.
+    forward: from a batch to hidden states [num_rows, hidden_size]; head: from those to logits.
     """
 
     def __init__(
@@ -51,30 +51,18 @@ class DecodeStep:
         kernels: Kernels,
         forward: Callable[[ForwardBatch], Tensor],
         head: Callable[[Tensor], Tensor],
-        block_size: int,
-        max_model_len: int,
-        share: KvShare | None = None,
+        inputs: StepInputs,
+        sizes: StepSizes,
     ) -> None:
         self._kernels = kernels
         self._forward = forward
         self._head = head
-        self._block_size = block_size
-        self._share = share
-        width = num_blocks_for(max_model_len, block_size)
-        self._input_ids = np.zeros(MAX_DECODE_STEP_SEQS, dtype=np.int64)
-        self._positions = np.zeros(MAX_DECODE_STEP_SEQS, dtype=np.int64)
-        self._slot_mapping = np.zeros(MAX_DECODE_STEP_SEQS, dtype=np.int64)
-        self._block_tables = np.full((MAX_DECODE_STEP_SEQS, width), -1, dtype=np.int32)
-        # Counts of a table's blocks; those past its end are never read.
-        self._owned_blocks = np.zeros((MAX_DECODE_STEP_SEQS, width + 1), dtype=np.int32)
-        self._context_lens = np.zeros(MAX_DECODE_STEP_SEQS, dtype=np.int32)
-        self._cu_seqlens_q = np.arange(MAX_DECODE_STEP_SEQS + 1, dtype=np.int32)
-        self._written_tables: list[NDArray[np.int32] | None] = [None] * MAX_DECODE_STEP_SEQS
-        """What the rows of block_tables were copied from: tables grow once in many steps."""
+        self.inputs = inputs
+        self.sizes = sizes
         self._layers: dict[int, _Layers] = {}
         self._heads: dict[int, _Head] = {}
-        self._last: _Layers | None = None
-        """What this object ran last, if it can be replayed."""
+        self._last: tuple[_Layers, Tensor] | None = None
+        """What this object ran last, if it can be replayed, and what it gave for that."""
 
     @property
     def obstacle(self) -> str | None:
@@ -91,89 +79,72 @@ class DecodeStep:
 
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states [num_seqs, hidden_size], valid until the next run."""
-        self._fill(rows)
-        num_seqs = len(rows)
-        layers = self._layers.get(num_seqs)
+        num_seqs, num_rows = len(rows), self.sizes.of(len(rows))
+        self.inputs.fill(rows, num_rows)
+        layers = self._layers.get(num_rows)
         if layers is None:
-            layers = self._layers[num_seqs] = self._record_layers(num_seqs)
+            layers = self._layers[num_rows] = self._record_layers(num_rows)
         elif layers.recording.replay is None:
-            return self._forward(self._batch(num_seqs))
+            return self._forward(self.inputs.batch(num_seqs))
         else:
             layers.recording.replay()
-        self._last = layers if layers.recording.replay is not None else None
-        return layers.hidden_states
+        hidden_states = layers.hidden_states if num_seqs == num_rows else layers.hidden_states[:num_seqs]
+        self._last = (layers, hidden_states) if layers.recording.replay is not None else None
+        return hidden_states
 
     def logits(self, hidden_states: Tensor) -> Logits | None:
         """Logits of what the last run returned, valid until the next one; None of anything that was not replayed."""
-        last = self._last
-        if last is None or last.hidden_states is not hidden_states:
+        if self._last is None or self._last[1] is not hidden_states:
             return None
-        head = self._heads.get(last.num_seqs)
+        layers, num_seqs = self._last[0], len(hidden_states)
+        head = self._heads.get(layers.num_rows)
         if head is None:
-            head = self._heads[last.num_seqs] = self._record_head(hidden_states)
+            head = self._heads[layers.num_rows] = self._record_head(layers.hidden_states)
         elif head.recording.replay is None:
             return None
         else:
             head.recording.replay()
-        return head.logits
+        logits = head.logits if num_seqs == layers.num_rows else head.logits[:num_seqs]
+        return Logits(logits, head.largest(num_seqs))
 
-    def _record_layers(self, num_seqs: int) -> _Layers:
-        batch = self._batch(num_seqs)
+    def _record_layers(self, num_rows: int) -> _Layers:
+        batch = self.inputs.batch(num_rows)
         hidden_states, recording = self._kernels.record(lambda: self._forward(batch))
-        return _Layers(num_seqs=num_seqs, recording=recording, hidden_states=hidden_states)
+        return _Layers(num_rows=num_rows, recording=recording, hidden_states=hidden_states)
 
     def _record_head(self, hidden_states: Tensor) -> _Head:
         def run() -> tuple[Tensor, Tensor, Tensor]:
             logits = self._head(hidden_states)
             # A rank may hold no share of a small vocabulary.
-            return logits, *(self._kernels.argmax(logits) if logits.shape[1] else _no_largest(len(logits)))
+            return logits, *(self._kernels.argmax(logits) if logits.shape[1] else _no_largest(logits))
 
         (logits, token_ids, largest), recording = self._kernels.record(run)
-        self._make_room(logits.nbytes)
-        return _Head(recording=recording, logits=Logits(logits, Largest(token_ids.numpy(), largest.numpy())))
+        if not self.sizes.buckets:
+            self._make_room(logits.nbytes)
+        return _Head(recording=recording, logits=logits, largest=_reader(token_ids, largest))
 
     def _make_room(self, num_bytes: int) -> None:
         """Forget the heads recorded first until another one fits."""
-        kept = sum(head.logits.logits.nbytes for head in self._heads.values())
-        for num_seqs in tuple(self._heads):
+        kept = sum(head.logits.nbytes for head in self._heads.values())
+        for num_rows in tuple(self._heads):
             if kept + num_bytes <= _MAX_KEPT_LOGITS_BYTES:
                 return
-            kept -= self._heads.pop(num_seqs).logits.logits.nbytes
-
-    def _fill(self, rows: Sequence[Row]) -> None:
-        size = self._block_size
-        for i, (token_ids, position, block_table) in enumerate(rows):
-            self._input_ids[i] = token_ids[0]
-            self._positions[i] = position
-            self._slot_mapping[i] = self._slot(block_table.item(position // size), position % size)
-            self._context_lens[i] = position + 1
-            if self._written_tables[i] is not block_table:
-                self._write_table(i, block_table)
-                self._written_tables[i] = block_table
-
-    def _slot(self, block_id: int, offset: int) -> int:
-        if self._share is None:
-            return block_id * self._block_size + offset
-        local_id = self._share.local_block(block_id)
-        return NOT_STORED if local_id is None else local_id * self._block_size + offset
-
-    def _write_table(self, i: int, block_table: NDArray[np.int32]) -> None:
-        if self._share is not None:
-            block_table, counts = self._share.local_table(block_table)
-            self._owned_blocks[i, : len(counts)] = counts
-        self._block_tables[i, : len(block_table)] = block_table
-
-    def _batch(self, num_seqs: int) -> ForwardBatch:
-        return ForwardBatch(
-            input_ids=torch.from_numpy(self._input_ids[:num_seqs]),
-            positions=torch.from_numpy(self._positions[:num_seqs]),
-            slot_mapping=torch.from_numpy(self._slot_mapping[:num_seqs]),
-            block_tables=torch.from_numpy(self._block_tables[:num_seqs]),
-            context_lens=torch.from_numpy(self._context_lens[:num_seqs]),
-            cu_seqlens_q=torch.from_numpy(self._cu_seqlens_q[: num_seqs + 1]),
-            owned_blocks=None if self._share is None else torch.from_numpy(self._owned_blocks[:num_seqs]),
-        )
+            kept -= self._heads.pop(num_rows).logits.nbytes
 
 
-def _no_largest(num_rows: int) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(np.zeros(num_rows, np.int64)), torch.from_numpy(np.full(num_rows, -np.inf, np.float32))
+def _reader(token_ids: Tensor, logits: Tensor) -> Callable[[int], Largest]:
+    """Of the first rows of tensors that change with every run."""
+    if not token_ids.is_cpu:
+        return lambda num_rows: read_largest(token_ids[:num_rows], logits[:num_rows])
+    whole = Largest(token_ids.numpy(), logits.numpy())
+    return lambda num_rows: (
+        whole if num_rows == len(token_ids) else Largest(whole.token_ids[:num_rows], whole.logits[:num_rows])
+    )
+
+
+def _no_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.is_cpu:
+        # Made by numpy: a recording takes whatever torch computes for an obstacle.
+        num_rows = len(logits)
+        return torch.from_numpy(np.zeros(num_rows, np.int64)), torch.from_numpy(np.full(num_rows, -np.inf, np.float32))
+    return logits.new_zeros(len(logits), dtype=torch.int64), logits.new_full((len(logits),), -torch.inf)

@@ -1,10 +1,11 @@
 """Rows of logits between the model and the sampler."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,11 +34,28 @@ class Logits(NamedTuple):
     largest: Largest | None = None
 
 
+def read_largest(token_ids: Tensor, logits: Tensor) -> Largest:
+    """What `argmax` found on a device, in one copy to the host.
+
+    Shapes: token_ids [num_rows] int64, logits [num_rows] float32
+    """
+    words = torch.cat([token_ids.view(torch.int32), logits.view(torch.int32)]).cpu().numpy()
+    end = 2 * len(logits)
+    return Largest(words[:end].view(np.int64), words[end:].view(np.float32))
+
+
 class HostLogits:
     """Rows of logits as numpy reads them. Nothing is asked of torch before a row is."""
 
     def __init__(self, logits: Tensor) -> None:
         self._logits = logits
+        self._fetched: dict[int, Row] = {}
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        """Bring rows that will be asked for to the host in one copy, instead of waiting for each."""
+        if self._view is None and not self._logits.is_cpu and indices:
+            rows = self._logits.detach()[list(indices)].cpu()
+            self._fetched |= dict(zip(indices, map(float32_row, rows), strict=True))
 
     def check(self, num_rows: int) -> None:
         """
@@ -51,7 +69,11 @@ class HostLogits:
             raise ShapeError(f"logits are {self._logits.dtype}; want a float dtype")
 
     def row(self, index: int) -> Row:
-        return float32_row(self._logits[index].detach()) if self._view is None else self._view[index]
+        if self._view is None:
+            found = self._fetched.get(index)
+            return float32_row(self._logits[index].detach()) if found is None else found
+        row: Row = self._view[index]
+        return row
 
     def largest(self) -> list[tuple[int, float]]:
         """Each row's first id of its largest logit, and that logit. NaN counts as largest, so one look finds every
@@ -79,7 +101,7 @@ def largest_on_host(rows: Iterable[Row]) -> list[tuple[int, float]]:
 
 
 def largest_on_device(logits: Tensor) -> list[tuple[int, float]]:
-    """Two small copies to the host; torch's argmax, too, documents that it gives the first of equals."""
+    """One small copy to the host; torch's argmax, too, documents that it gives the first of equals."""
     token_ids = logits.argmax(dim=-1)
-    largest = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1)
-    return list(zip(token_ids.tolist(), largest.tolist(), strict=True))
+    largest = read_largest(token_ids, logits.gather(1, token_ids.unsqueeze(1)).squeeze(1).float())
+    return list(zip(largest.token_ids.tolist(), largest.logits.tolist(), strict=True))

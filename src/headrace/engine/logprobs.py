@@ -57,7 +57,7 @@ def prompt_logprobs(
     """
     if logits.dim() != 2 or len(logits) != len(target_token_ids):
         raise ShapeError(f"prompt logits are {tuple(logits.shape)} for {len(target_token_ids)} prompt tokens")
-    rows = (float32_row(row) for row in logits.detach())
+    rows = (float32_row(row) for row in logits.detach().cpu())
     return tuple(_checked(i, row, t, num_top) for i, (row, t) in enumerate(zip(rows, target_token_ids, strict=True)))
 
 

@@ -8,9 +8,11 @@ from torch import Tensor
 from headrace.batch import ForwardBatch
 from headrace.cache.kv_pool import KvPool
 from headrace.cache.kv_share import KvShare
-from headrace.engine.decode_step import MAX_DECODE_STEP_SEQS, DecodeStep
-from headrace.engine.logits import Logits
+from headrace.engine.decode_step import DecodeStep
+from headrace.engine.logits import Logits, read_largest
 from headrace.engine.rows import Row, build_forward_batch
+from headrace.engine.step_inputs import StepInputs
+from headrace.engine.step_sizes import StepSizes, exact_sizes
 from headrace.models.boundary import Boundary
 from headrace.models.decoder import Decoder
 
@@ -18,7 +20,7 @@ from headrace.models.decoder import Decoder
 class ModelRunner:
     """One stage's decoder and the cache it writes to.
 
-    max_model_len: the longest sequence that will come.
+    max_model_len: the longest sequence that will come. sizes: of the decode steps that are recorded.
     boundary: to the stages before and after; None for a model that is one stage.
     share: the cache blocks this rank has, if not all; the pool then has room for those alone.
     """
@@ -30,19 +32,21 @@ class ModelRunner:
         max_model_len: int,
         boundary: Boundary | None = None,
         share: KvShare | None = None,
+        sizes: StepSizes | None = None,
     ) -> None:
         self._decoder = decoder
         self._boundary = boundary
         self._kv_pool = kv_pool
         self._share = share
-        self._decode_step = DecodeStep(
-            decoder.kernels,
-            self._forward,
-            decoder.compute_logits,
+        sizes = sizes or exact_sizes()
+        inputs = StepInputs(
+            max_num_seqs=sizes.largest,
             block_size=kv_pool.spec.block_size,
             max_model_len=max_model_len,
             share=share,
+            device=decoder.kernels.device,
         )
+        self._decode_step = DecodeStep(decoder.kernels, self._forward, decoder.compute_logits, inputs, sizes)
 
     @property
     def decode_step(self) -> DecodeStep:
@@ -59,14 +63,20 @@ class ModelRunner:
 
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states of all rows' tokens, laid end to end: [num_tokens, hidden_size]. Valid until the next run."""
-        if len(rows) <= MAX_DECODE_STEP_SEQS and all(len(row.token_ids) == 1 for row in rows):
+        if len(rows) <= self._decode_step.sizes.largest and all(len(row.token_ids) == 1 for row in rows):
             return self._decode_step.run(rows)
-        return self._forward(build_forward_batch(rows, self._kv_pool.spec.block_size, self._share))
+        device = self._decoder.kernels.device
+        return self._forward(build_forward_batch(rows, self._kv_pool.spec.block_size, self._share, device))
 
     def logits(self, hidden_states: Tensor) -> Logits:
         """Logits of what `run` returned, or of some rows of that. Valid until the next call of either."""
         replayed = self._decode_step.logits(hidden_states)
-        return Logits(self._decoder.compute_logits(hidden_states)) if replayed is None else replayed
+        if replayed is not None:
+            return replayed
+        logits = self._decoder.compute_logits(hidden_states)
+        # On the CPU the sampler reads them where they are.
+        has_largest = not logits.is_cpu and logits.shape[1] > 0
+        return Logits(logits, read_largest(*self._decoder.kernels.argmax(logits)) if has_largest else None)
 
     # Not around a whole step: a replayed one has nothing that torch could track, and entering the mode costs as much as
     # several ops do.

@@ -101,6 +101,7 @@ class Sampler:
         else:
             candidates = zip(largest.token_ids.tolist(), largest.logits.tolist(), strict=True)
         self.follow(rows)
+        host.fetch([index for index, row in enumerate(rows) if not row.takes_largest])
         sampled: list[SampledToken] = []
         failed: dict[int, str] = {}
         for index, (row, (token_id, logit)) in enumerate(zip(rows, candidates, strict=True)):

@@ -148,7 +148,7 @@ class ShardedSampler:
     def _exchange(self, words: Words, device: torch.device) -> Words:
         """[world_size, *words.shape]. Words travel as float32, which every transport carries and none changes."""
         brought = self._group.all_gather(torch.from_numpy(words.view(np.float32)).to(device), Site.CANDIDATES)
-        return np.stack([part.cpu().numpy() for part in brought]).view(np.int32)
+        return torch.stack(brought).cpu().numpy().view(np.int32)
 
     def _sample_largest(self, mine: Largest, rows: Sequence[SamplingRow], device: torch.device) -> SampleOutcome:
         token_ids, logits = _largest_of_all(self._exchange(self._largest_words(mine), device))
@@ -175,6 +175,8 @@ class ShardedSampler:
     def _own_words(self, step: _Step, host: HostLogits, mine: Largest) -> Words:
         """The records of all rows, end to end, without their first words."""
         words = np.empty(sum(record.num_words for record in step.records), np.int32)
+        if len(self._shard):
+            host.fetch([index for index, record in enumerate(step.records) if record.num_words])
         start = 0
         for index, record in enumerate(step.records):
             own = words[start : start + record.num_words]
@@ -304,6 +306,7 @@ class ShardedSampler:
         self.fallback_rows += len(step.gathered)
         for indices in _in_parts(step.gathered, GATHERED_ROWS):
             host = HostLogits(self.whole_rows(logits[indices]))
+            host.fetch(range(len(indices)))
             for place, index in enumerate(indices):
                 try:
                     step.sampled[index] = self._whole.sample_row(host.row(place), step.rows[index])

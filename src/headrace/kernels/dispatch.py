@@ -4,8 +4,10 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -176,9 +178,15 @@ def _check_no_instruction_set(instruction_set: str | None, reason: str) -> None:
         raise BackendUnavailable(f"instruction set '{instruction_set}' needs the native kernels; {reason}")
 
 
+def _reference_ops(device: torch.device) -> dict[str, Any]:
+    """By name. They compute where their tensors lie; those that make tensors of nothing are told where."""
+    own: dict[str, Any] = {op: getattr(reference, op) for op in _OPS}
+    return own | {op: partial(own[op], device=device) for op in ("make_kv_cache", "make_weight_builder")}
+
+
 def _reference_kernels(reason: str, instruction_set: str | None, device: torch.device) -> Kernels:
     _check_no_instruction_set(instruction_set, reason)
-    implementations = {op: getattr(reference, op) for op in _OPS}
+    implementations = _reference_ops(device)
     choices = tuple(OpChoice(op=op, implementation="reference", reason=reason) for op in _OPS)
     return Kernels(
         **implementations,
@@ -198,7 +206,7 @@ def _triton_kernels(reason: str, instruction_set: str | None, device: torch.devi
     except ImportError as error:
         raise BackendUnavailable(f"{reason}, but Triton does not load: {error}") from None
     triton.check_device(device)
-    implementations = {op: getattr(reference, op) for op in _OPS}
+    implementations = _reference_ops(device)
     own = triton.make_ops(device)
     choices = tuple(
         OpChoice(op=op, implementation="triton" if op in own else "reference", reason=reason) for op in _OPS
@@ -218,7 +226,7 @@ def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> K
     are the reference's."""
     target = instruction_set or cpu.best_target()
     reason_by_op = dict.fromkeys(_OPS, f"{reason}, but not for this op yet")
-    implementations = {op: getattr(reference, op) for op in _OPS}
+    implementations = _reference_ops(_CPU)
     dataflow = Dataflow()
     stream = cpu.Stream()
     native = cpu.make_ops(target, stream, dataflow)

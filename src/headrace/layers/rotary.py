@@ -22,7 +22,8 @@ class RotaryTable:
 
     def __init__(self, config: RopeConfig, max_model_len: int, context: LayerContext) -> None:
         self._kernels = context.kernels
-        self.inv_freq = scaled_inv_freq(config, max_model_len)
+        # Computed on the CPU, so that a model has the same frequencies wherever it runs.
+        self.inv_freq = scaled_inv_freq(config, max_model_len).to(context.kernels.device)
         self.amplitude = 1.0 if config.scaling is None else amplitude(config.scaling)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,8 @@ class Boundary:
         num_tensors = 2 if self._sends_residual else 1
         has_input = pp_group.rank > 0
         size = hidden_size // tp_group.world_size if self._is_sliced else hidden_size
-        self._received = torch.empty(num_tensors if has_input else 0, max_num_tokens * size, dtype=dtype)
+        shape = (num_tensors if has_input else 0, max_num_tokens * size)
+        self._received = torch.empty(shape, dtype=dtype, device=kernels.device)
         self._hidden_size = hidden_size
 
     def receive(self, num_tokens: int) -> ResidualStream:

@@ -35,8 +35,11 @@ _MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "
 """Python names it from 3.13 on; the number is that of x86-64 and ARM."""
 
 
-_BLOCK_BYTES = 2**19
+HOST_BLOCK_BYTES = 2**19
 """Of a block of rows: quantizing one needs temporaries of ten times its size, which must stay small beside a model."""
+
+DEVICE_BLOCK_BYTES = 2**24
+"""Of one that goes to a GPU, where what it costs to start a copy counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +90,12 @@ class Checkpoint:
         offset = info.start_byte + start * info.row_bytes
         return torch.frombuffer(self._maps[info.file], dtype=info.dtype, count=count, offset=offset).view(shape)
 
-    def row_blocks(self, name: str, rows: range) -> Iterator[tuple[int, Tensor]]:
-        """Blocks of rows as (first row, view), small enough that work on them stays in the CPU's cache.
+    def row_blocks(self, name: str, rows: range, block_bytes: int = HOST_BLOCK_BYTES) -> Iterator[tuple[int, Tensor]]:
+        """Blocks of rows as (first row, view); by default small enough that work on them stays in the CPU's cache.
 
         A block's pages are given back when the next one is asked for.
         """
-        step = max(1, _BLOCK_BYTES // max(1, self.tensors[name].row_bytes))
+        step = max(1, block_bytes // max(1, self.tensors[name].row_bytes))
         for start in range(rows.start, rows.stop, step):
             yield start, self.read_rows(name, start, min(start + step, rows.stop))
             self.release(name)

@@ -12,9 +12,10 @@ from headrace.config import ModelConfig, WeightFormat
 from headrace.errors import CheckpointError, KernelError, ParallelismError
 from headrace.kernels import QUANTIZATION_GROUP_SIZE, Kernels, quantized_columns
 from headrace.layers.parameter import Parameter, TensorSlice
-from headrace.models.checkpoint import Checkpoint
+from headrace.models.checkpoint import DEVICE_BLOCK_BYTES, HOST_BLOCK_BYTES, Checkpoint
 from headrace.models.families import Family
 from headrace.models.quantization import quantized_names
+from headrace.models.upload import make_upload
 
 Progress = Callable[[int], None]
 """Called with the number of checkpoint bytes read since the last call."""
@@ -54,6 +55,8 @@ class WeightLoader:
         self._checkpoint, self._family, self._config = checkpoint, family, config
         self._kernels, self._formats, self._progress = kernels, formats, progress
         self._stored_format = stored_format
+        self._upload = make_upload(kernels.device)
+        self._block_bytes = HOST_BLOCK_BYTES if kernels.device.type == "cpu" else DEVICE_BLOCK_BYTES
 
     def load(self, parameters: Sequence[Parameter], *, model: Sequence[Parameter]) -> None:
         """Check every tensor first, so that nothing is loaded from a checkpoint that does not fit.
@@ -76,7 +79,7 @@ class WeightLoader:
             name, rows = self._locate(part)
             parts.append(self._checkpoint.read_rows(name, rows.start, rows.stop).to(self._formats.dtype, copy=True))
             self._progress(self._checkpoint.tensors[name].row_bytes * len(rows))
-        parameter.set_value(torch.cat(parts))
+        parameter.set_value(torch.cat(parts).to(self._kernels.device))
 
     def _load_matrix(self, parameter: Parameter) -> None:
         weight_format = self._formats.of(parameter)
@@ -92,10 +95,10 @@ class WeightLoader:
 
     def _copy_dense(self, part: TensorSlice, row: int, write: Callable[[int, Tensor], None]) -> None:
         name, rows = self._locate(part)
-        for start, block in self._checkpoint.row_blocks(name, rows):
+        for start, block in self._checkpoint.row_blocks(name, rows, self._block_bytes):
             kept = _columns(block, part.columns)
             try:
-                write(row + start - rows.start, kept)
+                write(row + start - rows.start, self._upload(kept))
             except KernelError as error:
                 raise CheckpointError(f"tensor '{name}': {error}") from None
             self._progress(kept.nbytes)
@@ -104,9 +107,10 @@ class WeightLoader:
         name, rows = self._locate(part)
         columns = _quantized_columns(name, part, self._stored_format)
         qweight_name, scales_name = quantized_names(name)
-        for start, qweight in self._checkpoint.row_blocks(qweight_name, rows):
+        for start, qweight in self._checkpoint.row_blocks(qweight_name, rows, self._block_bytes):
             scales = self._checkpoint.read_rows(scales_name, start, start + len(qweight))
-            write(row + start - rows.start, _columns(qweight, columns[0]), _columns(scales, columns[1]))
+            kept = [self._upload(_columns(block, part)) for block, part in zip((qweight, scales), columns, strict=True)]
+            write(row + start - rows.start, *kept)
             self._checkpoint.release(scales_name)
             self._progress(qweight.nbytes + scales.nbytes)
 

@@ -77,8 +77,9 @@ def attention_share(
         KernelError: another softmax scheme than the synchronized one.
     """
     _check(query, kv_cache, spec)
-    numerators = torch.zeros(query.shape)
-    normalizers = torch.stack([torch.zeros(query.shape[:2]), torch.full(query.shape[:2], -math.inf)], dim=2)
+    numerators = torch.zeros_like(query, dtype=torch.float32)
+    normalizers = numerators.new_zeros(*query.shape[:2], 2)
+    normalizers[..., 1] = -math.inf
     bounds = cu_seqlens_q.tolist()
     for i, context_len in enumerate(context_lens.tolist()):
         for row in range(bounds[i], bounds[i + 1]):
@@ -122,9 +123,9 @@ def _attend(query: Tensor, kv_cache: KvCache, block_table: Tensor, visible: int,
     scores = (grouped @ key.transpose(1, 2)) * spec.softmax_scale
     scores = _soft_cap(scores, spec)
     if num_queries > 1 or spec.sliding_window is not None:
-        mask = _mask(first_position, num_queries, first_key, visible, spec.sliding_window)
-        scores = scores.view(num_kv_heads, num_queries, -1, mask.shape[1]) + mask[None, :, None, :]
-        scores = scores.flatten(1, 2)
+        hidden = _hidden(first_position, num_queries, first_key, visible, spec.sliding_window, scores.device)
+        scores = scores.view(num_kv_heads, num_queries, -1, hidden.shape[1])
+        scores = scores.masked_fill(hidden[None, :, None, :], -math.inf).flatten(1, 2)
     out = torch.softmax(scores, dim=-1) @ value
     return out.view(num_kv_heads, num_queries, -1, head_dim).transpose(0, 1).reshape(query.shape).to(query.dtype)
 
@@ -146,17 +147,19 @@ def _check(query: Tensor, kv_cache: KvCache, spec: AttentionSpec) -> None:
 def _gather(kv_cache: KvCache, block_table: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Keys and values of positions start to stop: two tensors [num_kv_heads, stop - start, head_dim] float32."""
     block_size = kv_cache.spec.block_size
-    positions = torch.arange(start, stop)
+    positions = torch.arange(start, stop, device=block_table.device)
     slots = block_table[positions // block_size].long() * block_size + positions % block_size
     key, value = read_kv(kv_cache, slots)
     return key.transpose(0, 1), value.transpose(0, 1)
 
 
-def _mask(first_position: int, num_queries: int, first_key: int, stop: int, window: int | None) -> Tensor:
-    """0 where a query may see a key, -inf elsewhere: [num_queries, stop - first_key]."""
-    position = torch.arange(first_position, first_position + num_queries)[:, None]
-    key_position = torch.arange(first_key, stop)[None, :]
+def _hidden(
+    first_position: int, num_queries: int, first_key: int, stop: int, window: int | None, device: torch.device
+) -> Tensor:
+    """Whether a query may not see a key: [num_queries, stop - first_key]."""
+    position = torch.arange(first_position, first_position + num_queries, device=device)[:, None]
+    key_position = torch.arange(first_key, stop, device=device)[None, :]
     hidden = key_position > position
     if window is not None:
         hidden |= key_position <= position - window
-    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+    return hidden

@@ -8,6 +8,8 @@ from headrace.errors import KernelError
 from headrace.kernels.kv_cache import NOT_STORED, DenseKvCache, KvCache, KvCacheSpec, PackedKvCache, QuantizedKvCache
 from headrace.kernels.reference.rotary import rotary_
 
+_CPU = torch.device("cpu")
+
 _DTYPES = {
     KvCacheFormat.FLOAT32: torch.float32,
     KvCacheFormat.BFLOAT16: torch.bfloat16,
@@ -15,12 +17,12 @@ _DTYPES = {
 }
 
 
-def make_kv_cache(spec: KvCacheSpec) -> KvCache:
-    """An empty cache; its memory is claimed from the system as blocks are first written."""
+def make_kv_cache(spec: KvCacheSpec, *, device: torch.device = _CPU) -> KvCache:
+    """An empty cache; on the CPU its memory is claimed from the system as blocks are first written."""
     shape = (2, spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
-    data = torch.empty(shape, dtype=_DTYPES[spec.cache_format])
+    data = torch.empty(shape, dtype=_DTYPES[spec.cache_format], device=device)
     if spec.cache_format is KvCacheFormat.INT8:
-        return QuantizedKvCache(spec=spec, data=data, scales=torch.empty(shape[:-1]))
+        return QuantizedKvCache(spec=spec, data=data, scales=torch.empty(shape[:-1], device=device))
     return DenseKvCache(spec=spec, data=data)
 
 

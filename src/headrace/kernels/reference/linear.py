@@ -51,7 +51,7 @@ def linear_int8_activations(x: Tensor, weight: QuantizedWeight, bias: Tensor | N
     # float64 holds the integers and their products exactly.
     x_groups = q_x.double().transpose(0, 1)
     w_groups = in_groups(unpacked_values(weight).double()).transpose(0, 1)
-    out = torch.zeros(x.shape[0], weight.shape[0])
+    out = torch.zeros(x.shape[0], weight.shape[0], device=x.device)
     for g, (x_group, w_group) in enumerate(zip(x_groups, w_groups, strict=True)):
         scales = scale_x[:, g, None] * weight.scales[None, :, g]
         out += (x_group @ w_group.T).float() * scales
@@ -81,7 +81,7 @@ def embedding(
     ids = ids + offset
     if zeros_outside:
         is_inside = (ids >= 0) & (ids < weight.shape[0])
-        out = torch.zeros(*ids.shape, weight.shape[1], dtype=dtype)
+        out = torch.zeros(*ids.shape, weight.shape[1], dtype=dtype, device=ids.device)
         out[is_inside] = embedding(ids[is_inside], weight, dtype=dtype, scale=scale)
         return out
     if isinstance(weight, DenseWeight):

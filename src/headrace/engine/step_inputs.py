@@ -1,0 +1,102 @@
+"""What decode steps read, in memory that stays where it is."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from headrace.batch import ForwardBatch
+from headrace.cache.kv_share import KvShare
+from headrace.costs.memory import num_blocks_for
+from headrace.engine.packed_arrays import PackedArrays
+from headrace.engine.rows import Row, batch_specs
+from headrace.kernels import NOT_STORED
+
+
+class StepInputs:
+    """The inputs of one new token for each of up to max_num_seqs sequences.
+
+    A step may have more rows than sequences. The others stand for nobody: they store nothing, and attend the one token
+    of a block that exists, so that no op does harm with them; what it makes of them nobody reads.
+
+    share: the cache blocks this rank has, if not all.
+    is_staged: see `PackedArrays`.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        block_size: int,
+        max_model_len: int,
+        share: KvShare | None,
+        device: torch.device,
+        is_staged: bool | None = None,
+    ) -> None:
+        self._block_size, self._share = block_size, share
+        specs = batch_specs(
+            max_num_seqs, max_num_seqs, num_blocks_for(max_model_len, block_size), is_shared=share is not None
+        )
+        self.arrays = PackedArrays(specs, device, is_staged=is_staged)
+        # Tables are long and grow once in many steps: else they are neither copied nor sent.
+        self._first_table = "block_tables" if share is None else "owned_blocks"
+        self._written_tables: list[NDArray[np.int32] | None] = [None] * max_num_seqs
+        """What the rows of block_tables were copied from."""
+        self.arrays.host["cu_seqlens_q"][:] = np.arange(max_num_seqs + 1)
+        self.arrays.send()
+
+    def fill(self, rows: Sequence[Row], num_rows: int) -> None:
+        """Write a step's sequences, at most num_rows, and make the rows up to there stand for nobody."""
+        self.arrays.wait_until_sent()
+        has_new_table = self._write(rows)
+        self._pad(len(rows), num_rows)
+        if has_new_table:
+            self.arrays.send(until="block_tables", num_rows=num_rows)
+        else:
+            self.arrays.send(until=self._first_table)
+
+    def batch(self, num_rows: int) -> ForwardBatch:
+        """The first rows of what was filled in, wherever that is done later."""
+        parts = {name: array[:num_rows] for name, array in self.arrays.device.items()}
+        return ForwardBatch(**(parts | {"cu_seqlens_q": self.arrays.device["cu_seqlens_q"][: num_rows + 1]}))
+
+    def _write(self, rows: Sequence[Row]) -> bool:
+        """Whether a block table is another than the row had."""
+        host, size, has_new_table = self.arrays.host, self._block_size, False
+        input_ids, positions, slot_mapping = host["input_ids"], host["positions"], host["slot_mapping"]
+        context_lens = host["context_lens"]
+        for i, (token_ids, position, block_table) in enumerate(rows):
+            input_ids[i] = token_ids[0]
+            positions[i] = position
+            slot_mapping[i] = self._slot(block_table.item(position // size), position % size)
+            context_lens[i] = position + 1
+            if self._written_tables[i] is not block_table:
+                self._write_table(i, block_table)
+                self._written_tables[i] = block_table
+                has_new_table = True
+        return has_new_table
+
+    def _pad(self, start: int, stop: int) -> None:
+        """Their tables hold what they held: blocks of others, or zeros."""
+        if start == stop:
+            return
+        host, part = self.arrays.host, slice(start, stop)
+        host["input_ids"][part] = 0
+        host["positions"][part] = 0
+        host["slot_mapping"][part] = NOT_STORED
+        host["context_lens"][part] = 1
+
+    def _slot(self, block_id: int, offset: int) -> int:
+        if self._share is None:
+            return block_id * self._block_size + offset
+        local_id = self._share.local_block(block_id)
+        return NOT_STORED if local_id is None else local_id * self._block_size + offset
+
+    def _write_table(self, i: int, block_table: NDArray[np.int32]) -> None:
+        host = self.arrays.host
+        if self._share is not None:
+            # Counts of a table's blocks; those past its end are never read.
+            block_table, counts = self._share.local_table(block_table)
+            host["owned_blocks"][i, : len(counts)] = counts
+        host["block_tables"][i, : len(block_table)] = block_table
