@@ -8,11 +8,19 @@ from typing import Any
 
 import torch
 
+from headrace.kernels.triton.activation import activation, gated_activation
 from headrace.kernels.triton.launch import check_device
+from headrace.kernels.triton.norm import add_, layer_norm, rms_norm
 
 __all__ = ["check_device", "make_ops"]
 
 
 def make_ops(device: torch.device) -> dict[str, Callable[..., Any]]:  # noqa: ARG001
     """The ops that are written in Triton, by name, for tensors on a device."""
-    return {}
+    return {
+        "activation": activation,
+        "add_": add_,
+        "gated_activation": gated_activation,
+        "layer_norm": layer_norm,
+        "rms_norm": rms_norm,
+    }
