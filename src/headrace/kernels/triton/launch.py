@@ -1,9 +1,14 @@
 """What every launch of a Triton kernel needs to know."""
 
+import os
+
 import torch
 import triton
 
 from headrace.errors import BackendUnavailable
+
+# Fused multiply-adds are Triton's default up to 3.9, which warns of a change. Asked for by name they stay.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def is_interpreted() -> bool:
