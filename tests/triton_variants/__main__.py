@@ -14,8 +14,6 @@ import traceback
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
-# Fused multiply-adds, as all Tritons do by default but for those from 3.10 on.
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
 from triton.backends.compiler import GPUTarget

@@ -16,14 +16,16 @@ _BLOCK = 1024
 def activate(x, KIND: tl.constexpr):
     """act(x) of float32, elementwise; KIND is the value of an `Activation`."""
     if KIND == "silu":
-        return x / (1.0 + tl.exp(-x))
-    if KIND == "gelu":
-        return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
-    if KIND == "gelu_tanh":
+        out = x / (1.0 + tl.exp(-x))
+    elif KIND == "gelu":
+        out = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif KIND == "gelu_tanh":
         # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), u = sqrt(2 / pi) * (x + 0.044715 x^3)
-        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    tl.static_assert(KIND == "relu")
-    return tl.where(x <= 0.0, 0.0, x)  # NaN stays
+        out = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        tl.static_assert(KIND == "relu")
+        out = tl.where(x <= 0.0, 0.0, x)  # NaN stays
+    return out
 
 
 @triton.jit

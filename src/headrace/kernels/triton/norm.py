@@ -40,6 +40,10 @@ def norm_kernel(
     starts = (rows // num_inner) * outer_stride + (rows % num_inner) * inner_stride
     x = tl.load(x_ptr + starts[:, None] + columns[None, :], mask=is_inside, other=0.0)
     contiguous = rows[:, None] * size + columns[None, :]
+    # Before the sums, so that nothing waits for these after them.
+    weight = tl.load(weight_ptr + columns, mask=columns < size, other=0.0).to(tl.float32)
+    if IS_LAYER_NORM:
+        bias = tl.load(bias_ptr + columns, mask=columns < size, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + contiguous, mask=is_inside, other=0.0)
         x = (residual.to(tl.float32) + x.to(tl.float32)).to(x_ptr.dtype.element_ty)
@@ -49,12 +53,11 @@ def norm_kernel(
         mean = tl.sum(wide, axis=1) / size
         wide = tl.where(is_inside, wide - mean[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / size + eps)
-    weight = tl.load(weight_ptr + columns, mask=columns < size, other=0.0).to(tl.float32)
     if UNIT_OFFSET:
         weight += 1.0
     out = wide * scale[:, None] * weight[None, :]
     if IS_LAYER_NORM:
-        out += tl.load(bias_ptr + columns, mask=columns < size, other=0.0).to(tl.float32)[None, :]
+        out += bias.to(tl.float32)[None, :]
     tl.store(out_ptr + contiguous, out.to(out_ptr.dtype.element_ty), mask=is_inside)
 
 
