@@ -14,12 +14,23 @@ _NORM = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "out_p
 }
 
 
-def _norm(name: str, rows: int, size: int, num_warps: int, *, layer: bool = False, residual: bool = False) -> Variant:
+def _norm(
+    name: str,
+    rows: int,
+    size: int,
+    num_warps: int,
+    *,
+    layer: bool = False,
+    residual: bool = False,
+    ones: tuple[str, ...] = (),
+) -> Variant:
+    """ones: integers that are 1, for which Triton compiles anew."""
     return Variant(
         name=name,
         kernel=norm_kernel,
-        signature=_NORM,
-        constexprs={
+        signature={arg: kind for arg, kind in _NORM.items() if arg not in ones},
+        constexprs=dict.fromkeys(ones, 1)
+        | {
             "IS_LAYER_NORM": layer,
             "HAS_RESIDUAL": residual,
             "UNIT_OFFSET": False,
@@ -32,7 +43,7 @@ def _norm(name: str, rows: int, size: int, num_warps: int, *, layer: bool = Fals
 
 
 VARIANTS = [
-    _norm("rms-norm-of-hidden-states", 1, 4096, 16, residual=True),
+    _norm("rms-norm-of-hidden-states", 1, 4096, 16, residual=True, ones=("num_rows", "num_inner")),
     _norm("rms-norm-of-heads", 8, 128, 4),
     _norm("layer-norm", 1, 16384, 16, layer=True, residual=True),
     Variant(

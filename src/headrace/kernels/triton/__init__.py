@@ -11,6 +11,7 @@ import torch
 from headrace.kernels.triton.activation import activation, gated_activation
 from headrace.kernels.triton.launch import check_device
 from headrace.kernels.triton.norm import add_, layer_norm, rms_norm
+from headrace.kernels.triton.sampling import argmax, log_sum_exp, top_k
 
 __all__ = ["check_device", "make_ops"]
 
@@ -20,7 +21,10 @@ def make_ops(device: torch.device) -> dict[str, Callable[..., Any]]:  # noqa: AR
     return {
         "activation": activation,
         "add_": add_,
+        "argmax": argmax,
         "gated_activation": gated_activation,
         "layer_norm": layer_norm,
+        "log_sum_exp": log_sum_exp,
         "rms_norm": rms_norm,
+        "top_k": top_k,
     }
