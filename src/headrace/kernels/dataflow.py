@@ -1,18 +1,22 @@
 """The choice of a linear layer's implementation at run time, and its measurement."""
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from itertools import cycle
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from headrace.kernels.tuning import (
+    TIE,
     Inflections,
     LinearArm,
     LinearShape,
+    Tiles,
     TunedShape,
     find_inflections,
 )
@@ -32,18 +36,77 @@ _FORCED = {
 _HOPELESS = 2.0
 """GEMV reads W once for each row: this many times slower than the best, more rows will not bring it back."""
 
+_PROBE_ROWS = {LinearArm.GEMV: 1, LinearArm.FLAT_GEMM: 8, LinearArm.GEMM: 128}
+"""Where tiles of an implementation are compared: the middle of the range it is for."""
+
+Name = TypeVar("Name")
+
+Stopwatch = Callable[[], float]
+"""Runs something and returns the seconds that one call of it took."""
+
+
+class Rotation:
+    """The weights of one shape, used in turn: a model meets none of them twice in a step, so a time with the weight
+    still in a cache would be one that never comes."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self.weights = weights
+        self._turns = cycle(weights)
+
+    def next(self) -> Weight:
+        return next(self._turns)
+
+
+class LinearMachine(Protocol):
+    """What linear layers run on: how that is timed, and what is sound there before anything was measured."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def default_inflections(self, shape: LinearShape) -> Inflections: ...
+
+    def tiles(self, shape: LinearShape, arm: LinearArm) -> Sequence[Tiles]:
+        """What an implementation may choose among, the default first; empty if it has no choice."""
+        ...
+
+    def stopwatch(self, run: Callable[[Weight], object], rotation: Rotation) -> Stopwatch: ...
+
+
+class CpuMachine:
+    """A CPU: implementations time themselves by being called, and cut their work up by themselves."""
+
+    device = torch.device("cpu")
+
+    def default_inflections(self, shape: LinearShape) -> Inflections:  # noqa: ARG002
+        return DEFAULT_INFLECTIONS
+
+    def tiles(self, shape: LinearShape, arm: LinearArm) -> Sequence[Tiles]:  # noqa: ARG002
+        return ()
+
+    def stopwatch(self, run: Callable[[Weight], object], rotation: Rotation) -> Stopwatch:
+        def seconds() -> float:
+            weight = rotation.next()
+            start = time.perf_counter()
+            run(weight)
+            return time.perf_counter() - start
+
+        return seconds
+
 
 class Dataflow:
     """Which implementation multiplies how many rows: as measured where it was, else by default, or one forced on all.
 
-    All give the same bits, so that the choice is one of speed alone and may change at any time; recorded steps keep
-    what they were recorded with.
+    On a CPU all give the same bits, so that the choice is one of speed alone and may change at any time; on a GPU each
+    gives a row its bits whatever the other rows are. Recorded steps keep what they were recorded with.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, machine: LinearMachine | None = None) -> None:
         self.tuned: dict[LinearShape, TunedShape] = {}
         self.max_pieces: int | None = None  # of a context in decode attention; None leaves it to the kernel
+        self._machine: LinearMachine = machine or CpuMachine()
         self._forced: LinearArm | None = None
+        self._tried: Tiles | None = None
+        self._default_tiles: dict[tuple[LinearShape, LinearArm], Tiles] = {}
 
     def arm(self, shape: LinearShape, num_rows: int) -> LinearArm:
         return self.inflections(shape).arm(num_rows) if self._forced is None else self._forced
@@ -54,7 +117,19 @@ class Dataflow:
 
     def inflections(self, shape: LinearShape) -> Inflections:
         tuned = self.tuned.get(shape)
-        return DEFAULT_INFLECTIONS if tuned is None else tuned.inflections
+        return self._machine.default_inflections(shape) if tuned is None else tuned.inflections
+
+    def tiles(self, shape: LinearShape, arm: LinearArm) -> Tiles:
+        """How an implementation that has a choice cuts this shape up, whatever the number of rows."""
+        if self._tried is not None:
+            return self._tried
+        tuned = self.tuned.get(shape)
+        if tuned is not None and arm in tuned.tiles:
+            return tuned.tiles[arm]
+        found = self._default_tiles.get((shape, arm))
+        if found is None:
+            found = self._default_tiles[shape, arm] = self._machine.tiles(shape, arm)[0]
+        return found
 
     def force(self, arm: LinearArm | None) -> None:
         """Run every linear layer on one implementation; None ends that."""
@@ -69,12 +144,13 @@ class Dataflow:
         return f"{self.inflections(shape)} ({grounds})"
 
     @contextmanager
-    def _forcing(self, arm: LinearArm) -> Iterator[None]:
-        before, self._forced = self._forced, arm
+    def _forcing(self, arm: LinearArm, tiles: Tiles | None) -> Iterator[None]:
+        before = self._forced, self._tried
+        self._forced, self._tried = arm, tiles
         try:
             yield
         finally:
-            self._forced = before
+            self._forced, self._tried = before
 
     def measure(
         self,
@@ -85,37 +161,75 @@ class Dataflow:
         dtype: torch.dtype,
         num_rows: Sequence[int],
         num_rounds: int,
+        compares_tiles: bool = False,
     ) -> TunedShape:
         """Time each implementation for each number of rows, and find where to change from one to the next.
 
-        weights: all of that shape, used in turn: a model meets none of them twice in a step, so a time with the weight
-            still in a cache would be one that never comes.
+        weights: all of that shape, used in turn.
+        compares_tiles: first find the best of the tiles each implementation may choose among, which on a GPU means
+            compiling all of them; else the default ones are used.
         Rounds go through the implementations in turn, so that a busy moment of the machine falls on all of them; each
         one's best round counts. The result is not yet in use: put it into `tuned`.
 
         dtype: of activations.
         """
         times: dict[LinearArm, dict[int, float]] = {arm: {} for arm in LinearArm}
-        arms, next_weight = list(LinearArm), cycle(weights)
+        arms, measuring = list(LinearArm), _Measurement(self, self._machine, linear, weights, shape, dtype, num_rounds)
+        choices = {arm: list(self._machine.tiles(shape, arm)) for arm in LinearArm}
+        if compares_tiles:
+            tiles = {arm: measuring.best_tiles(arm, found) for arm, found in choices.items() if found}
+        else:
+            tiles = {arm: found[0] for arm, found in choices.items() if found}
         for count in sorted(num_rows):
-            x = torch.randn(count, shape.in_features).to(dtype)
-            best_s = dict.fromkeys(arms, float("inf"))
-            for _ in range(num_rounds):
-                for arm in arms:
-                    with self._forcing(arm):
-                        best_s[arm] = min(best_s[arm], _seconds(linear, x, next(next_weight)))
+            best_s = measuring.best_seconds(count, {arm: (arm, tiles.get(arm)) for arm in arms})
             for arm, seconds in best_s.items():
                 times[arm][count] = seconds
             if best_s.get(LinearArm.GEMV, 0.0) > _HOPELESS * min(best_s.values()):
                 arms.remove(LinearArm.GEMV)
         return TunedShape(
-            inflections=find_inflections(times, DEFAULT_INFLECTIONS),
+            inflections=find_inflections(times, self._machine.default_inflections(shape)),
             measured_on=date.today().isoformat(),
             times=times,
+            tiles=tiles,
         )
 
 
-def _seconds(linear: Callable[[Tensor, Weight], Tensor], x: Tensor, weight: Weight) -> float:
-    start = time.perf_counter()
-    linear(x, weight)
-    return time.perf_counter() - start
+class _Measurement:
+    """Times of one shape."""
+
+    def __init__(
+        self,
+        dataflow: Dataflow,
+        machine: LinearMachine,
+        linear: Callable[[Tensor, Weight], Tensor],
+        weights: Sequence[Weight],
+        shape: LinearShape,
+        dtype: torch.dtype,
+        num_rounds: int,
+    ) -> None:
+        self._dataflow, self._machine, self._linear = dataflow, machine, linear
+        self._shape, self._dtype, self._num_rounds = shape, dtype, num_rounds
+        self._rotation = Rotation(weights)
+
+    def best_tiles(self, arm: LinearArm, choices: Sequence[Tiles]) -> Tiles:
+        """The first of those within TIE of the fastest."""
+        if len(choices) == 1:
+            return choices[0]
+        best_s = self.best_seconds(_PROBE_ROWS[arm], {tiles: (arm, tiles) for tiles in choices})
+        limit_s = TIE * min(best_s.values())
+        return next(tiles for tiles in choices if best_s[tiles] <= limit_s)
+
+    def best_seconds(self, num_rows: int, variants: Mapping[Name, tuple[LinearArm, Tiles | None]]) -> dict[Name, float]:
+        """The best round of each variant."""
+        x = torch.randn(num_rows, self._shape.in_features).to(self._machine.device, self._dtype)
+        watches: dict[Name, Stopwatch] = {}
+        for name, variant in variants.items():
+            # What a stopwatch runs may be recorded now, or called each time.
+            with self._dataflow._forcing(*variant):
+                watches[name] = self._machine.stopwatch(lambda weight: self._linear(x, weight), self._rotation)
+        best_s = dict.fromkeys(variants, math.inf)
+        for _ in range(self._num_rounds):
+            for name, variant in variants.items():
+                with self._dataflow._forcing(*variant):
+                    best_s[name] = min(best_s[name], watches[name]())
+        return best_s

@@ -58,6 +58,26 @@ class Inflections:
         return f"GEMV below M = {self.flat_gemm_from}, flat GEMM below {self.gemm_from}, then GEMM"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How an implementation on a GPU cuts a product up among programs.
+
+    block_n, block_k: rows and columns of W in one step of one program.
+    num_splits: parts of K that different programs sum up; part of what decides the bits of a result.
+    num_warps: of a program; num_stages: tiles of the loop's pipeline, 1 for loads into registers.
+    """
+
+    block_n: int
+    block_k: int
+    num_splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def __str__(self) -> str:
+        splits = f" in {self.num_splits} splits" if self.num_splits > 1 else ""
+        return f"{self.block_n} x {self.block_k}{splits}, {self.num_warps} warps, {self.num_stages} stages"
+
+
 ArmTimes = Mapping[LinearArm, Mapping[int, float]]
 """Seconds by arm and number of rows; an arm that was given up has no entry for larger numbers."""
 
@@ -99,16 +119,35 @@ class TuningKey:
 
     @property
     def file_name(self) -> str:
-        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16] + ".json"
+        return _file_name(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceTuningKey:
+    """The same for a GPU. toolkit: version of CUDA or ROCm; kernels: a digest of the sources of the kernels."""
+
+    device: str
+    toolkit: str
+    torch: str
+    triton: str
+    kernels: str
+
+    @property
+    def file_name(self) -> str:
+        return _file_name(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TunedShape:
-    """times: what was measured, for people and plots; only the inflections are used."""
+    """times: what was measured, for people and plots; only inflections and tiles are used.
+
+    tiles: the best found for each implementation that has a choice of them.
+    """
 
     inflections: Inflections
     measured_on: str
     times: ArmTimes = field(default_factory=dict)
+    tiles: Mapping[LinearArm, Tiles] = field(default_factory=dict)
 
 
 _SECTIONS = ("linear", "attention")
@@ -120,7 +159,7 @@ class TuningCache:
     A file that cannot be read counts as none: what it held can be measured again.
     """
 
-    def __init__(self, key: TuningKey, folder: Path | None = None) -> None:
+    def __init__(self, key: TuningKey | DeviceTuningKey, folder: Path | None = None) -> None:
         self._key = key
         self.file = (folder or default_folder()) / key.file_name
 
@@ -166,6 +205,10 @@ def default_folder() -> Path:
     return Path(cache) / "headrace" / "tuning"
 
 
+def _file_name(key: TuningKey | DeviceTuningKey) -> str:
+    return sha256(json.dumps(asdict(key), sort_keys=True).encode()).hexdigest()[:16] + ".json"
+
+
 def _shape_to_json(shape: LinearShape, tuned: TunedShape) -> dict[str, Any]:
     return {
         "weight_format": shape.weight_format.value,
@@ -174,6 +217,7 @@ def _shape_to_json(shape: LinearShape, tuned: TunedShape) -> dict[str, Any]:
         **asdict(tuned.inflections),
         "measured_on": tuned.measured_on,
         "seconds": {arm.value: {str(m): s for m, s in by_rows.items()} for arm, by_rows in tuned.times.items()},
+        "tiles": {arm.value: asdict(tiles) for arm, tiles in tuned.tiles.items()},
     }
 
 
@@ -185,4 +229,9 @@ def _shape_from_json(entry: dict[str, Any]) -> tuple[LinearShape, TunedShape]:
     )
     inflections = Inflections(flat_gemm_from=int(entry["flat_gemm_from"]), gemm_from=int(entry["gemm_from"]))
     times = {LinearArm(arm): {int(m): float(s) for m, s in rows.items()} for arm, rows in entry["seconds"].items()}
-    return shape, TunedShape(inflections=inflections, measured_on=str(entry["measured_on"]), times=times)
+    tiles = {LinearArm(arm): _tiles_from_json(found) for arm, found in entry.get("tiles", {}).items()}
+    return shape, TunedShape(inflections=inflections, measured_on=str(entry["measured_on"]), times=times, tiles=tiles)
+
+
+def _tiles_from_json(entry: dict[str, Any]) -> Tiles:
+    return Tiles(**{name: int(value) for name, value in entry.items()})
