@@ -84,4 +84,28 @@ class PackedKvCache:
         return SoftmaxCounts(num_rows=self.cache.num_rows(), num_recomputed_rows=self.cache.num_recomputed_rows())
 
 
-KvCache = DenseKvCache | QuantizedKvCache | PackedKvCache
+@dataclass(frozen=True, kw_only=True)
+class GpuKvCache:
+    """A cache in the layout of the Triton kernels: what one KV head has of a block lies side by side.
+
+    A key or value that is not finite makes its token one that whoever sees it gets NaN from, and whoever does not is
+    not touched by: its scales are NaN; in a cache without scales its key is NaN and its value 0.
+
+    Shapes:
+        data:   [2, num_blocks, num_kv_heads, block_size, head_dim] float32, bfloat16 or int8, keys then values
+        scales: [2, num_blocks, num_kv_heads, block_size] float32 for int8, else empty
+        counts: [2] int64, rows and recomputed rows of the asynchronized softmax
+    """
+
+    spec: KvCacheSpec
+    data: Tensor
+    scales: Tensor
+    counts: Tensor
+
+    def softmax_counts(self) -> SoftmaxCounts:
+        """Waits for the device."""
+        num_rows, num_recomputed_rows = self.counts.tolist()
+        return SoftmaxCounts(num_rows=num_rows, num_recomputed_rows=num_recomputed_rows)
+
+
+KvCache = DenseKvCache | QuantizedKvCache | PackedKvCache | GpuKvCache

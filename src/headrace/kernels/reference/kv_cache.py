@@ -5,7 +5,15 @@ from torch import Tensor
 
 from headrace.config import KvCacheFormat
 from headrace.errors import KernelError
-from headrace.kernels.kv_cache import NOT_STORED, DenseKvCache, KvCache, KvCacheSpec, PackedKvCache, QuantizedKvCache
+from headrace.kernels.kv_cache import (
+    NOT_STORED,
+    DenseKvCache,
+    GpuKvCache,
+    KvCache,
+    KvCacheSpec,
+    PackedKvCache,
+    QuantizedKvCache,
+)
 from headrace.kernels.reference.rotary import rotary_
 
 _CPU = torch.device("cpu")
@@ -72,7 +80,7 @@ def rotary_store_kv_(
         case DenseKvCache():
             for kind, x in enumerate(rows):
                 kv_cache.data[kind].flatten(0, 1).index_copy_(0, slot_mapping, x.to(kv_cache.data.dtype))
-        case PackedKvCache():
+        case PackedKvCache() | GpuKvCache():
             raise _not_ours()
 
 
@@ -90,7 +98,7 @@ def read_kv(kv_cache: KvCache, slots: Tensor) -> tuple[Tensor, Tensor]:
         case DenseKvCache():
             key, value = kv_cache.data.flatten(1, 2)[:, slots].float()
             return key, value
-        case PackedKvCache():
+        case PackedKvCache() | GpuKvCache():
             raise _not_ours()
 
 
@@ -108,4 +116,4 @@ def quantize(x: Tensor, scales: Tensor) -> Tensor:
 
 
 def _not_ours() -> KernelError:
-    return KernelError("the reference kernels cannot read a cache of the native ones")
+    return KernelError("the reference kernels read their own KV caches alone")

@@ -4,19 +4,23 @@ Importing this package imports Triton; where that fails, `kernels.dispatch` says
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from headrace.kernels.triton.activation import activation, gated_activation
+from headrace.kernels.triton.attention import Attention
+from headrace.kernels.triton.kv_cache import kv_cache_num_bytes, make_kv_cache, read_kv
 from headrace.kernels.triton.launch import check_device
 from headrace.kernels.triton.norm import add_, layer_norm, rms_norm
+from headrace.kernels.triton.rotary import rotary_store_kv_, rotary_table
 from headrace.kernels.triton.sampling import argmax, log_sum_exp, top_k
 
 __all__ = ["check_device", "make_ops"]
 
 
-def make_ops(device: torch.device) -> dict[str, Callable[..., Any]]:  # noqa: ARG001
+def make_ops(device: torch.device) -> dict[str, Callable[..., Any]]:
     """The ops that are written in Triton, by name, for tensors on a device."""
     return {
         "activation": activation,
@@ -27,4 +31,10 @@ def make_ops(device: torch.device) -> dict[str, Callable[..., Any]]:  # noqa: AR
         "log_sum_exp": log_sum_exp,
         "rms_norm": rms_norm,
         "top_k": top_k,
+        "attention": Attention(device),
+        "kv_cache_num_bytes": kv_cache_num_bytes,
+        "make_kv_cache": partial(make_kv_cache, device=device),
+        "read_kv": read_kv,
+        "rotary_store_kv_": rotary_store_kv_,
+        "rotary_table": rotary_table,
     }

@@ -33,3 +33,10 @@ def check_device(device: torch.device) -> None:
         f"Triton kernels need a GPU, but the model lies on {device}; "
         "put it on 'cuda', or set TRITON_INTERPRET=1 to run them in Triton's interpreter, for tests"
     )
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; in the interpreter three, so that programs have several pieces of work each, as on a GPU."""
+    if device.type != "cuda":
+        return 3
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

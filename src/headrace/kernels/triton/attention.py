@@ -1,0 +1,251 @@
+"""Attention over the paged KV cache."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from headrace.config import KvCacheFormat, SoftmaxScheme
+from headrace.errors import KernelError, ShapeError
+from headrace.kernels.kv_cache import GpuKvCache, KvCache
+from headrace.kernels.ops import AttentionSpec
+from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, split_kernel
+from headrace.kernels.triton.attention_rows import NO_WINDOW
+from headrace.kernels.triton.kv_cache import gpu_cache
+from headrace.kernels.triton.launch import is_interpreted, num_multiprocessors
+from headrace.kernels.triton.rotary import QUERY_DTYPES, by_token
+from headrace.kernels.triton.softmax import SCHEMES
+from headrace.kernels.triton.splits import max_num_splits, split_unit_tokens
+
+_LOG2_E = math.log2(math.e)
+
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+"""As many as fit beside each other with two tiles each under way (`attention_decode`)."""
+
+
+class Attention:
+    """`reference.attention`, by any softmax scheme.
+
+    A decoded token's result depends on its query and on the keys and values it sees, to the bit: not on the batch, nor
+    on how many programs share the work.
+
+    device: where tensors lie.
+    num_programs: of a decode launch, at most; None takes as many as fill the device.
+    """
+
+    def __init__(self, device: torch.device, *, num_programs: int | None = None) -> None:
+        self.num_programs = num_programs or _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
+
+    def __call__(
+        self,
+        query: Tensor,
+        kv_cache: KvCache,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        """
+        Shapes:
+            query:        [num_tokens, num_heads, head_dim]
+            block_tables: [num_seqs, max_blocks_per_seq] int32; entries past the context are never read
+            context_lens: [num_seqs] int32, >= new tokens of the sequence; 0 for a place that holds none, whose output
+                is 0
+            cu_seqlens_q: [num_seqs + 1] int32
+            returns:      like query, same dtype; accumulated in float32
+        Raises:
+            ShapeError: tensors that do not fit together or the cache.
+            KernelError: dtypes that do not.
+        """
+        call = _Call.checked(query, kv_cache, block_tables, context_lens, cu_seqlens_q, spec)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if call.num_tokens:
+            self._decode(call, out)
+        return out
+
+    def _decode(self, call: "_Call", out: Tensor) -> None:
+        shape = DecodeShape.of(call.group)
+        token_slots = min(shape.max_tokens, call.num_tokens - call.num_seqs + 1)
+        max_splits = max_num_splits(call.max_context_len, call.unit)
+        num_rows = call.num_seqs * token_slots * call.num_heads
+        partials = torch.empty(num_rows, max_splits, call.head_dim, dtype=torch.float32, device=out.device)
+        states = torch.empty(num_rows, max_splits, 2, dtype=torch.float32, device=out.device)
+        constants = call.constants() | {
+            "BLOCK_M": shape.block_m,
+            "MAX_TOKENS": shape.max_tokens,
+            "TOKEN_SLOTS": token_slots,
+            "UNIT": call.unit,
+            "BLOCK_N": 64 if call.head_dim <= 128 else 32,
+            "IS_SHARE": False,
+        }
+        num_pieces = call.num_seqs * max_splits * call.num_kv_heads * shape.row_tiles
+        split_kernel[(min(self.num_programs, num_pieces),)](
+            *call.tensors(),
+            partials,
+            states,
+            call.num_seqs,
+            *call.strides(),
+            max_splits,
+            *call.numbers(),
+            **constants,
+            SEQS=triton.next_power_of_2(call.num_seqs),
+            ROW_TILES=shape.row_tiles,
+            STAGES=3,
+            num_warps=4,
+        )
+        merge_kernel[(num_rows,)](
+            *call.tensors(),
+            partials,
+            states,
+            out,
+            states,
+            *call.strides(),
+            max_splits,
+            *call.numbers(),
+            **constants,
+            num_warps=4,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """One call's tensors, checked, and what kernels are told of them."""
+
+    query: Tensor
+    cache: GpuKvCache
+    block_tables: Tensor
+    context_lens: Tensor
+    cu_seqlens_q: Tensor
+    owned_blocks: Tensor
+    spec: AttentionSpec
+
+    @classmethod
+    def checked(
+        cls,
+        query: Tensor,
+        kv_cache: KvCache,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        spec: AttentionSpec,
+        owned_blocks: Tensor | None = None,
+    ) -> "_Call":
+        cache = gpu_cache(kv_cache)
+        _check(query, cache, block_tables, context_lens, cu_seqlens_q, owned_blocks)
+        return cls(
+            query=by_token(_as_computed(query, spec.softmax.scheme)),
+            cache=cache,
+            block_tables=_by_row(block_tables),
+            context_lens=context_lens.contiguous(),
+            cu_seqlens_q=cu_seqlens_q.contiguous(),
+            owned_blocks=context_lens[:, None] if owned_blocks is None else _by_row(owned_blocks),
+            spec=spec,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.context_lens)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.cache.spec.num_kv_heads
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def unit(self) -> int:
+        return split_unit_tokens(self.cache.spec.cache_format, self.head_dim)
+
+    @property
+    def max_context_len(self) -> int:
+        """Of this cache's part of a context: all that a block table has room for."""
+        return self.block_tables.shape[1] * self.cache.spec.block_size
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        keys, values = self.cache.data
+        key_scales, value_scales = self.cache.scales
+        tables = self.block_tables, self.context_lens, self.cu_seqlens_q, self.owned_blocks
+        return self.query, *tables, keys, values, key_scales, value_scales, self.cache.counts
+
+    def strides(self) -> tuple[int, int, int]:
+        return self.query.stride(0), self.block_tables.stride(0), self.owned_blocks.stride(0)
+
+    def numbers(self) -> tuple[float, ...]:
+        """The window, and the scale, the cap and the unified maximum with its bounds for logits in base 2."""
+        spec, softmax = self.spec, self.spec.softmax
+        least, largest = softmax.element_bounds or (0.0, 0.0)
+        window = NO_WINDOW if spec.sliding_window is None else min(spec.sliding_window, NO_WINDOW)
+        logits = spec.softmax_scale, spec.logit_soft_cap or 1.0, softmax.unified_max, least, largest
+        return window, *(x * _LOG2_E for x in logits)
+
+    def constants(self) -> dict[str, Any]:
+        return {
+            "NUM_KV_HEADS": self.num_kv_heads,
+            "GROUP": self.group,
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(self.head_dim)),
+            "BLOCK_SIZE": self.cache.spec.block_size,
+            "IS_INT8": self.cache.spec.cache_format is KvCacheFormat.INT8,
+            "SCHEME": SCHEMES[self.spec.softmax.scheme],
+            "HAS_CAP": self.spec.logit_soft_cap is not None,
+            "IS_STRICT": self.spec.softmax.element_bounds is not None,
+        }
+
+
+def _as_computed(query: Tensor, scheme: SoftmaxScheme) -> Tensor:
+    """float16 has not the exponents that a unified maximum needs, and the interpreter multiplies no bfloat16."""
+    is_unsuited = query.dtype is torch.float16 and scheme is SoftmaxScheme.ASYNCHRONIZED
+    if is_unsuited or (query.dtype is torch.bfloat16 and is_interpreted()):
+        return query.float()
+    return query
+
+
+def _by_row(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _check(
+    query: Tensor,
+    cache: GpuKvCache,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    owned_blocks: Tensor | None,
+) -> None:
+    num_heads, num_kv_heads = query.shape[1], cache.spec.num_kv_heads
+    if num_heads % num_kv_heads:
+        raise ShapeError(f"{num_heads} query heads cannot share {num_kv_heads} KV heads evenly")
+    if query.shape[2] != cache.spec.head_dim:
+        raise ShapeError(f"heads of {query.shape[2]} over a cache of {cache.spec.head_dim}")
+    num_seqs = len(context_lens)
+    if len(block_tables) != num_seqs or len(cu_seqlens_q) != num_seqs + 1:
+        raise ShapeError(
+            f"{num_seqs} context_lens, {len(block_tables)} block tables and {len(cu_seqlens_q)} cu_seqlens_q; "
+            "allowed: n, n and n + 1"
+        )
+    if owned_blocks is not None and (owned_blocks.dtype != torch.int32 or len(owned_blocks) != num_seqs):
+        raise ShapeError(
+            f"owned_blocks are {owned_blocks.dtype} of {len(owned_blocks)} sequences; allowed: int32 of each of the "
+            f"{num_seqs}"
+        )
+    if query.dtype not in QUERY_DTYPES:
+        raise KernelError(f"query is {query.dtype}; allowed: float32, bfloat16 and float16")
+    if {block_tables.dtype, context_lens.dtype, cu_seqlens_q.dtype} != {torch.int32}:
+        raise KernelError("block_tables, context_lens and cu_seqlens_q must be int32")
