@@ -2,24 +2,19 @@
 
 import queue
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headrace.costs.sites import Phase
+from headrace.parallel.exchange_counts import Call, Calls, ExchangeCounts
 from headrace.parallel.ledger import LedgerRow
 
 TIMEOUT_S = 30
-
-
-class _Entry(NamedTuple):
-    operation: str
-    site: str
-    phase: Phase
 
 
 class ThreadGroup:
@@ -39,10 +34,8 @@ class ThreadGroup:
     ) -> None:
         self.name, self.rank, self.world_size = name, rank, world_size
         self._board, self._barrier, self._boxes = board, barrier, boxes
-        self._phase = Phase.DECODE
-        self._counts: Counter[_Entry] = Counter()
-        self._payload_bytes: Counter[_Entry] = Counter()
-        self._wire_bytes: Counter[_Entry] = Counter()
+        self._counts = ExchangeCounts(name)
+        self._counts.phase = Phase.DECODE
 
     def all_reduce(self, tensor: Tensor, site: str, *, out_dtype: torch.dtype | None = None) -> Tensor:
         return self._sum("all_reduce", tensor, site).to(out_dtype or tensor.dtype)
@@ -66,24 +59,16 @@ class ThreadGroup:
         tensor.copy_(sent.view_as(tensor))
 
     def set_phase(self, phase: Phase) -> None:
-        self._phase = phase
+        self._counts.phase = phase
+
+    def captured(self) -> AbstractContextManager[Calls]:
+        return self._counts.captured()
+
+    def count(self, calls: Calls) -> None:
+        self._counts.count(calls)
 
     def ledger_rows(self) -> list[LedgerRow]:
-        return [
-            LedgerRow(
-                operation=entry.operation,
-                group=self.name,
-                site=entry.site,
-                phase=entry.phase,
-                algorithm="point_to_point" if entry.operation in ("send", "recv") else "direct",
-                count=count,
-                payload_bytes=self._payload_bytes[entry],
-                wire_bytes=self._wire_bytes[entry],
-                wait_s=None,
-                transfer_s=0.0,
-            )
-            for entry, count in self._counts.items()
-        ]
+        return self._counts.rows()
 
     def abort(self) -> None:
         """Let the others fail now instead of waiting for a rank that has failed."""
@@ -104,10 +89,8 @@ class ThreadGroup:
         return [tensor for _, _, tensor in brought]
 
     def _count(self, operation: str, site: str, payload_bytes: int, wire_bytes: int) -> None:
-        entry = _Entry(operation, site, self._phase)
-        self._counts[entry] += 1
-        self._payload_bytes[entry] += payload_bytes
-        self._wire_bytes[entry] += wire_bytes
+        algorithm = "point_to_point" if operation in ("send", "recv") else "direct"
+        self._counts.add(Call(operation, algorithm, site, payload_bytes, wire_bytes))
 
 
 def thread_groups(world_size: int, name: str = "tp") -> list[ThreadGroup]:

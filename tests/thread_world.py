@@ -1,7 +1,7 @@
 """An engine whose ranks are threads of one process: every layout without the seconds that processes take to start."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from headrace.engine.llm import _engine_config
 from headrace.engine.load_rank import load_rank
 from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.worker import Worker
+from headrace.kernels import Kernels
 from headrace.parallel.group import Group, OneRankGroup
 from headrace.parallel.ledger import LedgerRow
 from headrace.parallel.place import Place
@@ -79,7 +80,14 @@ class ThreadExecutor:
             raise
 
 
-def thread_llm(folder: Path, *, dtype: str = "float32", quantize: str | None = None, **settings: Any) -> LLM:
+def thread_llm(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    quantize: str | None = None,
+    change_kernels: Callable[[Kernels], Kernels] | None = None,
+    **settings: Any,
+) -> LLM:
     """`LLM` with these settings, those of `ParallelConfig` included, on ranks that are threads."""
     of_one_rank = {k: v for k, v in settings.items() if k not in ParallelConfig.__dataclass_fields__}
     llm = LLM(str(folder), dtype=dtype, quantize=quantize, **of_one_rank)
@@ -95,7 +103,7 @@ def thread_llm(folder: Path, *, dtype: str = "float32", quantize: str | None = N
             check=lambda: None,
             fabric=SimpleNamespace(make_group=lambda name, ranks, _: fabric.make_group(rank, name, ranks)),
         )
-        return load_rank(config, folder, world).make_worker(
+        return load_rank(config, folder, world, change_kernels=change_kernels).make_worker(
             num_blocks=model.plan.num_blocks,
             block_size=model.plan.cache.block_size,
             max_model_len=model.plan.max_model_len,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from headrace.models.decoder import Decoder
 from headrace.models.loading import WeightFormats
 from headrace.models.progress import bytes_progress
 from headrace.models.source import ModelSource, load_decoder, open_model, resolve_formats
+from headrace.parallel.captured import counting_record
 from headrace.parallel.group import Group, OneRankGroup
 from headrace.parallel.world import World
 
@@ -130,6 +131,8 @@ def load_rank(
     kv_group: Group = OneRankGroup("kv")
     if shape.share is not None:
         kv_group = world.fabric.make_group("kv", place.kv_ranks(source.config.attention.num_kv_heads), kernels)
+    groups = (tp_group, pp_group, kv_group)
+    kernels = replace(kernels, record=counting_record(kernels.record, groups))
     context = LayerContext(
         kernels=kernels,
         tp_group=tp_group,
@@ -159,7 +162,7 @@ def load_rank(
             max_num_tokens=config.scheduler.max_num_batched_tokens,
             placement=source.config.norm.placement,
         ),
-        groups=(tp_group, pp_group, kv_group),
+        groups=groups,
         parallel=config.parallel,
         formats=formats,
         kv_cache_format=cache_format,

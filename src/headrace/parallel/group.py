@@ -1,12 +1,14 @@
 """The one door through which ranks exchange tensors."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from headrace.costs.sites import Phase
+from headrace.parallel.exchange_counts import Calls
 from headrace.parallel.ledger import ExchangeEvent, LedgerRow
 
 
@@ -55,6 +57,17 @@ class Group(Protocol):
         """What the calls that follow are counted as."""
         ...
 
+    def captured(self) -> AbstractContextManager[Calls]:
+        """Within it calls are noted in what it yields, and not counted: see `parallel.captured`.
+
+        Nothing is noted where replays count by themselves, as those of native code do.
+        """
+        ...
+
+    def count(self, calls: Calls) -> None:
+        """Count, in the present phase, what a recording of these calls has exchanged by running again."""
+        ...
+
     def ledger_rows(self) -> list[LedgerRow]:
         """What this rank has exchanged in this group so far."""
         ...
@@ -98,6 +111,12 @@ class OneRankGroup:
         raise ValueError(f"a group of one rank has no rank {source}")
 
     def set_phase(self, phase: Phase) -> None:
+        pass
+
+    def captured(self) -> AbstractContextManager[Calls]:
+        return nullcontext(Calls())
+
+    def count(self, calls: Calls) -> None:
         pass
 
     def ledger_rows(self) -> list[LedgerRow]:

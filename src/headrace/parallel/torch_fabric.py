@@ -26,7 +26,7 @@ class TorchFabric:
             return OneRankGroup(name)
         store = PrefixStore(f"{name}-{'-'.join(map(str, ranks))}", self._store)
         rank, size = list(ranks).index(self._rank), len(ranks)
-        return TorchGroup(name, self._make_process_group(store, rank, size), self._backend)
+        return TorchGroup(name, self._make_process_group(store, rank, size))
 
     def _make_process_group(self, store: Store, rank: int, size: int) -> dist.ProcessGroup:
         if self._backend == "gloo":

@@ -1,0 +1,35 @@
+"""Kernels whose passes are recorded without a GPU: a stand-in for CUDA graphs, to try what stands around them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from headrace.kernels import Kernels, Recording
+from headrace.kernels.ops import T
+
+NUM_WARM_UPS = 2
+
+
+def record(forward: Callable[[], T]) -> tuple[T, Recording]:
+    """Run `forward` as often as capturing a CUDA graph does: to warm up, and to capture. A replay runs it again, into
+    the tensors that the captured pass returned."""
+    for _ in range(NUM_WARM_UPS):
+        forward()
+    out = forward()
+
+    @torch.inference_mode()
+    def replay() -> None:
+        for mine, its in zip(_tensors(out), _tensors(forward()), strict=True):
+            mine.copy_(its)
+
+    return out, Recording(replay=replay, num_ops=1)
+
+
+def with_recordings(kernels: Kernels) -> Kernels:
+    return replace(kernels, record=record)
+
+
+def _tensors(out: object) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)  # type: ignore[return-value]

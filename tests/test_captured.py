@@ -1,0 +1,190 @@
+"""Ledgers of passes that are recorded once and replayed often."""
+
+from collections import Counter
+
+import pytest
+import recorded_rank
+import torch
+from checkpoints import BY_NAME
+from planned_run import assert_ledgers_as_predicted, record_plans
+from recorded_kernels import record, with_recordings
+from test_layouts import (
+    CROWDED,
+    GREEDY,
+    LAYOUTS,
+    ORDER,
+    PROMPTS,
+    as_prompts,
+    closing,
+    make_subject,
+    parallel_config,
+    tokens_of,
+)
+from thread_group import on_ranks, thread_groups
+from thread_world import thread_llm
+
+from headrace import LLM
+from headrace.config import Transport
+from headrace.costs.exchanges import rules_of
+from headrace.costs.sites import Phase
+from headrace.engine import load_rank, start
+from headrace.kernels import Recording
+from headrace.parallel.captured import captured, counting_record
+from headrace.parallel.exchange_counts import Call, ExchangeCounts
+from headrace.parallel.group import OneRankGroup
+
+SUM = Call("all_reduce", "ring", "layers.0.mlp", 64, 96)
+SEND = Call("send", "point_to_point", "boundary.0", 32, 32)
+
+
+def counted(counts: ExchangeCounts) -> dict[tuple[str, Phase], tuple[int, int, int]]:
+    return {(row.operation, row.phase): (row.count, row.payload_bytes, row.wire_bytes) for row in counts.rows()}
+
+
+class TestCounts:
+    def test_captured_calls_are_noted_and_not_counted(self) -> None:
+        counts = ExchangeCounts("tp")
+        counts.add(SUM)
+        with counts.captured() as notes:
+            counts.add(SUM)
+            counts.add(SUM)
+            counts.add(SEND)
+        assert notes == Counter({SUM: 2, SEND: 1})
+        assert counted(counts) == {("all_reduce", Phase.PREFILL): (1, 64, 96)}
+
+    def test_a_replay_counts_in_the_phase_it_runs_in(self) -> None:
+        counts = ExchangeCounts("tp")
+        with counts.captured() as notes:
+            counts.add(SUM)
+            counts.add(SUM)
+        counts.phase = Phase.DECODE
+        for _ in range(3):
+            counts.count(notes)
+        assert counted(counts) == {("all_reduce", Phase.DECODE): (6, 6 * 64, 6 * 96)}
+
+    def test_a_replay_within_a_capture_is_noted(self) -> None:
+        """As where a whole start is for trial: whatever is recorded and replayed in it."""
+        counts = ExchangeCounts("tp")
+        with counts.captured() as outer:
+            with counts.captured() as inner:
+                counts.add(SEND)
+            counts.count(inner)
+            counts.add(SUM)
+        assert outer == Counter({SEND: 1, SUM: 1})
+        assert not counts.rows()
+
+    def test_a_failed_capture_leaves_the_ledger_counting(self) -> None:
+        counts = ExchangeCounts("tp")
+        with pytest.raises(ZeroDivisionError), counts.captured():
+            counts.add(SUM)
+            1 / 0  # noqa: B018
+        counts.add(SUM)
+        assert counted(counts) == {("all_reduce", Phase.PREFILL): (1, 64, 96)}
+
+
+class TestRecordings:
+    def test_the_first_pass_counts_once_and_each_replay_once(self) -> None:
+        groups = thread_groups(2)
+
+        def run(group):
+            out, recording = counting_record(record, [group])(lambda: group.all_reduce(torch.ones(4), "a"))
+            group.set_phase(Phase.PREFILL)
+            for _ in range(5):
+                recording.replay()
+            return out
+
+        for out in on_ranks(groups, run):
+            assert out.tolist() == [2.0] * 4
+        for group in groups:
+            rows = {row.phase: (row.count, row.payload_bytes, row.wire_bytes) for row in group.ledger_rows()}
+            assert rows == {Phase.DECODE: (1, 16, 16), Phase.PREFILL: (5, 80, 80)}
+
+    def test_a_pass_that_cannot_be_recorded_counts_as_it_runs(self) -> None:
+        groups = thread_groups(2)
+
+        def refuse(forward):
+            return forward(), Recording(obstacle="none of your business")
+
+        def run(group):
+            forward = lambda: group.all_reduce(torch.ones(4), "a")
+            _, recording = counting_record(refuse, [group])(forward)
+            forward()
+            return recording
+
+        assert {recording.obstacle for recording in on_ranks(groups, run)} == {"none of your business"}
+        assert {row.count for group in groups for row in group.ledger_rows()} == {2}
+
+    def test_a_trial_run_counts_nothing(self) -> None:
+        groups = thread_groups(2)
+
+        def run(group):
+            forward = lambda: group.all_reduce(torch.ones(4), "a")
+            with captured([group]):
+                _, recording = counting_record(record, [group])(forward)
+                recording.replay()
+            before = group.ledger_rows()
+            recording.replay()
+            return before
+
+        assert on_ranks(groups, run) == [[], []]
+        assert {row.count for group in groups for row in group.ledger_rows()} == {1}
+
+    def test_without_other_ranks_nothing_stands_between(self) -> None:
+        assert counting_record(record, [OneRankGroup(), OneRankGroup("pp")]) is record
+
+    def test_groups_are_counted_apart(self) -> None:
+        tp, pp = thread_groups(2), thread_groups(2, "pp")
+
+        def run(group):
+            rank = group.rank
+
+            def forward():
+                total = tp[rank].all_reduce(torch.ones(4), "a")
+                return torch.cat(pp[rank].all_gather(total[: 2 * rank + 1].clone(), "b", [1, 3]))
+
+            _, recording = counting_record(record, [tp[rank], OneRankGroup("kv"), pp[rank]])(forward)
+            recording.replay()
+
+        on_ranks(tp, run)
+        for rank in range(2):
+            assert [(row.count, row.payload_bytes) for row in tp[rank].ledger_rows()] == [(2, 32)]
+            assert [(row.count, row.payload_bytes) for row in pp[rank].ledger_rows()] == [(2, 2 * 4 * (2 * rank + 1))]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_subject(BY_NAME["llama-gqa"], tmp_path_factory.mktemp("llama-gqa"))
+
+
+def assert_replayed_run(llm: LLM, subject, settings) -> None:
+    plans = record_plans(llm)
+    outputs = llm.generate(as_prompts(PROMPTS[i] for i in ORDER), GREEDY)
+    assert tokens_of(outputs) == [subject.tokens[i] for i in ORDER]
+    executor, model = llm.engine.model.executor, llm.engine.model.config
+    rules = rules_of(Transport.GLOO)
+    assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, parallel_config(settings), rules)
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("send_residual", "slice_boundary", "shard_embedding")], ids=["plain", "literal"]
+)
+@pytest.mark.parametrize("layout", ["tp2", "tp4", "pp2", "tp2-pp2"])
+def test_replayed_decode_steps_exchange_what_is_predicted(llama, layout, flags) -> None:
+    settings = CROWDED | LAYOUTS[layout] | dict.fromkeys(flags, True)
+    with closing(thread_llm(llama.folder, change_kernels=with_recordings, **settings)) as llm:
+        assert_replayed_run(llm, llama, settings)
+        for worker in llm.engine.model.executor.workers:
+            assert worker.decode_step._layers
+            assert worker.decode_step.obstacle is None
+            assert not worker.exchange_differences()
+
+
+def test_replayed_decode_steps_of_processes(llama, monkeypatch) -> None:
+    settings = CROWDED | LAYOUTS["tp2-pp2"] | {"transport": "gloo"}
+    monkeypatch.setattr(start, "_RANK_MODULE", recorded_rank.__name__)
+    monkeypatch.setattr(load_rank, "resolve_kernels", load_rank.resolve_kernels)
+    recorded_rank.record_decode_steps()
+    with closing(LLM(str(llama.folder), dtype="float32", **settings)) as llm:
+        assert_replayed_run(llm, llama, settings)
+        assert llm.engine.model.executor.worker.decode_step.obstacle is None
+        assert llm.engine.model.executor.exchange_differences() == []
