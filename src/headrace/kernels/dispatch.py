@@ -213,7 +213,7 @@ def _triton_kernels(reason: str, instruction_set: str | None, device: torch.devi
     )
     return Kernels(
         **(implementations | own),
-        machine=reference.MachineOps(),
+        machine=triton.MachineOps(device),
         set_num_threads=torch.set_num_threads,
         softmax_schemes=(SoftmaxScheme.SYNCHRONIZED,),
         choices=choices,

@@ -13,11 +13,12 @@ from headrace.kernels.triton.activation import activation, gated_activation
 from headrace.kernels.triton.attention import Attention
 from headrace.kernels.triton.kv_cache import kv_cache_num_bytes, make_kv_cache, read_kv
 from headrace.kernels.triton.launch import check_device
+from headrace.kernels.triton.machine_ops import MachineOps
 from headrace.kernels.triton.norm import add_, layer_norm, rms_norm
 from headrace.kernels.triton.rotary import rotary_store_kv_, rotary_table
 from headrace.kernels.triton.sampling import argmax, log_sum_exp, top_k
 
-__all__ = ["check_device", "make_ops"]
+__all__ = ["MachineOps", "check_device", "make_ops"]
 
 
 def make_ops(device: torch.device) -> dict[str, Callable[..., Any]]:
