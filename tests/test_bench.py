@@ -43,7 +43,7 @@ def llm(model):
 @pytest.fixture
 def quick_limits(monkeypatch):
     """Limits of a tenth of a second: their size is not what is tested."""
-    monkeypatch.setattr(limits_module, "_BUFFER_BYTES", 2**20)
+    monkeypatch.setattr(limits_module, "_BUFFER_BYTES", {"cpu": 2**20})
     monkeypatch.setattr(torch_machine_ops, "_SHAPE", (16, 16, 16))
 
 
@@ -247,7 +247,7 @@ class TestLimits:
 def _little_memory(monkeypatch):
     """What is tested here is what is reported, not how fast anything is."""
     monkeypatch.setattr(kernels_module, "_WORKING_SET_BYTES", 2**20)
-    monkeypatch.setattr(kernels_module, "_READ_BUFFER_BYTES", 2**20)
+    monkeypatch.setattr(kernels_module, "_READ_BUFFER_BYTES", {"cpu": 2**20})
     monkeypatch.setattr(kernels_module, "_MIN_S", 0.0)
 
 

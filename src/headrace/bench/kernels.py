@@ -2,10 +2,10 @@
 
 Weights and caches rotate through copies larger than any cache of the machine, as the layers of a model do. Each time is
 the best of several calls in several rounds, so that what else the machine does meanwhile drops out. On shared machines
-bandwidth itself changes from one second to the next: it is measured beside each kernel, in the same rounds.
+bandwidth itself changes from one second to the next: it is measured beside each kernel, in the same rounds. On a GPU a
+time is that of one call among many that the device works off without a gap, see `kernels.timing`.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from headrace.config import KvCacheFormat, SoftmaxScheme, WeightFormat
 from headrace.kernels import AttentionSpec, Kernels, KvCache, KvCacheSpec, SoftmaxSpec, Weight
+from headrace.kernels.timing import TimedCalls, time_calls
 
 _WORKING_SET_BYTES = 256 * 2**20
 _NUM_ROUNDS = 3
 _MIN_CALLS, _MIN_S = 5, 0.03  # in each round
-_READ_BUFFER_BYTES = 256 * 2**20
+_READ_BUFFER_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 _BLOCK_SIZE = 16
 _KV_WEIGHT_FORMATS = {
     KvCacheFormat.FLOAT32: WeightFormat.FLOAT32,
@@ -77,9 +78,13 @@ class KernelLimits:
 
 def measure_kernel_limits(kernels: Kernels) -> KernelLimits:
     return KernelLimits(
-        read_bytes_per_s=kernels.machine.read_bytes_per_s(_READ_BUFFER_BYTES),
+        read_bytes_per_s=_read_bytes_per_s(kernels),
         ops_per_s={f: kernels.machine.multiply_ops_per_s(f)[1] for f in WeightFormat},
     )
+
+
+def _read_bytes_per_s(kernels: Kernels) -> float:
+    return kernels.machine.read_bytes_per_s(_READ_BUFFER_BYTES[kernels.device.type])
 
 
 class _Recorded:
@@ -105,13 +110,19 @@ class _Rounds:
         self, kernels: Kernels, limits: KernelLimits, runs: Sequence[Callable[[int], object]], num_copies: int
     ) -> None:
         self.seconds = [float("inf")] * len(runs)
-        recorded = [_Recorded(kernels, run, num_copies) for run in runs]
+        timed = [_timed(kernels, run, num_copies) for run in runs]
         read_bytes_per_s = 0.0
         for _ in range(_NUM_ROUNDS):
-            read_bytes_per_s = max(read_bytes_per_s, kernels.machine.read_bytes_per_s(_READ_BUFFER_BYTES))
-            for i, run in enumerate(recorded):
-                self.seconds[i] = min(self.seconds[i], _best_s(run, num_copies))
+            read_bytes_per_s = max(read_bytes_per_s, _read_bytes_per_s(kernels))
+            for i, calls in enumerate(timed):
+                self.seconds[i] = min(self.seconds[i], calls.best_s(min_calls=_MIN_CALLS, min_s=_MIN_S))
         self.limits = replace(limits, read_bytes_per_s=read_bytes_per_s)
+
+
+def _timed(kernels: Kernels, run: Callable[[int], object], num_copies: int) -> TimedCalls:
+    """On a GPU all copies become one graph, which a recording of each would not make faster."""
+    call = run if kernels.device.type == "cuda" else _Recorded(kernels, run, num_copies)
+    return time_calls([partial(call, i) for i in range(num_copies)], kernels.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +165,7 @@ def measure_linears(
         for layer, (n, k) in shape.linears.items():
             on_start(f"{weight_format.value} {layer} [{n}, {k}]")
             weights = _weights(kernels, weight_format, n, k)
-            runs = [_linear(kernels, weights, torch.randn(m, k).to(dtype)) for m in rows]
+            runs = [_linear(kernels, weights, torch.randn(m, k, device=kernels.device).to(dtype)) for m in rows]
             rounds = _Rounds(kernels, limits, runs, len(weights))
             for m, seconds in zip(rows, rounds.seconds, strict=True):
                 num_bytes = weights[0].num_bytes
@@ -176,7 +187,7 @@ def _linear(kernels: Kernels, weights: Sequence[Weight], x: Tensor) -> Callable[
 
 
 def _weights(kernels: Kernels, weight_format: WeightFormat, n: int, k: int) -> list[Weight]:
-    matrix = torch.randn(n, k)
+    matrix = torch.randn(n, k, device=kernels.device)
     weights = []
     for _ in range(-(-_WORKING_SET_BYTES // kernels.weight_num_bytes(weight_format, n, k))):
         builder = kernels.make_weight_builder(weight_format, n, k)
@@ -244,12 +255,14 @@ def _caches(kernels: Kernels, shape: ModelShape, cache_format: KvCacheFormat, co
         head_dim=shape.head_dim,
     )
     dtype = _activation_dtype(cache_format)
-    key, value = (torch.randn(spec.num_slots, spec.num_kv_heads, spec.head_dim).to(dtype) for _ in range(2))
-    no_queries = torch.empty(spec.num_slots, 0, spec.head_dim, dtype=dtype)
+    size = (spec.num_slots, spec.num_kv_heads, spec.head_dim)
+    key, value = (torch.randn(size, device=kernels.device).to(dtype) for _ in range(2))
+    no_queries = key[:, :0]
+    slots = torch.arange(spec.num_slots, device=kernels.device)
     caches = []
     for _ in range(-(-_WORKING_SET_BYTES // kernels.kv_cache_num_bytes(spec))):
         cache = kernels.make_kv_cache(spec)
-        kernels.rotary_store_kv_(no_queries, key, value, cache, torch.arange(spec.num_slots), None)
+        kernels.rotary_store_kv_(no_queries, key, value, cache, slots, None)
         caches.append(cache)
     return caches
 
@@ -257,27 +270,16 @@ def _caches(kernels: Kernels, shape: ModelShape, cache_format: KvCacheFormat, co
 def _attention(
     kernels: Kernels, shape: ModelShape, caches: Sequence[KvCache], length: tuple[int, int], scheme: SoftmaxScheme
 ) -> Callable[[int], object]:
-    context_len, num_new = length
+    (context_len, num_new), device = length, kernels.device
     dtype = _activation_dtype(caches[0].spec.cache_format)
-    query = torch.randn(num_new, shape.num_heads, shape.head_dim).to(dtype)
+    query = torch.randn(num_new, shape.num_heads, shape.head_dim, device=device).to(dtype)
     # Blocks that lie in no order, as in an engine that has run for a while.
-    tables = torch.randperm(caches[0].spec.num_blocks, dtype=torch.int32)[None]
-    context_lens = torch.tensor([context_len], dtype=torch.int32)
-    bounds = torch.tensor([0, num_new], dtype=torch.int32)
+    tables = torch.randperm(caches[0].spec.num_blocks, dtype=torch.int32, device=device)[None]
+    context_lens = torch.tensor([context_len], dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, num_new], dtype=torch.int32, device=device)
     spec = AttentionSpec(softmax_scale=shape.head_dim**-0.5, softmax=SoftmaxSpec(scheme=scheme))
     return lambda i: kernels.attention(query, caches[i], tables, context_lens, bounds, spec)
 
 
 def _activation_dtype(cache_format: KvCacheFormat) -> torch.dtype:
     return torch.float32 if cache_format is KvCacheFormat.FLOAT32 else torch.bfloat16
-
-
-def _best_s(run: Callable[[int], object], num_copies: int) -> float:
-    """Seconds of the fastest call run(copy), the copies in turn."""
-    best, num_calls, begin = float("inf"), 0, time.perf_counter()
-    while num_calls < _MIN_CALLS or time.perf_counter() - begin < _MIN_S:
-        start = time.perf_counter()
-        run(num_calls % num_copies)
-        best = min(best, time.perf_counter() - start)
-        num_calls += 1
-    return best

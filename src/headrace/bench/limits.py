@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from headrace.config import WeightFormat
 from headrace.kernels import Kernels
 from headrace.machine import available_memory_bytes
 from headrace.models.loading import WeightFormats
 
-_BUFFER_BYTES = 512 * 2**20
-"""Larger than the last-level cache of any CPU by enough that what stays in it does not matter."""
+_BUFFER_BYTES = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
+"""Larger than the last-level cache of any by enough that what stays in it does not matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ def measure_limits(
 ) -> MachineLimits:
     """Best of several passes each, on the threads that the kernels were given. Takes a few seconds."""
     on_start("limits: memory bandwidth")
-    buffer_bytes = min(_BUFFER_BYTES, available_memory_bytes() // 4)
+    buffer_bytes = min(_BUFFER_BYTES[kernels.device.type], _available_bytes(kernels.device) // 4)
     read_bytes_per_s = kernels.machine.read_bytes_per_s(buffer_bytes)
     multiply_gops = {}
     for tried in dict.fromkeys((formats.linear, formats.dense, WeightFormat.FLOAT32)):
@@ -48,3 +50,11 @@ def measure_limits(
         multiply_gops=multiply_gops,
         num_threads=num_threads,
     )
+
+
+def _available_bytes(device: torch.device) -> int:
+    """Of a GPU's memory, what torch's allocator has reserved and not given out counts too."""
+    if device.type == "cpu":
+        return available_memory_bytes()
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
