@@ -1,0 +1,141 @@
+"""What every unit works with: the device, the ops, a clock, and how what was computed is compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headrace.kernels import Kernels, kernel_choice_from, resolve_kernels
+from headrace.kernels.timing import Call, time_calls
+from scripts.gpu_check.scale import Scale
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+"""Of ||out - reference|| / ||reference||: rounding a result to bfloat16 alone gives 0.002, and its operands as much
+again; float32 accumulates in another order than the reference does."""
+
+Runs = Mapping[str, Sequence[Callable[[], Tensor]]]
+"""By name, a call for each copy of what it reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Time:
+    """Of one call. best_s: of all rounds; slowest_s: the best of the slowest round."""
+
+    best_s: float
+    slowest_s: float
+    is_captured: bool
+
+
+@dataclass(kw_only=True)
+class Context:
+    """folder: for checkpoints. deadline_s: of time.time(), when all must be over.
+
+    compiles_only: every kernel is launched once, so that it is compiled and kept for the run that measures.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    scale: Scale
+    folder: Path
+    deadline_s: float
+    compiles_only: bool = False
+    unit: str = ""
+    report: Callable[[str, str, bool], None] = field(default=lambda _part, _message, _is_failure: None)
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        return resolve_kernels(kernel_choice_from(), device=self.device)
+
+    def seconds_left(self) -> float:
+        return self.deadline_s - time.time()
+
+    def num_copies(self, num_bytes: int) -> int:
+        """So many that the device's cache holds none of them when its turn comes again."""
+        working_set = self.scale.working_set_bytes
+        if self.device.type == "cuda":
+            working_set = max(working_set, 4 * torch.cuda.get_device_properties(self.device).L2_cache_size)
+        return max(1, -(-working_set // max(1, num_bytes)))
+
+    def errors(self, runs: Runs, expected: Tensor) -> dict[str, float]:
+        """Of each one's first call; one that fails is reported and left out."""
+        found = {}
+        for name, calls in runs.items():
+            try:
+                found[name] = self.error(calls[0], expected)
+            except Exception as error:
+                self.part_failed(name, error)
+        return found
+
+    def race(self, runs: Runs) -> dict[str, Time]:
+        """Time all of them, in rounds in which each has its turn; one that fails is reported and left out."""
+        if self.compiles_only:
+            self._run_once(runs)
+            return {}
+        timed = {}
+        for name, calls in runs.items():
+            try:
+                timed[name] = time_calls(calls, self.device)
+            except Exception as error:
+                self.part_failed(name, error)
+        rounds: dict[str, list[float]] = {name: [] for name in timed}
+        for _ in range(self.scale.num_rounds):
+            for name, clock in timed.items():
+                rounds[name].append(clock.best_s(min_calls=self.scale.min_calls, min_s=self.scale.min_s))
+        return {
+            name: Time(best_s=min(found), slowest_s=max(found), is_captured=timed[name].is_captured)
+            for name, found in rounds.items()
+        }
+
+    def time_once(self, call: Call, *, num_rounds: int | None = None) -> Time:
+        """Calls so long that asking for them does not matter, one by one, until the device has done each."""
+        found = []
+        for _ in range(num_rounds or self.scale.num_rounds):
+            self.synchronize()
+            start = time.perf_counter()
+            call()
+            self.synchronize()
+            found.append(time.perf_counter() - start)
+        return Time(best_s=min(found), slowest_s=max(found), is_captured=False)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def error(self, run: Callable[[], Tensor], expected: Tensor) -> float:
+        """Of what `run` gives, written where there was NaN before; infinite if any of it is no number."""
+        poison(expected.numel(), self.device)
+        actual = run().float()
+        difference = (actual.reshape(expected.shape) - expected.float()).norm() / expected.float().norm()
+        value = difference.item()
+        return value if value == value else float("inf")
+
+    def randn(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(size, device=self.device).to(dtype or self.dtype)
+
+    def _run_once(self, runs: Runs) -> None:
+        for name, calls in runs.items():
+            try:
+                calls[0]()
+                self.synchronize()
+            except Exception as error:
+                self.part_failed(name, error)
+
+    def part_failed(self, name: str, error: Exception) -> None:
+        self.report(name, describe(error), True)
+
+
+def poison(num_entries: int, device: torch.device) -> None:
+    """Leave NaN in the memory that the allocator is likely to give to the next output of such a size."""
+    for size in (2 * num_entries, 4 * num_entries):
+        torch.full((size,), 255, dtype=torch.uint8, device=device)
+
+
+def describe(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -1,0 +1,95 @@
+"""Linear layers, each implementation beside the library's, on every shape of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from headrace.config import WeightFormat
+from headrace.kernels import QuantizedWeight, Weight, reference
+from headrace.kernels.tuning import LinearArm
+from scripts.gpu_check.context import TOLERANCE, Context
+from scripts.gpu_check.figures import Figure
+
+LAYERS = ("qkv", "o", "gate_up", "down", "lm_head")
+LIBRARY = "cuBLAS"
+CHOSEN = "chosen"
+
+_MOST_ROWS = {LinearArm.GEMV: 8, LinearArm.FLAT_GEMM: 64}
+"""Beyond these an implementation is far from what it was made for, and takes its time."""
+
+
+def measure(weight_format: str, layer: str) -> Callable[[Context], Iterator[Figure]]:
+    return partial(_measure, WeightFormat(weight_format), layer)
+
+
+def _measure(weight_format: WeightFormat, layer: str, context: Context) -> Iterator[Figure]:
+    n, k = context.scale.shape.linears[layer]
+    matrix = context.randn(n, k)
+    weights = _weights(context, weight_format, matrix)
+    dense = [matrix.clone() for _ in range(context.num_copies(matrix.nbytes))]
+    multiplied = _as_multiplied(weight_format, matrix)
+    for num_rows in context.scale.rows:
+        x = context.randn(num_rows, k)
+        expected = x.float() @ multiplied.T
+        runs: dict[str, Sequence[Callable[[], Tensor]]] = {
+            name: [partial(_linear, context, arm, x, weight) for weight in weights]
+            for name, arm in _arms(context, num_rows).items()
+        }
+        runs[LIBRARY] = [partial(F.linear, x, weight) for weight in dense]
+        errors = context.errors(runs, expected)
+        for name, found in context.race({name: runs[name] for name in errors}).items():
+            num_bytes = matrix.nbytes if name == LIBRARY else weights[0].num_bytes
+            yield Figure(
+                group="linear",
+                labels={"format": weight_format.value, "layer": layer, "rows": num_rows, "arm": name},
+                seconds=found.best_s,
+                slowest_s=found.slowest_s,
+                num_bytes=num_bytes,
+                num_ops=2 * num_rows * n * k,
+                error=None if name == LIBRARY else errors[name],
+                tolerance=TOLERANCE[context.dtype],
+                is_captured=found.is_captured,
+            )
+
+
+def _arms(context: Context, num_rows: int) -> dict[str, LinearArm | None]:
+    """What the dataflow takes, and each implementation forced; None leaves it to the dataflow."""
+    arms: dict[str, LinearArm | None] = {CHOSEN: None}
+    if context.kernels.dataflow is not None:
+        arms |= {arm.value: arm for arm in LinearArm if num_rows <= _MOST_ROWS.get(arm, num_rows)}
+    return arms
+
+
+def _linear(context: Context, arm: LinearArm | None, x: Tensor, weight: Weight) -> Tensor:
+    dataflow = context.kernels.dataflow
+    if dataflow is None:
+        return context.kernels.linear(x, weight)
+    dataflow.force(arm)
+    try:
+        return context.kernels.linear(x, weight)
+    finally:
+        dataflow.force(None)
+
+
+def _weights(context: Context, weight_format: WeightFormat, matrix: Tensor) -> list[Weight]:
+    """Copies of one weight, of which each is packed by itself."""
+    n, k = matrix.shape
+    kernels, weights = context.kernels, []
+    for _ in range(context.num_copies(kernels.weight_num_bytes(weight_format, n, k))):
+        builder = kernels.make_weight_builder(weight_format, n, k)
+        builder.write(0, matrix)
+        weights.append(builder.build())
+    return weights
+
+
+def _as_multiplied(weight_format: WeightFormat, matrix: Tensor) -> Tensor:
+    """What a weight stands for once it is quantized, in float32."""
+    if weight_format in (WeightFormat.FLOAT32, WeightFormat.BFLOAT16):
+        return matrix.float()
+    qweight, scales = reference.quantize_rows(matrix, weight_format)
+    weight = QuantizedWeight(weight_format=weight_format, qweight=qweight, scales=scales, in_features=matrix.shape[1])
+    return reference.dequantize(weight)

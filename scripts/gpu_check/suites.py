@@ -1,0 +1,92 @@
+"""The tests that a GPU makes worth running: Triton's kernels, compiled instead of interpreted, and those marked gpu."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.gpu_check.supervisor import ROOT, Say, Settings
+
+_NUM_PROCESSES = 8
+"""Each compiles its kernels; what it needs of the GPU's memory is little."""
+
+_TEST_LIMIT_S = 120
+_NOT_ON_A_GPU = {"test_triton_compiles.py", "test_gpu_check.py"}
+_DRY_FILE = "test_triton_machine_ops.py"
+_NUM_FAILURES_KEPT = 20
+
+
+def run_suites(settings: Settings, limit_s: float, say: Say) -> dict[str, dict[str, Any]]:
+    """By name: how many tests passed, failed and were skipped, and what the first failures said."""
+    kernels, marked = test_files(ROOT / "tests")
+    if settings.is_dry:
+        kernels, marked = [file for file in kernels if file.name == _DRY_FILE], []
+    start = time.monotonic()
+    found = {}
+    for name, files, arguments in (("kernels", kernels, []), ("gpu", marked, ["-m", "gpu"])):
+        if files:
+            left_s = limit_s - (time.monotonic() - start)
+            found[name] = _run(settings, name, files, arguments, left_s)
+            say(f"tests, {name}: {summary(found[name])}")
+    return found
+
+
+def test_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Those of Triton's kernels, and others in which tests are marked gpu."""
+    files = [file for file in sorted(folder.glob("test_*.py")) if file.name not in _NOT_ON_A_GPU]
+    kernels = [file for file in files if file.name.startswith("test_triton_")]
+    marked = [file for file in files if file not in kernels and "mark.gpu" in file.read_text()]
+    return kernels, marked
+
+
+def summary(found: dict[str, Any]) -> str:
+    counts = ", ".join(f"{found[name]} {name}" for name in ("passed", "failed", "skipped") if found[name])
+    return f"{counts or 'no test ran'}{', cut off' if found['is_cut'] else ''} in {found['seconds']:.0f} s"
+
+
+def _run(settings: Settings, name: str, files: Sequence[Path], arguments: list[str], limit_s: float) -> dict[str, Any]:
+    report, log = settings.out / f"tests-{name}.xml", settings.out / f"tests-{name}.log"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, *map(str, files)]
+    # Which warnings are errors depends on the versions that the tests are made for.
+    command += ["-o", "filterwarnings=default", "-o", "junit_family=xunit2", f"--junitxml={report}"]
+    command += ["--continue-on-collection-errors", f"--timeout={_TEST_LIMIT_S}"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(_NUM_PROCESSES)]
+    environment = settings.environment()
+    for variable in ("HEADRACE_KERNELS", *(["TRITON_INTERPRET"] * (not settings.is_dry))):
+        environment.pop(variable, None)
+    start, is_cut = time.monotonic(), False
+    with log.open("w") as lines:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=lines, stderr=lines)
+        try:
+            process.wait(max(1.0, limit_s))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            is_cut = True
+    found = _read(report, log)
+    return found | {"seconds": time.monotonic() - start, "is_cut": is_cut, "exit_code": process.returncode}
+
+
+def _read(report: Path, log: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
+    if not report.exists():
+        found["failures"] = [{"test": "pytest", "message": log.read_text(errors="replace")[-1500:]}]
+        return found
+    for case in ET.parse(report).getroot().iter("testcase"):
+        problem = next((node for node in case if node.tag in ("failure", "error")), None)
+        if problem is not None:
+            found["failed"] += 1
+            if len(found["failures"]) < _NUM_FAILURES_KEPT:
+                test = f"{case.get('classname')}::{case.get('name')}"
+                found["failures"].append({"test": test, "message": (problem.get("message") or "")[:500]})
+        else:
+            found["skipped" if case.find("skipped") is not None else "passed"] += 1
+    return found
