@@ -29,6 +29,7 @@ def measure(context: Context) -> Iterator[Figure]:
                 max_model_len=max(scale.ablation_contexts) + 1024,
             ),
             device=Device.parse(str(context.device)),
+            num_threads=scale.num_threads,
         )
     )
     settings = BenchSettings(

@@ -44,13 +44,14 @@ def load(context: Context, weight_format: str) -> LLM:
     return LLM(
         folder,
         dtype=str(context.dtype).removeprefix("torch."),
-        quantize=None if weight_format == "bfloat16" else weight_format,
+        quantize=None if weight_format == scale.formats[0] else weight_format,
         device=str(context.device),
         max_num_seqs=max(*scale.model_batches, *scale.ablation_batches),
         max_num_batched_tokens=max(longest, 64),
         max_model_len=longest + 1024,
         kv_cache_bytes=scale.kv_cache_bytes,
         enable_prefix_caching=False,
+        num_threads=scale.num_threads,
     )
 
 

@@ -15,6 +15,8 @@ class Scale:
     max_cache_bytes: of one cache in attention; what would take more is left out.
     decode: (batch, context) pairs.
     min_s: of each measurement in each round.
+    formats: of weights, the one that they are not quantized to first.
+    num_threads: of the host; None leaves it as it is.
     """
 
     shape: ModelShape
@@ -37,6 +39,7 @@ class Scale:
     min_calls: int
     min_s: float
     formats: tuple[str, ...] = ("bfloat16", "int8", "int4")
+    num_threads: int | None = None
     compile_backend: str = "inductor"
 
 
@@ -90,5 +93,7 @@ DRY = Scale(
     num_rounds=1,
     min_calls=1,
     min_s=0.0,
+    formats=("float32", "int8", "int4"),
+    num_threads=1,
     compile_backend="eager",
 )

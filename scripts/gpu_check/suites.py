@@ -57,7 +57,7 @@ def _run(settings: Settings, name: str, files: Sequence[Path], arguments: list[s
     # Which warnings are errors depends on the versions that the tests are made for.
     command += ["-o", "filterwarnings=default", "-o", "junit_family=xunit2", f"--junitxml={report}"]
     command += ["--continue-on-collection-errors", f"--timeout={_TEST_LIMIT_S}"]
-    if importlib.util.find_spec("xdist") is not None:
+    if not settings.is_dry and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(_NUM_PROCESSES)]
     environment = settings.environment()
     for variable in ("HEADRACE_KERNELS", *(["TRITON_INTERPRET"] * (not settings.is_dry))):

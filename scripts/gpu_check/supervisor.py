@@ -34,16 +34,21 @@ class Settings:
 
     def environment(self) -> dict[str, str]:
         """Of every process: the package from this tree, and caches that this run has for itself."""
-        return os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-            "PYTHONUNBUFFERED": "1",
-            "XDG_CACHE_HOME": str(self.folder / "cache"),
-            "TRITON_CACHE_DIR": str(self.folder / "triton"),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
-            "TRITON_INTERPRET": "1" if self.is_dry else "0",
-            "HEADRACE_KERNELS": "triton",
-            "HF_HUB_OFFLINE": "1",
-        }
+        one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if self.is_dry else {}
+        return (
+            os.environ
+            | one_thread
+            | {
+                "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+                "PYTHONUNBUFFERED": "1",
+                "XDG_CACHE_HOME": str(self.folder / "cache"),
+                "TRITON_CACHE_DIR": str(self.folder / "triton"),
+                "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
+                "TRITON_INTERPRET": "1" if self.is_dry else "0",
+                "HEADRACE_KERNELS": "triton",
+                "HF_HUB_OFFLINE": "1",
+            }
+        )
 
 
 def run_units(

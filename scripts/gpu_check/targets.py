@@ -11,6 +11,9 @@ FLAT_ROWS = 16
 """The rows of a GEMV and of a flat GEMM: up to 16."""
 
 LONG_CONTEXT = 4096
+_DENSE = ("bfloat16", "float32")
+"""Weights that are not quantized; float32 in a dry run alone."""
+
 _HEADRACE, _EAGER, _COMPILED = "headrace", ("transformers eager", "transformers sdpa"), "transformers compiled"
 
 
@@ -31,12 +34,12 @@ def verdicts(results: Results) -> list[Verdict]:
         _worst(
             f"linear layers, bfloat16, M = 1 to {FLAT_ROWS}: of copy bandwidth",
             0.85,
-            _shares(results, _linears(results), "rows"),
+            _shares(results, _linears(results)),
         ),
         _worst(
             f"decode attention, {LONG_CONTEXT} tokens and more: of copy bandwidth",
             0.80,
-            _shares(results, _long_contexts(results), "context"),
+            _shares(results, _long_contexts(results)),
         ),
         _worst("batch 1 decode, bfloat16: of reading the weights", 0.80, _decode_shares(results)),
         _against(results, "batch 1 decode: times transformers, op by op", 4.86, _EAGER),
@@ -46,7 +49,7 @@ def verdicts(results: Results) -> list[Verdict]:
 
 
 def copy_bytes_per_s(results: Results) -> float | None:
-    """The better of a copy and a kernel that only reads would be kinder to nobody: targets are of the copy."""
+    """What targets are compared with: a copy, where bytes read and bytes written count."""
     found = results.one("limit", name="copy")
     return None if found is None else found.bytes_per_s
 
@@ -62,8 +65,12 @@ def _right(results: Results) -> Verdict:
 
 
 def _linears(results: Results) -> list[Figure]:
-    found = results.of("linear", format="bfloat16", arm="chosen")
+    found = _dense(results.of("linear", arm="chosen"))
     return [figure for figure in found if int(figure.labels["rows"]) <= FLAT_ROWS]
+
+
+def _dense(figures: Sequence[Figure]) -> list[Figure]:
+    return [figure for figure in figures if figure.labels["format"] in _DENSE]
 
 
 def _long_contexts(results: Results) -> list[Figure]:
@@ -72,14 +79,13 @@ def _long_contexts(results: Results) -> list[Figure]:
     return [figure for figure in found if int(figure.labels["context"]) >= LONG_CONTEXT]
 
 
-def _shares(results: Results, figures: Sequence[Figure], label: str) -> list[tuple[float, str]]:
+def _shares(results: Results, figures: Sequence[Figure]) -> list[tuple[float, str]]:
     bandwidth = copy_bytes_per_s(results)
-    return [] if bandwidth is None else [(f.bytes_per_s / bandwidth, _place(f)) for f in figures if label in f.labels]
+    return [] if bandwidth is None else [(f.bytes_per_s / bandwidth, _place(f)) for f in figures]
 
 
 def _decode_shares(results: Results) -> list[tuple[float, str]]:
-    found = results.of("decode", by=_HEADRACE, format="bfloat16", batch=1)
-    return _shares(results, found, "context")
+    return _shares(results, _dense(results.of("decode", by=_HEADRACE, batch=1)))
 
 
 def _worst(name: str, needed: float, found: Sequence[tuple[float, str]]) -> Verdict:
@@ -91,7 +97,7 @@ def _worst(name: str, needed: float, found: Sequence[tuple[float, str]]) -> Verd
 
 def _against(results: Results, name: str, needed: float, peers: Sequence[str]) -> Verdict:
     """The lowest ratio to the fastest of the peers."""
-    ours = {f.labels["context"]: f for f in results.of("decode", by=_HEADRACE, format="bfloat16", batch=1)}
+    ours = {f.labels["context"]: f for f in _dense(results.of("decode", by=_HEADRACE, batch=1))}
     ratios = list(_ratios(ours, lambda n: [results.one("decode", by=p, batch=1, context=n) for p in peers]))
     if not ratios:
         return Verdict(name=name, needed=f"{needed:g}")
@@ -100,7 +106,7 @@ def _against(results: Results, name: str, needed: float, peers: Sequence[str]) -
 
 
 def _prefill(results: Results) -> Iterator[Verdict]:
-    ours = {f.labels["tokens"]: f for f in results.of("prefill", by=_HEADRACE, format="bfloat16")}
+    ours = {f.labels["tokens"]: f for f in _dense(results.of("prefill", by=_HEADRACE))}
     ratios = list(_ratios(ours, lambda n: [results.one("prefill", by=p, tokens=n) for p in _EAGER]))
     for name, needed, pick in (("at the best length", 1.4, max), ("at the worst length", 1.0, min)):
         title = f"prefill: times transformers, op by op, {name}"
