@@ -8,15 +8,20 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.config import WeightFormat
+from headrace.config import DataflowChoice, WeightFormat
+from headrace.engine.tune import look_up_dataflow
 from headrace.kernels import QuantizedWeight, Weight, reference
-from headrace.kernels.tuning import LinearArm
+from headrace.kernels.tuning import LinearArm, LinearShape
+from headrace.machine import cpu_limits
 from scripts.gpu_check.context import TOLERANCE, Context
 from scripts.gpu_check.figures import Figure
 
 LAYERS = ("qkv", "o", "gate_up", "down", "lm_head")
 LIBRARY = "cuBLAS"
 CHOSEN = "chosen"
+"""By the dataflow, once it has measured this shape."""
+
+_TUNING_ROUNDS = 3
 
 _MOST_ROWS = {LinearArm.GEMV: 8, LinearArm.FLAT_GEMM: 64}
 """Beyond these an implementation is far from what it was made for, and takes its time."""
@@ -32,6 +37,7 @@ def _measure(weight_format: WeightFormat, layer: str, context: Context) -> Itera
     weights = _weights(context, weight_format, matrix)
     dense = [matrix.clone() for _ in range(context.num_copies(matrix.nbytes))]
     multiplied = _as_multiplied(weight_format, matrix)
+    _tune(context, weight_format, weights)
     for num_rows in context.scale.rows:
         x = context.randn(num_rows, k)
         expected = x.float() @ multiplied.T
@@ -54,6 +60,31 @@ def _measure(weight_format: WeightFormat, layer: str, context: Context) -> Itera
                 tolerance=TOLERANCE[context.dtype],
                 is_captured=found.is_captured,
             )
+
+
+def _tune(context: Context, weight_format: WeightFormat, weights: list[Weight]) -> None:
+    """Measure where to change from one implementation to the next, as `headrace tune` does, and keep it for models that
+    are loaded later in this run."""
+    kernels, dataflow = context.kernels, context.kernels.dataflow
+    if dataflow is None:
+        return
+    num_threads = context.scale.num_threads or cpu_limits().num_threads
+    cache = look_up_dataflow(kernels, DataflowChoice.MEASURED, num_threads)
+    n, k = weights[0].shape
+    shape = LinearShape(weight_format=weight_format, out_features=n, in_features=k)
+    if cache is None or shape in dataflow.tuned:
+        return
+    dataflow.tuned[shape] = dataflow.measure(
+        kernels.linear,
+        weights,
+        shape,
+        dtype=context.dtype,
+        num_rows=context.scale.rows,
+        num_rounds=1 if context.compiles_only else _TUNING_ROUNDS,
+        compares_tiles=True,
+    )
+    if not context.compiles_only:
+        cache.add({shape: dataflow.tuned[shape]})
 
 
 def _arms(context: Context, num_rows: int) -> dict[str, LinearArm | None]:

@@ -93,7 +93,7 @@ DRY = Scale(
     num_rounds=1,
     min_calls=1,
     min_s=0.0,
-    formats=("float32", "int8", "int4"),
+    formats=("float32", "int4"),
     num_threads=1,
     compile_backend="eager",
 )

@@ -25,12 +25,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """folder: for checkpoints and caches; out: for what was found. deadline_s: of time.time()."""
+    """folder: for checkpoints and caches; out: for what was found. deadline_s: of time.time(). command: of a worker."""
 
     folder: Path
     out: Path
     deadline_s: float
     is_dry: bool
+    command: tuple[str, ...] = (sys.executable, "-m", "scripts.gpu_check")
 
     def environment(self) -> dict[str, str]:
         """Of every process: the package from this tree, and caches that this run has for itself."""
@@ -103,7 +104,7 @@ class _Worker:
     def __init__(self, units: Sequence[str], settings: Settings, stem: Path, *, compiles_only: bool) -> None:
         self._file, self._log, self._settings = stem.with_suffix(".jsonl"), stem.with_suffix(".log"), settings
         self._file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "scripts.gpu_check", "--worker", ",".join(units)]
+        command = [*settings.command, "--worker", ",".join(units)]
         command += ["--worker-file", str(self._file), "--folder", str(settings.folder)]
         command += ["--worker-deadline", str(settings.deadline_s)]
         command += ["--dry-run"] * settings.is_dry + ["--compiles-only"] * compiles_only
