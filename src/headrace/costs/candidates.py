@@ -99,8 +99,3 @@ def candidates_payload_bytes(records: Iterable[RowRecord]) -> int:
 def draws_payload_bytes(records: Iterable[RowRecord]) -> int:
     """Bytes each rank brings to the second one, which a step has if this is not 0."""
     return WORD_BYTES * sum(record.is_drawn_by_owner for record in records)
-
-
-def gathered_logits_payload_bytes(num_rows: int, shard_size: int) -> int:
-    """Bytes a rank brings at `Site.LOGITS` where rows are gathered: float32 logits of its share of the vocabulary."""
-    return WORD_BYTES * num_rows * shard_size

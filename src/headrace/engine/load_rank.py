@@ -34,7 +34,7 @@ from headrace.parallel.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRank:
-    """groups: tp and pp. weight_bytes: weights in memory; block_bytes: of a cache block on all layers of this rank;
+    """groups: tp, pp and kv. weight_bytes: weights in memory; block_bytes: of a cache block on all layers of this rank;
     load_s: so far."""
 
     rank: int

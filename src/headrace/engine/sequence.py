@@ -62,8 +62,3 @@ class Sequence:
             return self.prompt_token_ids[start:stop]
         output = self.output_token_ids[max(start - num_prompt, 0) : stop - num_prompt]
         return (*self.prompt_token_ids[start:num_prompt], *output)
-
-    @property
-    def is_prefill(self) -> bool:
-        """More than one token still has no keys and values: the prompt, or everything again after a preemption."""
-        return self.num_tokens - self.num_computed_tokens > 1

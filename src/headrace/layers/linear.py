@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headrace.costs.sharding import shard_range
 from headrace.layers.context import LayerContext
 from headrace.layers.parameter import Parameter, TensorSlice, vector_slice
 
@@ -18,11 +17,6 @@ class OutputPart:
     name: str
     size: int
     rows: range
-
-
-def even_part(name: str, size: int, context: LayerContext) -> OutputPart:
-    """A projection whose output rows are split evenly over the group."""
-    return OutputPart(name=name, size=size, rows=shard_range(size, context.tp_group.rank, context.tp_group.world_size))
 
 
 class ColumnParallelLinear:
