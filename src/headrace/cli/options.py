@@ -38,6 +38,8 @@ _BYTE_UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT"
 
 _ENGINE_SETTINGS = (
     "num_threads",
+    "graphs",
+    "graph_budget_s",
     "block_size",
     "kv_cache_bytes",
     "kv_cache_dtype",
@@ -103,6 +105,21 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         metavar="DEVICE",
         help="auto, cpu, cuda, or cuda:1 for one GPU of several; auto is a GPU if there is one, see `headrace info` "
         "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--no-graphs",
+        dest="graphs",
+        action="store_false",
+        default=None,
+        help="ask for decode steps op by op, instead of replaying them as one call",
+    )
+    group.add_argument(
+        "--graph-budget",
+        dest="graph_budget_s",
+        type=float,
+        metavar="S",
+        help="on a GPU: record decode steps for about so many seconds at start, and what is left when it is first met "
+        f"(default: {EngineConfig.graph_budget_s:g})",
     )
     group.add_argument(
         "--threads",
@@ -299,9 +316,9 @@ def engine_config(args: argparse.Namespace, *, show_progress: bool) -> EngineCon
         scheduler=SchedulerConfig(**_given(args, tuple(SchedulerConfig.__dataclass_fields__))),
         parallel=parallel_config(args),
         softmax=Softmax(args.softmax),
-        num_threads=args.num_threads,
         dataflow=DataflowChoice(args.dataflow),
         device=Device.parse(args.device),
+        **_given(args, ("num_threads", "graphs", "graph_budget_s")),
     )
 
 

@@ -161,6 +161,9 @@ class EngineConfig:
 
     dataflow: how linear layers are computed, which changes their speed alone.
     device: where weights, cache and activations lie.
+    graphs: decode steps are recorded once and replayed as one call, as CUDA graphs on a GPU; changes their speed alone.
+    graph_budget_s: what recording them may take at start on a GPU, about; what is left is recorded when it is first
+        needed. Ranks that work together record all.
     """
 
     load: LoadConfig
@@ -171,8 +174,12 @@ class EngineConfig:
     num_threads: int | None = None
     dataflow: DataflowChoice = DataflowChoice.MEASURED
     device: Device = field(default_factory=Device)
+    graphs: bool = True
+    graph_budget_s: float = 60.0
 
     def __post_init__(self) -> None:
         check_at_least_one("num_threads", self.num_threads)
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
             raise ConfigError(f"num_threads is {self.num_threads}; allowed: 1 to {MAX_THREADS}")
+        if not self.graph_budget_s >= 0:
+            raise ConfigError(f"graph_budget_s is {self.graph_budget_s}; allowed: 0 and more seconds")

@@ -1,5 +1,6 @@
 """The step that is run again and again: one new token for each of a few sequences."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,14 +44,15 @@ class DecodeStep:
 
     What a step computes for a sequence does not depend on whether it is replayed, nor on what else is in it.
 
-    forward: from a batch to hidden states [num_rows, hidden_size]; head: from those to logits.
+    forward: from a batch to hidden states [num_rows, hidden_size]; head: from those to logits, None for a stage
+        without.
     """
 
     def __init__(
         self,
         kernels: Kernels,
         forward: Callable[[ForwardBatch], Tensor],
-        head: Callable[[Tensor], Tensor],
+        head: Callable[[Tensor], Tensor] | None,
         inputs: StepInputs,
         sizes: StepSizes,
     ) -> None:
@@ -76,6 +78,32 @@ class DecodeStep:
         self._layers.clear()
         self._heads.clear()
         self._last = None
+
+    def record(self, budget_s: float, on_start: Callable[[int], None] = lambda _: None) -> tuple[int, ...]:
+        """Record all sizes beforehand, the largest first, which shows whether there is room, and as long as the time
+        lasts. Those that are left, returned here, are recorded when they are first met.
+
+        on_start: is told of each size. Where steps have sizes of their own there is nothing to do.
+        """
+        end_s, left = time.monotonic() + budget_s, list(self.sizes.buckets)
+        while left and time.monotonic() < end_s:
+            num_rows = left.pop()
+            on_start(num_rows)
+            self.inputs.fill((), num_rows)
+            self._layers[num_rows] = layers = self._record_layers(num_rows)
+            if layers.recording.replay is None:
+                break
+            if self._head is not None:
+                self._heads[num_rows] = self._record_head(layers.hidden_states)
+        return tuple(left)
+
+    def num_rows(self, num_seqs: int) -> int:
+        """Rows that a step of num_seqs sequences computes."""
+        if num_seqs > self.sizes.largest:
+            return num_seqs
+        num_rows = self.sizes.of(num_seqs)
+        layers = self._layers.get(num_rows)
+        return num_seqs if layers is not None and layers.recording.replay is None else num_rows
 
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states [num_seqs, hidden_size], valid until the next run."""
@@ -113,8 +141,11 @@ class DecodeStep:
         return _Layers(num_rows=num_rows, recording=recording, hidden_states=hidden_states)
 
     def _record_head(self, hidden_states: Tensor) -> _Head:
+        head = self._head
+        assert head is not None, "a stage without a head has no logits"
+
         def run() -> tuple[Tensor, Tensor, Tensor]:
-            logits = self._head(hidden_states)
+            logits = head(hidden_states)
             # A rank may hold no share of a small vocabulary.
             return logits, *(self._kernels.argmax(logits) if logits.shape[1] else _no_largest(logits))
 

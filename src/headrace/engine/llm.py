@@ -47,7 +47,8 @@ class LLM:
     model: a folder or a hub id. dtype: "auto", "float32" or "bfloat16". quantize: None, "int8" or "int4".
     device: "auto" (a GPU if there is one), "cpu", "cuda", or "cuda:1" for one GPU of several.
     settings: any field of `CacheConfig`, `SchedulerConfig` or `ParallelConfig`, `num_threads`, `dataflow` ("measured",
-        "default") and `softmax` ("auto", "measured", "synchronized", "asynchronized", "lazy").
+        "default"), `softmax` ("auto", "measured", "synchronized", "asynchronized", "lazy"), `graphs` and
+        `graph_budget_s` of `EngineConfig`.
 
     One thread at a time: its requests share one engine, which is driven by whoever waits for one of them.
 
@@ -304,7 +305,8 @@ def _engine_config(load: LoadConfig, device: Device, settings: dict[str, Any]) -
     """Hand each setting to the config that has a field of its name."""
     cache_fields, scheduler_fields = CacheConfig.__dataclass_fields__, SchedulerConfig.__dataclass_fields__
     parallel_fields = ParallelConfig.__dataclass_fields__
-    allowed = {*cache_fields, *scheduler_fields, *parallel_fields, "num_threads", "dataflow", "softmax"}
+    own = {"num_threads", "graphs", "graph_budget_s"}
+    allowed = {*cache_fields, *scheduler_fields, *parallel_fields, *own, "dataflow", "softmax"}
     for name in settings:
         if name not in allowed:
             raise ConfigError(f"LLM has no setting '{name}'; {nearest_name(name, allowed)}")
@@ -323,9 +325,9 @@ def _engine_config(load: LoadConfig, device: Device, settings: dict[str, Any]) -
         scheduler=SchedulerConfig(**{k: v for k, v in settings.items() if k in scheduler_fields}),
         parallel=ParallelConfig(**{k: v for k, v in settings.items() if k in parallel_fields}),
         softmax=_member(Softmax, "softmax", settings.get("softmax", EngineConfig.softmax.value)),
-        num_threads=settings.get("num_threads"),
         dataflow=_member(DataflowChoice, "dataflow", settings.get("dataflow", EngineConfig.dataflow.value)),
         device=device,
+        **{k: v for k, v in settings.items() if k in own},
     )
 
 

@@ -1,9 +1,11 @@
 """One rank's part of a model: from a folder to a decoder stage, and, once all ranks agree on the cache, to a worker."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -14,12 +16,14 @@ from headrace.engine.devices import resolve_device
 from headrace.engine.engine_plan import resolve_max_model_len
 from headrace.engine.exchange_check import ExchangeCheck
 from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, kv_cache_spec, resolve_kv_cache_format
+from headrace.engine.record_steps import record_steps
 from headrace.engine.runner import ModelRunner
 from headrace.engine.softmax import ChosenSoftmax, resolve_softmax
+from headrace.engine.step_sizes import bucket_sizes, exact_sizes
 from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.engine.tune_attention import attention_shape, look_up_attention
 from headrace.engine.worker import Worker
-from headrace.kernels import KernelChoice, Kernels, kernel_choice_from, resolve_kernels
+from headrace.kernels import KernelChoice, Kernels, Recording, kernel_choice_from, resolve_kernels
 from headrace.layers.context import LayerContext
 from headrace.machine import cpu_limits
 from headrace.models.boundary import Boundary
@@ -31,12 +35,15 @@ from headrace.parallel.captured import counting_record
 from headrace.parallel.group import Group, OneRankGroup
 from headrace.parallel.world import World
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRank:
     """groups: tp, pp and kv. weight_bytes: weights in memory; block_bytes: of a cache block on all layers of this rank;
     load_s: so far."""
 
+    config: EngineConfig
     rank: int
     source: ModelSource
     shape: RankShape
@@ -60,7 +67,12 @@ class LoadedRank:
     ) -> Worker:
         spec = kv_cache_spec(self.shape, self.kv_cache_format, num_blocks=num_blocks, block_size=block_size)
         pool = KvPool(self.kernels, spec, num_layers=len(self.shape.layers))
-        runner = ModelRunner(self.decoder, pool, max_model_len, self.boundary, self.shape.share)
+        config = self.config
+        sizes = bucket_sizes(config.scheduler.max_num_seqs) if self.kernels.pads_steps else exact_sizes()
+        runner = ModelRunner(self.decoder, pool, max_model_len, self.boundary, self.shape.share, sizes)
+        # Ranks must record the same sizes, and no two of them are equally fast.
+        budget_s = config.graph_budget_s if config.parallel.world_size == 1 else math.inf
+        record_steps(runner.decode_step, budget_s, show_progress=config.load.show_progress)
         tp_group, gathers_logits = self.groups[0], self.parallel.gather_logits
         return Worker(
             runner,
@@ -112,6 +124,8 @@ def load_rank(
     started_s = time.monotonic()
     choice = kernel_choice_from()
     kernels = resolve_kernels(choice, device=rank_device(config, world, choice))
+    if not config.graphs:
+        kernels = replace(kernels, record=_run_unrecorded, pads_steps=False)
     if change_kernels is not None:
         kernels = change_kernels(kernels)
     place, show_progress = world.place, config.load.show_progress
@@ -147,6 +161,7 @@ def load_rank(
     linear_weights = LinearWeights.of((p.weight for p in decoder.linear_parameters()), formats.dtype)
     prepare_dataflow(kernels, linear_weights, config.dataflow, num_threads, show_progress=show_progress)
     return LoadedRank(
+        config=config,
         rank=place.rank,
         source=source,
         shape=shape,
@@ -195,6 +210,10 @@ def resolve_softmax_of(
         cache_format=cache_format,
         tuned=look_up_attention(kernels, config.dataflow, attention_shape(shape, cache_format), num_threads),
     )
+
+
+def _run_unrecorded(forward: Callable[[], T]) -> tuple[T, Recording]:
+    return forward(), Recording(obstacle="graphs are switched off")
 
 
 def _partial_dtype(choice: AllReduceDtype) -> torch.dtype | None:

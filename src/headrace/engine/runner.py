@@ -46,7 +46,8 @@ class ModelRunner:
             share=share,
             device=decoder.kernels.device,
         )
-        self._decode_step = DecodeStep(decoder.kernels, self._forward, decoder.compute_logits, inputs, sizes)
+        head = decoder.compute_logits if self.has_head else None
+        self._decode_step = DecodeStep(decoder.kernels, self._forward, head, inputs, sizes)
 
     @property
     def decode_step(self) -> DecodeStep:
@@ -60,6 +61,10 @@ class ModelRunner:
     @property
     def vocab_size(self) -> int:
         return self._decoder.config.vocab_size
+
+    def num_rows(self, num_tokens: int, num_seqs: int) -> int:
+        """Rows that a step of so many tokens computes, and exchanges."""
+        return self._decode_step.num_rows(num_seqs) if num_tokens == num_seqs else num_tokens
 
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states of all rows' tokens, laid end to end: [num_tokens, hidden_size]. Valid until the next run."""

@@ -143,7 +143,7 @@ class Worker:
             return self._run(plan)
         phase = _phase_of(plan)
         self._set_phase(phase)
-        self._check.begin_step(phase, plan.num_tokens)
+        self._check.begin_step(phase, self._runner.num_rows(plan.num_tokens, len(plan.chunks)))
         result = self._run(plan)
         self._check.end_step(self.fallback_rows)
         return result

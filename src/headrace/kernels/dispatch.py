@@ -47,6 +47,7 @@ class Kernels:
     """The ops a model runs on, chosen once. `explain()` says which implementation each one is, and why.
 
     device: where tensors that ops read and write lie.
+    pads_steps: what `record` makes is dear, so that decode steps are recorded for a few sizes, and padded to them.
     dataflow, tuning_key: None where linear layers have one implementation only.
     stream: None where ops run in torch.
     """
@@ -81,6 +82,7 @@ class Kernels:
     softmax_schemes: tuple[SoftmaxScheme, ...]
     choices: tuple[OpChoice, ...]
     device: torch.device = _CPU
+    pads_steps: bool = False
     dataflow: Dataflow | None = None
     tuning_key: TuningKeyMaker | None = None
     stream: ops.NativeStream | None = None
@@ -218,6 +220,7 @@ def _triton_kernels(reason: str, instruction_set: str | None, device: torch.devi
         softmax_schemes=(SoftmaxScheme.SYNCHRONIZED,),
         choices=choices,
         device=device,
+        pads_steps="record" in own,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from headrace.kernels.triton.activation import activation, gated_activation
 from headrace.kernels.triton.attention import Attention
+from headrace.kernels.triton.graphs import GraphRecorder
 from headrace.kernels.triton.kv_cache import kv_cache_num_bytes, make_kv_cache, read_kv
 from headrace.kernels.triton.launch import check_device
 from headrace.kernels.triton.machine_ops import MachineOps
@@ -39,3 +40,7 @@ def make_ops(device: torch.device) -> dict[str, Callable[..., Any]]:
         "rotary_store_kv_": rotary_store_kv_,
         "rotary_table": rotary_table,
     }
+    ops: dict[str, Callable[..., Any]] = {}
+    if device.type == "cuda":
+        ops["record"] = GraphRecorder(device).record
+    return ops
