@@ -19,8 +19,10 @@ def make_worlds(world_size, **of_rank_0):
         pairs = [[Channel(end) for end in socket.socketpair()] for _ in range(2)]
         (control[rank], their_control), (lines[rank], their_line) = pairs
         place = Place(rank=rank, config=config)
-        others.append(World(place, NoFabric(), {0: their_control}, {0: their_line}, num_ranks_on_host=world_size))
-    first = World(Place(rank=0, config=config), NoFabric(), control, lines, num_ranks_on_host=world_size, **of_rank_0)
+        host = {"num_ranks_on_host": world_size, "local_rank": rank}
+        others.append(World(place, NoFabric(), {0: their_control}, {0: their_line}, **host))
+    host = {"num_ranks_on_host": world_size, "local_rank": 0}
+    first = World(Place(rank=0, config=config), NoFabric(), control, lines, **host, **of_rank_0)
     return [first, *others]
 
 

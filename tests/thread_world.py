@@ -11,13 +11,14 @@ from typing import Any
 from thread_group import ThreadGroup, thread_groups
 
 from headrace import LLM
-from headrace.config import Dtype, LoadConfig, ParallelConfig, Quantize
+from headrace.config import Dtype, LoadConfig, ParallelConfig, Quantize, Transport
 from headrace.engine.engine import Engine
 from headrace.engine.llm import _engine_config
 from headrace.engine.load_rank import load_rank
 from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.worker import Worker
 from headrace.kernels import Kernels
+from headrace.parallel.fabric import Fabric
 from headrace.parallel.group import Group, OneRankGroup
 from headrace.parallel.ledger import LedgerRow
 from headrace.parallel.place import Place
@@ -86,22 +87,29 @@ def thread_llm(
     dtype: str = "float32",
     quantize: str | None = None,
     change_kernels: Callable[[Kernels], Kernels] | None = None,
+    fabrics: Sequence[Fabric] | None = None,
+    transport: Transport = Transport.GLOO,
     **settings: Any,
 ) -> LLM:
-    """`LLM` with these settings, those of `ParallelConfig` included, on ranks that are threads."""
+    """`LLM` with these settings, those of `ParallelConfig` included, on ranks that are threads.
+
+    fabrics: of each rank, what carries its tensors in the place of `ThreadFabric`; transport: whose rules they follow.
+    """
     of_one_rank = {k: v for k, v in settings.items() if k not in ParallelConfig.__dataclass_fields__}
     llm = LLM(str(folder), dtype=dtype, quantize=quantize, **of_one_rank)
     model, fabric = llm.engine.model, ThreadFabric()
     load = LoadConfig(model=str(folder), dtype=Dtype(dtype), quantize=Quantize(quantize or "none"))
     # Ranks in threads bring whole tensors to every sum, as gloo's do.
-    config = _engine_config(load, settings | {"transport": "gloo"})
+    config = _engine_config(load, settings | {"transport": transport.value})
 
     def worker(rank: int) -> Worker:
+        of_threads = SimpleNamespace(make_group=lambda name, ranks, _: fabric.make_group(rank, name, ranks))
         world = SimpleNamespace(
             place=Place(rank=rank, config=config.parallel),
             num_ranks_on_host=1,
+            local_rank=0,
             check=lambda: None,
-            fabric=SimpleNamespace(make_group=lambda name, ranks, _: fabric.make_group(rank, name, ranks)),
+            fabric=of_threads if fabrics is None else fabrics[rank],
         )
         return load_rank(config, folder, world, change_kernels=change_kernels).make_worker(
             num_blocks=model.plan.num_blocks,
@@ -110,7 +118,9 @@ def thread_llm(
             eos_token_ids=model.eos_token_ids,
         )
 
-    workers = [worker(rank) for rank in range(config.parallel.world_size)]
+    num_at_once = 1 if fabrics is None else len(fabrics)  # that wait for each other while they make their groups
+    with ThreadPoolExecutor(num_at_once) as pool:
+        workers = list(pool.map(worker, range(config.parallel.world_size)))
     executor = ThreadExecutor(fabric, workers, config.parallel)
     llm.engine = Engine(replace(model, executor=executor))
     return llm

@@ -40,20 +40,26 @@ class WireRules:
     all_reduce: the algorithm for so many ranks.
     gathers_logits_to_root: whole logits go to the first rank of the last stage alone, instead of to each of its ranks.
     gathers_scattered_sums: a reduce-scatter hands all its rows to every rank, which adds up its own.
+    all_gather: the algorithm.
+    gathers_longest_parts: where parts differ in size, each rank sends as much as the one that has most.
+    sums_travel_as_summands: a sum is not rounded to the activations' type before it travels.
     """
 
     all_reduce: Callable[[Summands, int], str] = all_reduce_algorithm
     gathers_logits_to_root: bool = False
     gathers_scattered_sums: bool = False
+    all_gather: str = DIRECT
+    gathers_longest_parts: bool = False
+    sums_travel_as_summands: bool = False
 
 
 def rules_of(transport: Transport) -> WireRules:
-    """Of Headrace over this transport: gloo's sums are gathered and added up, NCCL's go around a ring."""
+    """Of Headrace over this transport: gloo's sums are gathered and added up, NCCL's are taken to go around a ring."""
     match transport:
         case Transport.GLOO:
             return WireRules(all_reduce=direct, gathers_scattered_sums=True)
         case Transport.NCCL:
-            return WireRules(all_reduce=ring)
+            return WireRules(all_reduce=ring, all_gather=RING, gathers_longest_parts=True, sums_travel_as_summands=True)
         case Transport.AUTO | Transport.SHM | Transport.MPI:
             return WireRules()
 
@@ -167,7 +173,7 @@ class RankCalls:
         query_bytes = num_rows * attention.head_dim * layout.activation_bytes
         for num_bytes in (query_bytes, num_sharers * num_rows * _NORMALIZER_BYTES):
             sent = all_gather_wire_bytes(num_bytes, num_sharers)
-            yield Exchange("all_gather", "kv", self._context_sites, DIRECT, num_bytes, sent)
+            yield Exchange("all_gather", "kv", self._context_sites, layout.rules.all_gather, num_bytes, sent)
         if sharding is KvSharding.SEQUENCE:
             payload_bytes = num_sharers * query_bytes
             sent = (num_sharers - 1) * (payload_bytes if layout.rules.gathers_scattered_sums else query_bytes)
@@ -187,14 +193,15 @@ class RankCalls:
             yield self._all_reduce(self._mixture_sites, num_tokens, model.hidden_size, activation_bytes)
 
     def _all_reduce(self, sites: tuple[str, ...], num_rows: int, row_size: int, element_bytes: int) -> Exchange:
+        layout = self._layout
         summands = Summands(
             num_rows=num_rows,
             row_size=row_size,
             summand_bytes=element_bytes,
-            sum_bytes=self._layout.activation_bytes,
-            may_quantize=self._layout.parallel.all_reduce_dtype is AllReduceDtype.INT8,
+            sum_bytes=element_bytes if layout.rules.sums_travel_as_summands else layout.activation_bytes,
+            may_quantize=layout.parallel.all_reduce_dtype is AllReduceDtype.INT8,
         )
-        algorithm = self._layout.rules.all_reduce(summands, self._num_ranks)
+        algorithm = layout.rules.all_reduce(summands, self._num_ranks)
         sent = all_reduce_wire_bytes(summands, algorithm, self._tp_rank, self._num_ranks)
         return Exchange("all_reduce", "tp", sites, algorithm, summands.payload_bytes, sent)
 
@@ -209,7 +216,8 @@ class RankCalls:
         yield Exchange("recv", "pp", site, POINT_TO_POINT, num_bytes, 0, num_tensors)
         if self._is_sliced:
             sent = all_gather_wire_bytes(num_bytes, self._num_ranks)
-            yield Exchange("all_gather", "tp", site, DIRECT, num_bytes, sent, num_tensors)
+            algorithm = self._layout.rules.all_gather
+            yield Exchange("all_gather", "tp", site, algorithm, num_bytes, sent, num_tensors)
 
     @property
     def _tensors_per_boundary(self) -> int:
@@ -237,8 +245,12 @@ class RankCalls:
         if layout.rules.gathers_logits_to_root:
             sent = 0 if self._tp_rank == 0 else num_bytes
             return Exchange("gather", "tp", (Site.LOGITS,), DIRECT, num_bytes, sent)
-        return self._gather(Site.LOGITS, num_bytes)
+        longest = shard_vocabulary(layout.model.vocab_size, 0, self._num_ranks)
+        return self._gather(Site.LOGITS, num_bytes, num_rows * len(longest) * element_bytes)
 
-    def _gather(self, site: str, num_bytes: int) -> Exchange:
-        sent = all_gather_wire_bytes(num_bytes, self._num_ranks)
-        return Exchange("all_gather", "tp", (site,), DIRECT, num_bytes, sent)
+    def _gather(self, site: str, num_bytes: int, longest_bytes: int | None = None) -> Exchange:
+        """longest_bytes: of the part of the rank that has most, if parts differ."""
+        rules = self._layout.rules
+        part_bytes = longest_bytes if longest_bytes is not None and rules.gathers_longest_parts else num_bytes
+        sent = all_gather_wire_bytes(part_bytes, self._num_ranks)
+        return Exchange("all_gather", "tp", (site,), rules.all_gather, num_bytes, sent)

@@ -21,9 +21,13 @@ def follow(world: World, worker: Worker) -> None:
         kind = Kind(message[:1])
         if kind is Kind.END:
             worker.check_exchanges()
+            # NCCL lets nobody leave who has recordings of its exchanges.
+            worker.decode_step.forget()
             return
         if kind is Kind.PLAN:
             result = worker.execute(decode_plan(message[1:]))
+            # A GPU goes on where an exchange was cut short, with whatever its memory holds.
+            world.check()
             if world.place.reports:
                 world.send(0, encode_result(result))
         else:

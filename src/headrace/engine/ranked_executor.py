@@ -46,7 +46,10 @@ class RankedExecutor:
         try:
             for rank in self._world.control:
                 self._world.send(rank, message)
-            self._own_results.append(self.worker.execute(plan))
+            result = self.worker.execute(plan)
+            # A GPU goes on where an exchange was cut short, with whatever its memory holds.
+            self._world.check()
+            self._own_results.append(result)
         except BaseException as error:
             raise self._failed(error) from None
 
@@ -120,6 +123,8 @@ class RankedExecutor:
 
     def close(self) -> None:
         """End all ranks in order; also done when this object is forgotten, and when the program ends."""
+        # NCCL lets nobody leave who has recordings of its exchanges.
+        self.worker.decode_step.forget()
         self._close()
 
     def _check_idle(self) -> None:
@@ -139,9 +144,13 @@ class RankedExecutor:
 
     def _failed(self, error: BaseException) -> BaseException:
         self._has_failed = True
+        # What was computed from an exchange that was cut short may fail in any way.
+        is_consequence = self._world.failure is not None and isinstance(error, Exception)
         if self._world.failure is None:
             self._world.fail(error)
-        return RankError(self._world.failure or "the model was closed") if isinstance(error, RankError) else error
+        if is_consequence or isinstance(error, RankError):
+            return RankError(self._world.failure or "the model was closed")
+        return error
 
 
 def _close_in(process_id: int, world: World) -> None:

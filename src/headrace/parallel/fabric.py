@@ -19,6 +19,13 @@ class Fabric(Protocol):
         """End every exchange that this process waits in or begins later, with an error. From any thread."""
         ...
 
+    def check(self) -> None:
+        """
+        Raises:
+            RankError: exchanges have ended without this process having been told in another way.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
@@ -31,6 +38,9 @@ class NoFabric:
         return OneRankGroup(name)
 
     def abort(self, reason: str) -> None:
+        pass
+
+    def check(self) -> None:
         pass
 
     def close(self) -> None:

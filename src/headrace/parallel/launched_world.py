@@ -16,6 +16,7 @@ from headrace.parallel.fabric import Fabric
 from headrace.parallel.meeting import Broadcast, open_lines
 from headrace.parallel.mpich_memory import unname_mpich_memory
 from headrace.parallel.place import Place
+from headrace.parallel.store_fabric import store_fabric
 from headrace.parallel.world import World, exit_soon
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def join_launched_world(config: ParallelConfig, launched: Launched) -> World:
         control,
         line,
         num_ranks_on_host=hosts.count(host_id()),
+        local_rank=hosts[: launched.rank].count(host_id()),
         on_failure=_say_why if launched.rank == 0 else _end_soon,
     )
 
@@ -119,8 +121,6 @@ def _start_mpi(config: ParallelConfig) -> _Start:
 def _start_torch(config: ParallelConfig, launched: Launched) -> _Start:
     from torch.distributed.rendezvous import rendezvous
 
-    from headrace.parallel.torch_fabric import TorchFabric
-
     store, rank, world_size = next(iter(rendezvous("env://", launched.rank, launched.world_size)))
 
     def broadcast(message: bytes) -> bytes:
@@ -132,4 +132,4 @@ def _start_torch(config: ParallelConfig, launched: Launched) -> _Start:
         store.set(f"host-{rank}", text)
         return [store.get(f"host-{other}").decode() for other in range(world_size)]
 
-    return _Start(TorchFabric(config.transport.value, store, rank, config.deadline_s), broadcast, all_gather)
+    return _Start(store_fabric(config, store, rank), broadcast, all_gather)

@@ -9,6 +9,7 @@ from headrace.parallel.channel import Channel
 from headrace.parallel.fabric import Fabric, NoFabric
 from headrace.parallel.launch import Greeting, LocalRanks
 from headrace.parallel.place import Place
+from headrace.parallel.store_fabric import store_fabric
 from headrace.parallel.world import World, exit_soon
 
 _LOCALHOST = "127.0.0.1"
@@ -47,6 +48,7 @@ def start_local_world(config: ParallelConfig, module: str, settings: Any, *, mic
         ranks.control,
         ranks.lines,
         num_ranks_on_host=config.world_size,
+        local_rank=0,
         describe=ranks.describe,
         on_failure=lambda _: ranks.end(),
         on_close=ranks.end,
@@ -61,6 +63,7 @@ def join_local_world(greeting: Greeting, config: ParallelConfig, control: Channe
         {0: control},
         {0: line},
         num_ranks_on_host=config.world_size,
+        local_rank=greeting.rank,
         on_failure=exit_soon,
     )
 
@@ -89,13 +92,11 @@ def _meet(config: ParallelConfig, micro_batch_bytes: int) -> _Meeting:
         return _Meeting(fabric=NativeFabric(make_communicator(region, 0), config.all_reduce_dtype), region_fd=region.fd)
     from torch._C._distributed_c10d import TCPStore
 
-    from headrace.parallel.torch_fabric import TorchFabric
-
     # A socket of our own, since torch's would listen on every interface.
     with socket.create_server((_LOCALHOST, 0)) as listener:
         port, descriptor = listener.getsockname()[1], listener.detach()
     store = TCPStore(_LOCALHOST, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
-    return _Meeting(fabric=TorchFabric(config.transport.value, store, 0, config.deadline_s), store_port=store.port)
+    return _Meeting(fabric=store_fabric(config, store, 0), store_port=store.port)
 
 
 def join_fabric(greeting: Greeting, config: ParallelConfig) -> Fabric:
@@ -107,8 +108,6 @@ def join_fabric(greeting: Greeting, config: ParallelConfig) -> Fabric:
         return NativeFabric(make_communicator(join_region(greeting.region_fd), greeting.rank), config.all_reduce_dtype)
     from torch._C._distributed_c10d import TCPStore
 
-    from headrace.parallel.torch_fabric import TorchFabric
-
     assert greeting.store_port is not None
     store = TCPStore(_LOCALHOST, greeting.store_port, is_master=False)
-    return TorchFabric(config.transport.value, store, greeting.rank, config.deadline_s)
+    return store_fabric(config, store, greeting.rank)

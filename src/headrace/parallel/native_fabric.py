@@ -24,5 +24,8 @@ class NativeFabric:
     def abort(self, reason: str) -> None:
         self._communicator.abort(reason)
 
+    def check(self) -> None:
+        """Nothing to say: an exchange that failed has raised."""
+
     def close(self) -> None:
         pass

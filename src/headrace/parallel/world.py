@@ -23,7 +23,8 @@ _FAREWELL_S = 2.0
 class World:
     """Owns this process's lines to the other ranks. Rank 0 has a line to each, the others have one to rank 0.
 
-    control: plans and results. lines: signs of life, see `Pulse`. num_ranks_on_host: this one included.
+    control: plans and results. lines: signs of life, see `Pulse`. num_ranks_on_host: this one included, which is the
+        local_rank-th of them.
     describe: what is known of how a rank ended, where this process started it.
     on_failure: called once with the failure, after a rank was lost and everybody told; ends what is left.
     """
@@ -36,6 +37,7 @@ class World:
         lines: Mapping[int, Channel],
         *,
         num_ranks_on_host: int,
+        local_rank: int,
         describe: Callable[[int], str | None] = lambda _: None,
         on_failure: Callable[[str], None] = lambda _: None,
         on_close: Callable[[], None] = lambda: None,
@@ -44,7 +46,7 @@ class World:
         self.fabric = fabric
         # In the order of ranks, whatever the order in which they have called.
         self.control = dict(sorted(control.items()))
-        self.num_ranks_on_host = num_ranks_on_host
+        self.num_ranks_on_host, self.local_rank = num_ranks_on_host, local_rank
         self._lines = dict(lines)
         self._describe, self._on_failure, self._on_close = describe, on_failure, on_close
         self._failure: str | None = None
@@ -95,10 +97,11 @@ class World:
     def check(self) -> None:
         """
         Raises:
-            RankError: a rank was lost; says which, and why.
+            RankError: a rank was lost, and what this one has computed since may be wrong; says which, and why.
         """
         if self._failure is not None:
             raise RankError(self._failure)
+        self.fabric.check()
 
     def fail(self, error: BaseException) -> None:
         """Tell all ranks that this one cannot go on, and why; unless that is because another one was lost."""
@@ -156,4 +159,4 @@ def exit_soon(failure: str) -> None:  # noqa: ARG001
 
 def one_rank_world() -> World:
     place = Place(rank=0, config=ParallelConfig())
-    return World(place, NoFabric(), {}, {}, num_ranks_on_host=1)
+    return World(place, NoFabric(), {}, {}, num_ranks_on_host=1, local_rank=0)

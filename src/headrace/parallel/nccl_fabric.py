@@ -1,0 +1,146 @@
+"""Groups over NCCL for the ranks of one engine, each with a GPU of its own, and the watch over their exchanges."""
+
+import os
+import threading
+from collections.abc import MutableMapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+from headrace.errors import BackendUnavailable, ParallelismError, RankError
+from headrace.kernels import Kernels
+from headrace.parallel.exchange_events import Event, ExchangeEvents
+from headrace.parallel.group import Group, OneRankGroup
+from headrace.parallel.nccl_group import NcclGroup
+from headrace.parallel.torch_fabric import group_store
+
+_ENVIRONMENT = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    # Messages between stages are ordered with the sums of a stage in any case: all are work on one stream.
+    "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "0",
+}
+"""torch's own watch over NCCL ends the process where an exchange fails or stalls, and never sees those of a CUDA graph.
+Here the engine is ended instead, by `World` and by `NcclFabric`, with an error that says why."""
+
+_OPERATIONS = {"tp": ("all_reduce", "all_gather"), "kv": ("all_gather", "reduce_scatter"), "pp": ("send",)}
+"""Of each group, what ranks are connected for."""
+
+_CHECKS_PER_TIMEOUT = 20
+_MAX_INTERVAL_S = 1.0
+_CLOSE_S = 2.0
+
+
+class NcclFabric:
+    """Groups of torch.distributed over NCCL, beside whatever process group the program itself has.
+
+    store: one that all ranks share. timeout_s: an exchange that is not over so long after it was asked for is ended,
+    and all others with it.
+    """
+
+    def __init__(self, store: Store, rank: int, timeout_s: float) -> None:
+        if not dist.is_nccl_available():
+            raise BackendUnavailable(f"transport is 'nccl', which torch {torch.__version__} was built without")
+        set_environment(os.environ)
+        self._store, self._rank, self._timeout_s = store, rank, timeout_s
+        self._groups: list[NcclGroup] = []
+        self._failure: str | None = None
+        self._lock = threading.Lock()
+        self._is_over = threading.Event()
+        self._watch: threading.Thread | None = None
+
+    def make_group(self, name: str, ranks: Sequence[int], kernels: Kernels) -> Group:
+        """
+        Raises:
+            ParallelismError: the model does not lie on a GPU.
+            RankError: a rank is missing.
+        """
+        if kernels.device.type != "cuda":
+            raise ParallelismError(
+                f"transport is 'nccl', which joins GPUs, but the model lies on {kernels.device}; use shm, mpi or gloo"
+            )
+        return OneRankGroup(name) if len(ranks) == 1 else self._connect(name, ranks, kernels.device)
+
+    def abort(self, reason: str) -> None:
+        with self._lock:
+            if self._failure is not None:
+                return
+            self._failure = f"exchanges have been ended: {reason}"
+        self._is_over.set()
+        self._abort_groups()
+
+    def check(self) -> None:
+        """
+        Raises:
+            RankError: exchanges have been ended, so that nothing computed since is valid.
+        """
+        if self._failure is not None:
+            raise RankError(self._failure)
+
+    def close(self) -> None:
+        self._is_over.set()
+        for thread in self._abort_groups():
+            thread.join(_CLOSE_S)
+
+    def _connect(self, name: str, ranks: Sequence[int], device: torch.device) -> NcclGroup:
+        store = group_store(self._store, name, ranks)
+        process_group = self._make_process_group(store, list(ranks).index(self._rank), len(ranks), device)
+        group = NcclGroup(name, process_group, ExchangeEvents(self._make_event), lambda: self._failure)
+        self._groups.append(group)
+        if self._watch is None:
+            self._watch = threading.Thread(target=self._run, args=[device], name="headrace-nccl", daemon=True)
+            self._watch.start()
+        group.connect(_OPERATIONS[name], device)
+        return group
+
+    def _make_process_group(self, store: Store, rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
+        # Not in a build of torch without CUDA.
+        from torch._C._distributed_c10d import ProcessGroupNCCL
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=self._timeout_s)
+        process_group = ProcessGroupNCCL(store, rank, size, options)
+        try:
+            process_group.eager_connect_single_device(device)
+        except RuntimeError as error:
+            raise RankError(f"rank {self._rank} finds no others over NCCL: {str(error)[:200]}") from None
+        return process_group  # type: ignore[return-value]
+
+    def _make_event(self) -> Event:
+        return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def _abort_groups(self) -> list[threading.Thread]:
+        """Each on a thread of its own: aborting one may wait for kernels of another, and for graphs that hold some of
+        its exchanges to be destroyed."""
+        groups, self._groups = self._groups, []
+        threads = [threading.Thread(target=_abort, args=[group], daemon=True) for group in groups]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def _run(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            # A thread begins on the first GPU, where asking about an event would take room.
+            torch.cuda.set_device(device)
+        interval_s = min(_MAX_INTERVAL_S, self._timeout_s / _CHECKS_PER_TIMEOUT)
+        while not self._is_over.wait(interval_s):
+            for group in tuple(self._groups):
+                if group.events.oldest_s() > self._timeout_s:
+                    self.abort(f"one of group {group.name} was not over after {self._timeout_s:g} s")
+                    return
+
+
+def set_environment(environ: MutableMapping[str, str]) -> None:
+    """What torch reads when a group is made; settings of the user's own are kept."""
+    for name, value in _ENVIRONMENT.items():
+        environ.setdefault(name, value)
+
+
+def _abort(group: NcclGroup) -> None:
+    with suppress(RuntimeError):
+        group.abort()
