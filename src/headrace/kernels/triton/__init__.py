@@ -24,6 +24,7 @@ __all__ = ["MachineOps", "check_device", "make_ops"]
 
 def make_ops(device: torch.device) -> dict[str, Callable[..., Any]]:
     """The ops that are written in Triton, by name, for tensors on a device."""
+    attention = Attention(device)
     return {
         "activation": activation,
         "add_": add_,
@@ -33,7 +34,8 @@ def make_ops(device: torch.device) -> dict[str, Callable[..., Any]]:
         "log_sum_exp": log_sum_exp,
         "rms_norm": rms_norm,
         "top_k": top_k,
-        "attention": Attention(device),
+        "attention": attention,
+        "attention_share": attention.share,
         "kv_cache_num_bytes": kv_cache_num_bytes,
         "make_kv_cache": partial(make_kv_cache, device=device),
         "read_kv": read_kv,

@@ -11,9 +11,11 @@ from torch import Tensor
 from headrace.config import KvCacheFormat, SoftmaxScheme
 from headrace.errors import KernelError, ShapeError
 from headrace.kernels.kv_cache import GpuKvCache, KvCache
-from headrace.kernels.ops import AttentionSpec
+from headrace.kernels.ops import AttentionShare, AttentionSpec
 from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, split_kernel
+from headrace.kernels.triton.attention_prefill import prefill_kernel
 from headrace.kernels.triton.attention_rows import NO_WINDOW
+from headrace.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
 from headrace.kernels.triton.kv_cache import gpu_cache
 from headrace.kernels.triton.launch import is_interpreted, num_multiprocessors
 from headrace.kernels.triton.rotary import QUERY_DTYPES, by_token
@@ -62,24 +64,56 @@ class Attention:
         """
         call = _Call.checked(query, kv_cache, block_tables, context_lens, cu_seqlens_q, spec)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        if call.num_tokens:
-            self._decode(call, out)
+        self._attend(call, out, out, is_share=False)
         return out
 
-    def _decode(self, call: "_Call", out: Tensor) -> None:
+    def share(
+        self,
+        query: Tensor,
+        kv_cache: KvCache,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        owned_blocks: Tensor,
+        spec: AttentionSpec,
+    ) -> AttentionShare:
+        """`reference.attention_share`, by any softmax scheme: what `__call__` computes, before the division.
+
+        A row of the asynchronized scheme whose share leaves the sound range is computed again, synchronized, and then
+        refers to its own maximum instead of the unified one.
+
+        Raises:
+            as `__call__`.
+        """
+        call = _Call.checked(query, kv_cache, block_tables, context_lens, cu_seqlens_q, spec, owned_blocks)
+        numerators = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+        normalizers = torch.empty((*query.shape[:2], 2), dtype=torch.float32, device=query.device)
+        self._attend(call, numerators, normalizers, is_share=True)
+        return AttentionShare(numerators, normalizers)
+
+    def _attend(self, call: "_Call", out: Tensor, normalizers: Tensor, *, is_share: bool) -> None:
+        """What sequences there are to decode and to prefill is known on the device alone, unless there are as many
+        tokens as sequences."""
+        constants = call.constants() | {"IS_SHARE": is_share}
+        if call.num_tokens:
+            self._decode(call, out, normalizers, constants)
+        if call.num_tokens > call.num_seqs:
+            self._prefill(call, out, normalizers, constants)
+
+    def _decode(self, call: "_Call", out: Tensor, normalizers: Tensor, constants: dict[str, Any]) -> None:
         shape = DecodeShape.of(call.group)
         token_slots = min(shape.max_tokens, call.num_tokens - call.num_seqs + 1)
         max_splits = max_num_splits(call.max_context_len, call.unit)
         num_rows = call.num_seqs * token_slots * call.num_heads
         partials = torch.empty(num_rows, max_splits, call.head_dim, dtype=torch.float32, device=out.device)
         states = torch.empty(num_rows, max_splits, 2, dtype=torch.float32, device=out.device)
-        constants = call.constants() | {
+        tiles = decode_tiles(call.query.dtype, call.head_dim)
+        constants = constants | {
             "BLOCK_M": shape.block_m,
+            "BLOCK_N": tiles.block_n,
             "MAX_TOKENS": shape.max_tokens,
             "TOKEN_SLOTS": token_slots,
             "UNIT": call.unit,
-            "BLOCK_N": 64 if call.head_dim <= 128 else 32,
-            "IS_SHARE": False,
         }
         num_pieces = call.num_seqs * max_splits * call.num_kv_heads * shape.row_tiles
         split_kernel[(min(self.num_programs, num_pieces),)](
@@ -93,20 +127,41 @@ class Attention:
             **constants,
             SEQS=triton.next_power_of_2(call.num_seqs),
             ROW_TILES=shape.row_tiles,
-            STAGES=3,
-            num_warps=4,
+            STAGES=tiles.stages,
+            num_warps=tiles.num_warps,
         )
         merge_kernel[(num_rows,)](
             *call.tensors(),
             partials,
             states,
             out,
-            states,
+            normalizers,
             *call.strides(),
             max_splits,
             *call.numbers(),
             **constants,
-            num_warps=4,
+            num_warps=tiles.num_warps,
+        )
+
+    def _prefill(self, call: "_Call", out: Tensor, normalizers: Tensor, constants: dict[str, Any]) -> None:
+        tiles = prefill_tiles(call.query.dtype, call.head_dim)
+        # Each sequence has at most one tile that is not full.
+        num_tiles = call.num_tokens * call.group // tiles.block_m + call.num_seqs
+        prefill_kernel[(num_tiles, call.num_kv_heads)](
+            *call.tensors(),
+            out,
+            normalizers,
+            call.num_seqs,
+            *call.strides(),
+            *call.numbers(),
+            **constants,
+            SEQS=triton.next_power_of_2(call.num_seqs),
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            MAX_TOKENS=DecodeShape.of(call.group).max_tokens,
+            HAS_WINDOW=call.spec.sliding_window is not None,
+            STAGES=tiles.stages,
+            num_warps=tiles.num_warps,
         )
 
 

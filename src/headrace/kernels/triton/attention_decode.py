@@ -1,10 +1,10 @@
 """Attention of one new token per sequence, or a few, with each context split over programs.
 
 Two kernels. The first is launched as many programs as fill the GPU, whatever the batch: each finds out on the device
-which splits of which sequences there are, and takes its share of them. So a launch depends on nothing that the host does
-not know, as a CUDA graph requires, and where contexts may be long no programs are launched in vain for short ones. The
-second merges each row's splits in order, and is where a row of the asynchronized scheme is tested, computed again if need
-be, and counted: nothing waits for the host.
+which splits of which sequences there are, and takes its share of them. So a launch depends on nothing that the host
+does not know, as a CUDA graph requires, and where contexts may be long no programs are launched in vain for short ones.
+The second merges each row's splits in order, and is where a row of the asynchronized scheme is tested, computed again
+if need be, and counted: nothing waits for the host.
 
 What must be in flight. An H100 moves 3.35 TB/s at a latency of 0.6 to 0.8 us: some 2.5 MB at any time, 19 KB on each of
 its 132 SMs. A program of 64 positions of head_dim 128 in bfloat16 reads 32 KiB a tile, and has two tiles under way. One

@@ -1,9 +1,9 @@
 """Attention of a tile of rows over a range of one sequence's positions: what all attention kernels have in common.
 
 A row is one query of one head. Rows of a tile share a KV head, so that keys and values are read once for all of
-them: row r is token r // group of the tile's tokens, query head kv_head * group + r % group. Positions are taken in tiles
-that begin at multiples of their size; those that a row does not see take no part in what is computed for it, so that
-its bits do not depend on the rows beside it.
+them: row r is token r // group of the tile's tokens, query head kv_head * group + r % group. Positions are taken in
+tiles that begin at multiples of their size; those that a row does not see take no part in what is computed for it, so
+that its bits do not depend on the rows beside it.
 
 Keys and values are read in rows of head_dim, 16 bytes to a thread, through the block table, and multiplied by tensor
 cores in the query's type (float32 as float32). An int8 key is exact in that type; its scale multiplies the logit, and
@@ -57,8 +57,8 @@ def attend(
     IS_MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Adds positions begin to end to the rows' state: references m [rows], sums of p [rows, BLOCK_N], each over one place
-    of all tiles, and numerators acc [rows, BLOCK_D].
+    """Adds positions begin to end to the rows' state: references m [rows], sums of p [rows, BLOCK_N], each over one
+    place of all tiles, and numerators acc [rows, BLOCK_D].
 
     Row r sees positions row_start[r] to row_stop[r]. begin is a multiple of BLOCK_N; without IS_MASKED so is end, and
     every row sees all. Positions that no row sees are not read.
@@ -67,21 +67,17 @@ def attend(
     """
     d = tl.arange(0, BLOCK_D)
     is_entry = (d < HEAD_DIM)[None, :]
-    if IS_MASKED:
-        first = tl.min(row_start)
+    first = tl.min(row_start, axis=0) if IS_MASKED else begin
+    # A tile ahead: what is loaded through an address that was itself just loaded cannot be under way early.
+    blocks = _blocks(table_ptr, begin + tl.arange(0, BLOCK_N), first, end, BLOCK_SIZE)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         positions = start + tl.arange(0, BLOCK_N)
-        if IS_MASKED:
-            is_read = (positions >= first) & (positions < end)
-            blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=is_read, other=0)
-            entry_mask = is_read[:, None] & is_entry
-        else:
-            is_read = positions >= 0
-            blocks = tl.load(table_ptr + positions // BLOCK_SIZE)
-            entry_mask = is_entry
+        is_read = (positions >= first) & (positions < end)
+        entry_mask = (is_read[:, None] & is_entry) if IS_MASKED else is_entry
         # Entries of a cache may be more than 2^31.
         slots = (blocks.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE
         at = slots[:, None] * HEAD_DIM + d[None, :]
+        blocks = _blocks(table_ptr, positions + BLOCK_N, first, end, BLOCK_SIZE)
         k = tl.load(keys_ptr + at, mask=entry_mask, other=0).to(q.dtype)
         t = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
         if IS_INT8:
@@ -111,3 +107,10 @@ def attend(
                 p = tl.where(is_seen, p, 0.0)
         acc = tl.dot(p.to(q.dtype), v, acc, input_precision="ieee")
     return m, sums, acc
+
+
+@triton.jit
+def _blocks(table_ptr, positions, first, end, BLOCK_SIZE: tl.constexpr):
+    """The blocks of positions from first to end; 0 for others."""
+    is_read = (positions >= first) & (positions < end)
+    return tl.load(table_ptr + positions // BLOCK_SIZE, mask=is_read, other=0)

@@ -31,7 +31,7 @@ def rotary_table(positions: Tensor, inv_freq: Tensor, amplitude: float) -> tuple
     half = len(inv_freq)
     cos, sin = torch.empty(2, len(positions), half, dtype=torch.float32, device=positions.device)
     if len(positions):
-        _rotary_table_kernel[(len(positions),)](
+        rotary_table_kernel[(len(positions),)](
             positions.contiguous(),
             inv_freq.contiguous(),
             amplitude,
@@ -45,7 +45,7 @@ def rotary_table(positions: Tensor, inv_freq: Tensor, amplitude: float) -> tuple
 
 
 @triton.jit
-def _rotary_table_kernel(
+def rotary_table_kernel(
     positions_ptr, inv_freq_ptr, amplitude, cos_ptr, sin_ptr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -91,7 +91,7 @@ def rotary_store_kv_(
     if num_tokens == 0:
         return
     cos, sin = (query, query) if cos_sin is None else (x.contiguous() for x in cos_sin)
-    _rotary_store_kernel[(num_tokens, query_programs + triton.cdiv(spec.num_kv_heads, _HEADS))](
+    rotary_store_kernel[(num_tokens, query_programs + triton.cdiv(spec.num_kv_heads, _HEADS))](
         query,
         key,
         value,
@@ -117,7 +117,7 @@ def rotary_store_kv_(
 
 
 @triton.jit
-def _rotary_store_kernel(
+def rotary_store_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
@@ -144,12 +144,13 @@ def _rotary_store_kernel(
     token = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     if program < QUERY_PROGRAMS:
-        heads = (program * HEADS + tl.arange(0, HEADS))[:, None]
-        row = query_ptr + token * query_token_stride + heads * HEAD_DIM
-        is_head = heads < NUM_HEADS
-        a, b, at_a, at_b, is_pair = _rotated(row, is_head, cos_ptr, sin_ptr, token, HALF, INTERLEAVED)
-        tl.store(row + at_a, a, mask=is_pair)
-        tl.store(row + at_b, b, mask=is_pair)
+        if HALF > 0:
+            heads = (program * HEADS + tl.arange(0, HEADS))[:, None]
+            row = query_ptr + token * query_token_stride + heads * HEAD_DIM
+            is_head = heads < NUM_HEADS
+            a, b, at_a, at_b, is_pair = _rotated(row, is_head, cos_ptr, sin_ptr, token, HALF, INTERLEAVED)
+            tl.store(row + at_a, a, mask=is_pair)
+            tl.store(row + at_b, b, mask=is_pair)
     else:
         slot = tl.load(slots_ptr + token)
         # What another rank stores has a negative slot.

@@ -1,0 +1,268 @@
+"""Attention of a chunk of a prompt: tiles of its tokens and of the heads that share a KV head, over all they see.
+
+One program for each tile and KV head, launched as many as there can be; which sequences and tiles there are, each finds
+out on the device, the last tiles, which see most, first. Positions that every row of a tile sees are taken without
+masks; those of the diagonal, and of a window's first tiles, with them.
+
+A tile of the asynchronized scheme is tested after its sums, and if one of its rows is not sound, computed again,
+synchronized, by the same program; rows that were sound keep what they had.
+"""
+
+import triton
+import triton.language as tl
+
+from headrace.kernels.triton.attention_rows import visible_positions
+from headrace.kernels.triton.attention_tile import attend, load_queries
+from headrace.kernels.triton.softmax import ASYNCHRONIZED, SYNCHRONIZED, is_sound
+
+
+@triton.jit
+def prefill_kernel(
+    query_ptr,
+    tables_ptr,
+    context_lens_ptr,
+    bounds_ptr,
+    owned_ptr,
+    keys_ptr,
+    values_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
+    counts_ptr,
+    out_ptr,
+    normalizers_ptr,
+    num_seqs,
+    query_stride,
+    table_stride,
+    owned_stride,
+    window,
+    scale2,
+    cap2,
+    unified_max2,
+    least2,
+    largest2,
+    SEQS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MAX_TOKENS: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    IS_SHARE: tl.constexpr,
+    SCHEME: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    IS_STRICT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Sequences of more than MAX_TOKENS new tokens; grid: tiles, KV heads."""
+    seqs = tl.arange(0, SEQS)
+    is_seq = seqs < num_seqs
+    counts = tl.load(bounds_ptr + seqs + 1, mask=is_seq, other=0) - tl.load(bounds_ptr + seqs, mask=is_seq, other=0)
+    num_tiles = tl.where(counts > MAX_TOKENS, (counts * GROUP + BLOCK_M - 1) // BLOCK_M, 0)
+    ends_at = tl.cumsum(num_tiles, axis=0)
+    index = tl.sum(num_tiles, axis=0) - 1 - tl.program_id(0)
+    if index >= 0:
+        seq = tl.sum((ends_at <= index).to(tl.int32), axis=0)
+        tile = index - tl.sum(tl.where(seqs == seq, ends_at - num_tiles, 0), axis=0)
+        kv_head = tl.program_id(1)
+        first_token = tl.load(bounds_ptr + seq)
+        num_tokens = tl.load(bounds_ptr + seq + 1) - first_token
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        is_row = rows < num_tokens * GROUP
+        # Rows past the last see what the last token sees, so that they need no masks of their own.
+        tokens = tl.minimum(rows // GROUP, num_tokens - 1)
+        heads = kv_head * GROUP + rows % GROUP
+        row_start, row_stop = visible_positions(
+            tokens,
+            num_tokens,
+            tl.load(context_lens_ptr + seq),
+            window,
+            owned_ptr + seq.to(tl.int64) * owned_stride,
+            BLOCK_SIZE,
+            IS_SHARE,
+        )
+        table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
+        q = load_queries(query_ptr, first_token + tokens, heads, is_row, query_stride, HEAD_DIM, BLOCK_D)
+        m, denominators, numerators = _attend_tile(
+            q,
+            row_start,
+            row_stop,
+            kv_head,
+            table_ptr,
+            keys_ptr,
+            values_ptr,
+            key_scales_ptr,
+            value_scales_ptr,
+            scale2,
+            cap2,
+            unified_max2,
+            least2,
+            largest2,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_SIZE,
+            BLOCK_M,
+            BLOCK_N,
+            IS_INT8,
+            SCHEME,
+            HAS_CAP,
+            HAS_WINDOW,
+            IS_STRICT,
+            STAGES,
+        )
+        row = (first_token + tokens).to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
+        has_keys = row_stop > row_start
+        if SCHEME == ASYNCHRONIZED:
+            m = tl.where(has_keys, unified_max2, float("-inf"))
+            num_rows = tl.sum(is_row.to(tl.int64), axis=0)
+            tl.atomic_add(counts_ptr, num_rows, sem="relaxed")
+            must_repeat = (is_sound(numerators, denominators, row_stop - row_start, IS_INT8) == 0) & has_keys & is_row
+            num_repeated = tl.sum(must_repeat.to(tl.int64), axis=0)
+            is_row &= must_repeat == 0
+        _store_rows(row, is_row, m, denominators, numerators, out_ptr, normalizers_ptr, HEAD_DIM, BLOCK_D, IS_SHARE)
+        if SCHEME == ASYNCHRONIZED:  # noqa: SIM102 - known when compiled
+            if num_repeated > 0:
+                tl.atomic_add(counts_ptr + 1, num_repeated, sem="relaxed")
+                m, denominators, numerators = _attend_tile(
+                    q,
+                    row_start,
+                    row_stop,
+                    kv_head,
+                    table_ptr,
+                    keys_ptr,
+                    values_ptr,
+                    key_scales_ptr,
+                    value_scales_ptr,
+                    scale2,
+                    cap2,
+                    unified_max2,
+                    least2,
+                    largest2,
+                    NUM_KV_HEADS,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    BLOCK_SIZE,
+                    BLOCK_M,
+                    BLOCK_N,
+                    IS_INT8,
+                    SYNCHRONIZED,
+                    HAS_CAP,
+                    HAS_WINDOW,
+                    IS_STRICT,
+                    STAGES,
+                )
+                _store_rows(
+                    row,
+                    must_repeat,
+                    m,
+                    denominators,
+                    numerators,
+                    out_ptr,
+                    normalizers_ptr,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    IS_SHARE,
+                )
+
+
+@triton.jit
+def _attend_tile(
+    q,
+    row_start,
+    row_stop,
+    kv_head,
+    table_ptr,
+    keys_ptr,
+    values_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
+    scale2,
+    cap2,
+    unified_max2,
+    least2,
+    largest2,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    SCHEME: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    IS_STRICT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """References, denominators [rows] and numerators [rows, BLOCK_D] over all that the rows see."""
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    begin = tl.min(row_start, axis=0) // BLOCK_N * BLOCK_N
+    end = tl.max(row_stop, axis=0)
+    all_begin = begin
+    if HAS_WINDOW:
+        all_begin = (tl.max(row_start, axis=0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    all_end = tl.maximum(tl.min(row_stop, axis=0) // BLOCK_N * BLOCK_N, all_begin)
+    for part in tl.static_range(3):
+        # Before, where, and after all rows see all positions; without a window nothing comes before.
+        if (part > 0) | HAS_WINDOW:
+            m, sums, acc = attend(
+                q,
+                m,
+                sums,
+                acc,
+                begin if part == 0 else all_begin if part == 1 else all_end,
+                tl.minimum(all_begin, end) if part == 0 else all_end if part == 1 else end,
+                row_start,
+                row_stop,
+                kv_head,
+                table_ptr,
+                keys_ptr,
+                values_ptr,
+                key_scales_ptr,
+                value_scales_ptr,
+                scale2,
+                cap2,
+                unified_max2,
+                least2,
+                largest2,
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_SIZE,
+                BLOCK_N,
+                IS_INT8,
+                SCHEME,
+                HAS_CAP,
+                IS_STRICT,
+                part != 1,
+                STAGES,
+            )
+    return m, tl.sum(sums, axis=1), acc
+
+
+@triton.jit
+def _store_rows(
+    row,
+    is_row,
+    m,
+    denominators,
+    numerators,
+    out_ptr,
+    normalizers_ptr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IS_SHARE: tl.constexpr,
+):
+    if IS_SHARE:
+        tl.store(normalizers_ptr + row * 2, denominators, mask=is_row)
+        tl.store(normalizers_ptr + row * 2 + 1, m, mask=is_row)
+    else:
+        numerators = numerators / denominators[:, None]
+    d = tl.arange(0, BLOCK_D)
+    tl.store(out_ptr + row[:, None] * HEAD_DIM + d[None, :], numerators, mask=is_row[:, None] & (d < HEAD_DIM)[None, :])

@@ -1,0 +1,43 @@
+"""How large the tiles of attention are, by the type they are computed in and the size of a head.
+
+What bounds them is shared memory, 227 KiB an SM on H100 and H200, 163 KiB on A100 and 64 KiB a workgroup on MI300X,
+where keys and values wait that are on their way, and the registers of a program's accumulators.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """block_m: rows; block_n: positions; stages: of the software pipeline, one tile less than that is on its way."""
+
+    block_m: int
+    block_n: int
+    stages: int
+    num_warps: int
+
+
+def decode_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
+    """64 positions of 128 in bfloat16 are 32 KiB, and two such tiles on their way leave room for three programs an SM.
+
+    Rows are as many as heads share a KV head, see `DecodeShape`.
+    """
+    block_n = 64 if head_dim * dtype.itemsize <= 256 else 32
+    return Tiles(block_m=16, block_n=block_n, stages=_stages(block_n * head_dim * dtype.itemsize), num_warps=4)
+
+
+def prefill_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
+    """128 rows of bfloat16, a warpgroup's 64 for each four warps; fewer where accumulators are wide or float32 is
+    multiplied without tensor cores."""
+    if dtype is torch.float32:
+        return Tiles(block_m=32, block_n=32, stages=2, num_warps=4)
+    if head_dim > 128:
+        return Tiles(block_m=64, block_n=32, stages=2 if torch.version.hip else 3, num_warps=4)
+    return Tiles(block_m=128, block_n=64, stages=2 if torch.version.hip else 3, num_warps=8)
+
+
+def _stages(tile_bytes: int) -> int:
+    """tile_bytes: of keys, or of values."""
+    return 2 if torch.version.hip and tile_bytes > 8 * 2**10 else 3

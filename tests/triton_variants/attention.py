@@ -1,0 +1,127 @@
+"""Attention over Llama-2-7B's heads, Llama-3-8B's grouped heads, and head sizes that are no powers of two."""
+
+import inspect
+from typing import Any
+
+import torch
+
+from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, split_kernel
+from headrace.kernels.triton.attention_prefill import prefill_kernel
+from headrace.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
+from headrace.kernels.triton.rotary import rotary_store_kernel, rotary_table_kernel
+from headrace.kernels.triton.softmax import ASYNCHRONIZED, LAZY, SYNCHRONIZED
+from triton_variants import Variant
+
+_DIVISIBLE = ("query_stride", "table_stride", "query_token_stride", "key_token_stride", "value_token_stride")
+_FLOATS = ("scale2", "cap2", "unified_max2", "least2", "largest2", "amplitude")
+
+
+def _signature(kernel: Any, cache: str, query: str = "bf16") -> dict[str, str]:
+    types = {"query_ptr": query, "key_ptr": query, "value_ptr": query, "out_ptr": query}
+    types |= dict.fromkeys(("keys_ptr", "values_ptr", "key_cache_ptr", "value_cache_ptr"), cache)
+    types |= dict.fromkeys(("tables_ptr", "context_lens_ptr", "bounds_ptr", "owned_ptr"), "i32")
+    types |= dict.fromkeys(("counts_ptr", "positions_ptr", "slots_ptr"), "i64")
+    names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper()]
+    return {
+        name: f"*{types.get(name, 'fp32')}" if name.endswith("_ptr") else "fp32" if name in _FLOATS else "i32"
+        for name in names
+    }
+
+
+def _heads(
+    kernel: Any,
+    name: str,
+    cache: str,
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    *,
+    query: torch.dtype = torch.bfloat16,
+    **constants: Any,
+) -> Variant:
+    shape = DecodeShape.of(group)
+    tiles = (prefill_tiles if kernel is prefill_kernel else decode_tiles)(query, head_dim)
+    known = {
+        "SEQS": 16,
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": 128 if head_dim in (80, 96) else head_dim,
+        "BLOCK_SIZE": 16,
+        "BLOCK_M": tiles.block_m if kernel is prefill_kernel else shape.block_m,
+        "BLOCK_N": tiles.block_n,
+        "ROW_TILES": shape.row_tiles,
+        "MAX_TOKENS": shape.max_tokens,
+        "TOKEN_SLOTS": 1,
+        "UNIT": 256 if cache != "fp32" and head_dim <= 128 else 128,
+        "IS_INT8": cache == "i8",
+        "IS_SHARE": False,
+        "SCHEME": SYNCHRONIZED.value,
+        "HAS_CAP": False,
+        "HAS_WINDOW": False,
+        "IS_STRICT": False,
+        "STAGES": tiles.stages,
+    } | constants
+    return Variant(
+        name=f"{name}-{cache}-{num_kv_heads}x{group}x{head_dim}",
+        kernel=kernel,
+        signature=_signature(kernel, cache, "fp32" if query is torch.float32 else "bf16"),
+        constexprs={key: value for key, value in known.items() if key in kernel.arg_names},
+        num_warps=tiles.num_warps,
+        divisible=_DIVISIBLE,
+    )
+
+
+def _store(cache: str, half: int, head_dim: int, *, interleaved: bool = False) -> Variant:
+    return Variant(
+        name=f"rotary-store-{cache}-{half}-of-{head_dim}",
+        kernel=rotary_store_kernel,
+        signature=_signature(rotary_store_kernel, cache),
+        constexprs={
+            "NUM_HEADS": 32,
+            "NUM_KV_HEADS": 8,
+            "HEAD_DIM": head_dim,
+            "HALF": half,
+            "BLOCK_SIZE": 16,
+            "INTERLEAVED": interleaved,
+            "IS_INT8": cache == "i8",
+            "QUERY_PROGRAMS": 4 if half else 0,
+            "HEADS": 8,
+        },
+        divisible=_DIVISIBLE,
+    )
+
+
+_ASYNCHRONIZED, _LAZY = ASYNCHRONIZED.value, LAZY.value
+
+VARIANTS = [
+    _heads(split_kernel, "split", "bf16", 32, 1, 128),
+    _heads(split_kernel, "split", "bf16", 8, 4, 128),
+    _heads(split_kernel, "split", "i8", 8, 4, 128),
+    _heads(split_kernel, "split", "fp32", 8, 4, 128, query=torch.float32),
+    _heads(split_kernel, "split-capped", "bf16", 8, 2, 256, HAS_CAP=True),
+    _heads(split_kernel, "split-asynchronized", "bf16", 32, 1, 80, SCHEME=_ASYNCHRONIZED),
+    _heads(split_kernel, "split-strict", "i8", 4, 8, 64, SCHEME=_ASYNCHRONIZED, IS_STRICT=True),
+    _heads(split_kernel, "split-lazy", "bf16", 8, 4, 128, SCHEME=_LAZY),
+    _heads(merge_kernel, "merge", "bf16", 8, 4, 128),
+    _heads(merge_kernel, "merge-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
+    _heads(merge_kernel, "merge-asynchronized", "i8", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
+    _heads(prefill_kernel, "prefill", "bf16", 32, 1, 128),
+    _heads(prefill_kernel, "prefill-lazy", "bf16", 8, 4, 128, SCHEME=_LAZY),
+    _heads(prefill_kernel, "prefill", "i8", 8, 4, 128),
+    _heads(prefill_kernel, "prefill", "fp32", 8, 4, 128, query=torch.float32),
+    _heads(prefill_kernel, "prefill-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
+    _heads(prefill_kernel, "prefill-gemma", "bf16", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True),
+    _heads(prefill_kernel, "prefill-share", "bf16", 1, 8, 128, IS_SHARE=True),
+    _store("bf16", 64, 128),
+    _store("i8", 32, 128, interleaved=True),
+    _store("i8", 40, 80),
+    _store("bf16", 0, 64),
+    Variant(
+        name="rotary-table",
+        kernel=rotary_table_kernel,
+        signature=_signature(rotary_table_kernel, "bf16"),
+        constexprs={"HALF": 64, "BLOCK_HALF": 64},
+        num_warps=1,
+    ),
+]
