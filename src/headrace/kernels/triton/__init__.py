@@ -15,6 +15,7 @@ from headrace.kernels.triton.graphs import GraphRecorder
 from headrace.kernels.triton.kv_cache import kv_cache_num_bytes, make_kv_cache, read_kv
 from headrace.kernels.triton.launch import check_device
 from headrace.kernels.triton.machine_ops import MachineOps
+from headrace.kernels.triton.mixture import Mixture
 from headrace.kernels.triton.norm import add_, layer_norm, rms_norm
 from headrace.kernels.triton.rotary import rotary_store_kv_, rotary_table
 from headrace.kernels.triton.sampling import argmax, log_sum_exp, top_k
@@ -32,6 +33,7 @@ def make_ops(device: torch.device) -> dict[str, Callable[..., Any]]:
         "gated_activation": gated_activation,
         "layer_norm": layer_norm,
         "log_sum_exp": log_sum_exp,
+        "mixture": Mixture(),
         "rms_norm": rms_norm,
         "top_k": top_k,
         "attention": attention,
