@@ -12,7 +12,7 @@ from headrace.errors import KernelError, ShapeError
 from headrace.kernels.ops import MixtureSpec
 from headrace.kernels.triton.activation import activate
 from headrace.kernels.triton.expert_weights import ExpertTables, WeightTable, load_weight_tile
-from headrace.kernels.triton.launch import is_interpreted
+from headrace.kernels.triton.flat_gemm import dot_dtype
 from headrace.kernels.triton.routing import Routing, route
 from headrace.kernels.weights import QUANTIZATION_GROUP_SIZE, Experts
 
@@ -295,8 +295,7 @@ def _launch_down(x: Tensor, down: WeightTable, routing: Routing, out: Tensor) ->
 def _constants(table: WeightTable, dtype: torch.dtype, tiles: _Tiles) -> dict[str, object]:
     return {
         "DTYPE": _DTYPES[dtype],
-        # The interpreter's products of bfloat16 are wrong.
-        "DOT_DTYPE": tl.float32 if is_interpreted() and dtype == torch.bfloat16 else _DTYPES[dtype],
+        "DOT_DTYPE": dot_dtype(dtype),
         "NUM_BITS": table.num_bits,
         "IS_ALIGNED": table.is_aligned,
         "GROUP": QUANTIZATION_GROUP_SIZE,
