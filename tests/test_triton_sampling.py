@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.config import SamplingParams
+from headrace.engine.device_sampler import DeviceSampler
+from headrace.engine.sampler import Sampler, SamplingRow
 from headrace.errors import ShapeError
-from headrace.kernels import reference
+from headrace.kernels import KernelChoice, reference, resolve_kernels
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -116,3 +119,24 @@ def test_shapes_are_checked():
     for op in (OPS["argmax"], OPS["log_sum_exp"], lambda logits: OPS["top_k"](logits, 3)):
         with pytest.raises(ShapeError, match="vocab_size"):
             op(torch.zeros(5, device=DEVICE))
+
+
+def test_tokens_are_those_of_whole_rows():
+    """The engine's use of these ops; see test_device_sampler.py for all of it."""
+    kinds = [{"top_k": 5}, {"top_p": 0.7, "logprobs": 2}, {"temperature": 0.7}, {"min_p": 0.3}]
+    logits = torch.randn(4, 300) * 3
+    rows = [
+        SamplingRow(
+            seq_id=i,
+            params=SamplingParams(**kind),
+            seed=i,
+            prompt_token_ids=(1,),
+            output_token_ids=(),
+            eos_token_ids=(),
+        )
+        for i, kind in enumerate(kinds)
+    ]
+    sampler = DeviceSampler(resolve_kernels(KernelChoice.TRITON, device=DEVICE))
+    sampled, _ = sampler.sample(logits.to(DEVICE), rows)
+    assert [token.token_id for token in sampled] == [token.token_id for token in Sampler().sample(logits, rows).sampled]
+    assert sampler.copied_rows == 0

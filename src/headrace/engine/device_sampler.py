@@ -1,0 +1,236 @@
+"""Picks tokens from logits on a GPU, of which as little as possible travels to the host.
+
+A row of 128,256 logits is 500 KB. Instead of it the host gets the row's most likely tokens, sums over all of it, or the
+token itself, for all rows in one copy. The token is the one that `Sampler` draws from the whole row:
+
+- top_k, min_p: candidates hold every token that may be drawn, and the host draws among them as it does otherwise.
+- top_p: so it does there, but for the total over the vocabulary, which the device adds up.
+- drawn from the whole vocabulary: the device finds the token by its own cumulative sum.
+
+The last two differ from the host's arithmetic by rounding, so they are asked for twice, at both ends of a margin that
+is wider than that. Where the answers differ, where candidates do not hold the answer, and where the request changes
+logits, the row is copied to the host as a whole. Such rows are counted. Log probabilities differ in the last digits of
+float32.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headrace.costs.candidates import RowRecord, row_record
+from headrace.engine.draw import Ids, Row, draw_from_nucleus, draw_from_top_k, exp_weights, inverse_cdf_in_blocks
+from headrace.engine.logits import HostLogits, Largest
+from headrace.engine.logprobs import logprobs_among
+from headrace.engine.plan import SampledToken
+from headrace.engine.random_stream import uniform_at
+from headrace.engine.sampler import SampleOutcome, Sampler, SamplingRow, check_finite, explain_failure
+from headrace.errors import KernelError
+from headrace.kernels import Kernels
+
+RELATIVE_MARGIN = 1e-5
+"""Of a sum over the vocabulary. Weights are off by up to 1e-6 of themselves in float32 (|logit - max| / temperature of
+20 times 2^-24), their sums by ten roundings of 2^-24."""
+
+_MAX_ROWS = 32
+"""Handled at once: sums in float64 take 8 bytes for each logit."""
+
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+class Question(NamedTuple):
+    """What is to be asked of one row; row_index: its place among the logits."""
+
+    row_index: int
+    row: SamplingRow
+    record: RowRecord
+    largest_id: int
+
+    @property
+    def num_candidates(self) -> int:
+        num_places = 0 if self.record.is_drawn_by_owner else self.record.num_places
+        return max(num_places, self.record.num_raw_places)
+
+    @property
+    def uniform(self) -> float:
+        return uniform_at(self.row.seed, len(self.row.output_token_ids))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What the device says of some rows.
+
+    Shapes:
+        token_ids, logits: [num_rows, k], the most likely tokens, largest first, equals by id
+        log_weight_sums: [num_rows], log(sum(exp((logit - largest) / temperature)))
+        log_raw_sums: [num_rows], the same at temperature 1
+        drawn: [num_rows, 2], where the cumulative sum first exceeds the draw, less and plus the margin
+    """
+
+    token_ids: Ids
+    logits: Row
+    log_weight_sums: Row
+    log_raw_sums: Row
+    drawn: Ids
+
+
+class DeviceSampler(Sampler):
+    """Owns what `Sampler` owns.
+
+    copied_rows: rows brought to the host as a whole so far.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__()
+        self._kernels = kernels
+        self.copied_rows = 0
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], largest: Largest | None = None) -> SampleOutcome:
+        """See `Sampler.sample`.
+
+        Shapes:
+            logits: [num_rows, vocab_size] float32, on the kernels' device
+        """
+        host = HostLogits(logits)
+        if largest is None:
+            host.check(len(rows))
+            found = host.largest()
+        else:
+            found = list(zip(largest.token_ids.tolist(), largest.logits.tolist(), strict=True))
+        self.follow(rows)
+        sampled: dict[int, SampledToken] = {}
+        failed: dict[int, str] = {}
+        questions: list[Question] = []
+        copied: list[int] = []
+        for index, (row, (token_id, logit)) in enumerate(zip(rows, found, strict=True)):
+            try:
+                check_finite(logit)
+            except KernelError as error:
+                failed[row.seq_id] = explain_failure(row, error)
+                continue
+            if row.takes_largest:
+                sampled[index] = SampledToken(row.seq_id, token_id)
+            elif (question := _question(index, row, token_id, logits.shape[1])) is None:
+                copied.append(index)
+            else:
+                questions.append(question)
+        for part in _in_parts(questions):
+            answers = ask(self._kernels, logits, part)
+            for place, question in enumerate(part):
+                token = token_of(question, answers, place, logits.shape[1])
+                if token is None:
+                    copied.append(question.row_index)
+                else:
+                    sampled[question.row_index] = token
+        self.copied_rows += len(copied)
+        for index in copied:
+            try:
+                sampled[index] = self.sample_row(host.row(index), rows[index])
+            except KernelError as error:
+                failed[rows[index].seq_id] = explain_failure(rows[index], error)
+        return SampleOutcome(tuple(token for _, token in sorted(sampled.items())), failed)
+
+
+def _question(index: int, row: SamplingRow, largest_id: int, vocab_size: int) -> Question | None:
+    """None if only the whole row would do."""
+    if row.changes_logits:
+        return None
+    record = row_record(row.params, changes_logits=False, vocab_size=vocab_size, largest_shard=vocab_size)
+    return None if record.is_gathered else Question(index, row, record, largest_id)
+
+
+def ask(kernels: Kernels, logits: Tensor, questions: Sequence[Question]) -> Answers:
+    """All that any of the rows needs, of all of them; one copy from the device."""
+    device, num_rows = logits.device, len(questions)
+    rows = logits[torch.tensor([question.row_index for question in questions], device=device)]
+    temperatures = [min(question.row.params.temperature, _LARGEST_FLOAT32) for question in questions]
+    # Greedy rows have a temperature of 0, and only raw logits are asked for.
+    divisors = torch.tensor([temperature or 1.0 for temperature in temperatures], dtype=torch.float32, device=device)
+    gaps = rows - rows.amax(dim=1, keepdim=True)
+    scaled = gaps / divisors.unsqueeze(1)
+    nothing = torch.zeros(num_rows, dtype=torch.float32, device=device)
+    k = min(max(question.num_candidates for question in questions), rows.shape[1])
+    token_ids = kernels.top_k(rows, k)
+    has_weight_sum = any(question.record.has_weight_sum for question in questions)
+    has_raw_sum = any(question.record.num_raw_candidates for question in questions)
+    is_drawn = any(question.record.is_drawn_by_owner for question in questions)
+    uniforms = torch.tensor([question.uniform for question in questions], dtype=torch.float64, device=device)
+    words = torch.cat(
+        [
+            token_ids.to(torch.int32),
+            rows.gather(1, token_ids).view(torch.int32),
+            (kernels.log_sum_exp(scaled) if has_weight_sum else nothing).view(torch.int32).unsqueeze(1),
+            (kernels.log_sum_exp(gaps) if has_raw_sum else nothing).view(torch.int32).unsqueeze(1),
+            _draw(scaled, uniforms) if is_drawn else nothing.to(torch.int32).unsqueeze(1).expand(-1, 2),
+        ],
+        dim=1,
+    )
+    return _read(words.cpu().numpy(), k)
+
+
+def _read(words: NDArray[np.int32], k: int) -> Answers:
+    """From one row of words for each row of logits."""
+    floats = np.ascontiguousarray(words[:, k : 2 * k + 2]).view(np.float32)
+    return Answers(
+        token_ids=words[:, :k].astype(np.int64),
+        logits=floats[:, :k],
+        log_weight_sums=floats[:, k],
+        log_raw_sums=floats[:, k + 1],
+        drawn=words[:, 2 * k + 2 :].astype(np.int64),
+    )
+
+
+def _draw(scaled: Tensor, uniforms: Tensor) -> Tensor:
+    """`Answers.drawn`, int32, of weights exp(scaled)."""
+    sums = scaled.double().exp_().cumsum(dim=1)
+    totals = sums[:, -1:]
+    margins = totals * torch.tensor([[-RELATIVE_MARGIN, RELATIVE_MARGIN]], dtype=torch.float64, device=sums.device)
+    return torch.searchsorted(sums, uniforms.unsqueeze(1) * totals + margins, right=True).to(torch.int32)
+
+
+def token_of(question: Question, answers: Answers, place: int, vocab_size: int) -> SampledToken | None:
+    """The token of one row with its log probabilities; None if what the device said does not tell."""
+    row, record = question.row, question.record
+    token_id = _token_id(question, answers, place, vocab_size)
+    if token_id is None or row.params.logprobs is None:
+        return None if token_id is None else SampledToken(row.seq_id, token_id)
+    token_ids = answers.token_ids[place, : record.num_raw_places]
+    logits = answers.logits[place, : record.num_raw_places]
+    lse = float(logits[0]) + float(answers.log_raw_sums[place])
+    logprobs = logprobs_among(token_ids, logits, lse, token_id, row.params.logprobs)
+    return None if logprobs is None else SampledToken(row.seq_id, token_id, logprobs)
+
+
+def _token_id(question: Question, answers: Answers, place: int, vocab_size: int) -> int | None:
+    params, record = question.row.params, question.record
+    if params.is_greedy:
+        return question.largest_id
+    if record.is_drawn_by_owner:
+        low, high = answers.drawn[place].tolist()
+        return low if low == high < vocab_size else None
+    token_ids = answers.token_ids[place, : record.num_places]
+    logits = answers.logits[place, : record.num_places]
+    if 0 < params.top_k < vocab_size:
+        return draw_from_top_k(token_ids, logits, params, question.uniform)
+    weights = exp_weights(logits, params.temperature)
+    if params.top_p < 1:
+        total = float(np.exp(np.float64(answers.log_weight_sums[place])))
+        low, high = (
+            draw_from_nucleus(token_ids, weights, total * (1 + margin), params, question.uniform)
+            for margin in (-RELATIVE_MARGIN, RELATIVE_MARGIN)
+        )
+        return low if low == high else None
+    if len(token_ids) < vocab_size and not weights[-1] < params.min_p:
+        return None
+    # All others have a weight of 0, so that the sums are the same, bit for bit, as with a whole row.
+    all_weights = np.zeros(vocab_size, np.float32)
+    all_weights[token_ids] = np.where(weights < params.min_p, 0, weights)
+    return inverse_cdf_in_blocks(all_weights, question.uniform)
+
+
+def _in_parts(questions: Sequence[Question]) -> Iterator[Sequence[Question]]:
+    return (questions[start : start + _MAX_ROWS] for start in range(0, len(questions), _MAX_ROWS))
