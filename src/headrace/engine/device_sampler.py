@@ -127,6 +127,7 @@ class DeviceSampler(Sampler):
                 else:
                     sampled[question.row_index] = token
         self.copied_rows += len(copied)
+        host.fetch(copied)
         for index in copied:
             try:
                 sampled[index] = self.sample_row(host.row(index), rows[index])

@@ -13,6 +13,7 @@ from headrace.engine.logits import Logits, read_largest
 from headrace.engine.rows import Row, build_forward_batch
 from headrace.engine.step_inputs import StepInputs
 from headrace.engine.step_sizes import StepSizes, exact_sizes
+from headrace.kernels import Kernels
 from headrace.models.boundary import Boundary
 from headrace.models.decoder import Decoder
 
@@ -57,6 +58,10 @@ class ModelRunner:
     def has_head(self) -> bool:
         """The last stage computes logits; the others hand their hidden states on and keep none."""
         return self._decoder.lm_head is not None
+
+    @property
+    def kernels(self) -> Kernels:
+        return self._decoder.kernels
 
     @property
     def vocab_size(self) -> int:

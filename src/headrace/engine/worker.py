@@ -12,6 +12,7 @@ from torch import Tensor
 from headrace.costs.sites import Phase
 from headrace.engine.block_table import BlockTable
 from headrace.engine.decode_step import DecodeStep
+from headrace.engine.device_sampler import DeviceSampler
 from headrace.engine.exchange_check import ExchangeCheck
 from headrace.engine.logprobs import prompt_logprobs
 from headrace.engine.plan import NewSequence, PromptLogprobs, ScheduledChunk, StepPlan, StepResult
@@ -71,7 +72,7 @@ class Worker:
         self._steps: list[StepEvent] | None = None
         """For a trace; None while there is none."""
         self._runner = runner
-        self._sampler = _make_sampler(tp_group, runner.vocab_size, gathers_logits)
+        self._sampler = _make_sampler(tp_group, runner, gathers_logits)
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[int, _WorkerSequence] = {}
 
@@ -233,7 +234,7 @@ def _phase_of(plan: StepPlan) -> Phase:
     return Phase.DECODE if plan.num_decode_tokens == plan.num_tokens else Phase.PREFILL
 
 
-def _make_sampler(tp_group: Group | None, vocab_size: int, gathers_logits: bool) -> Sampler | ShardedSampler:
-    if tp_group is None or tp_group.world_size == 1 or gathers_logits:
-        return Sampler()
-    return ShardedSampler(tp_group, vocab_size)
+def _make_sampler(tp_group: Group | None, runner: ModelRunner, gathers_logits: bool) -> Sampler | ShardedSampler:
+    if tp_group is not None and tp_group.world_size > 1 and not gathers_logits:
+        return ShardedSampler(tp_group, runner.vocab_size)
+    return Sampler() if runner.kernels.device.type == "cpu" else DeviceSampler(runner.kernels)
