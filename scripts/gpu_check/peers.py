@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,9 @@ from scripts.gpu_check.model import BATCH_CONTEXT, check_prompt, logprobs_file
 COMPILED = "compiled"
 _LOGPROB_TOLERANCE = 0.15
 """Of a logarithm of a probability, in bfloat16 through all layers: its logits are rounded to steps of 1/64."""
+
+_LOGITS_TOLERANCE = 0.05
+"""Of the norm of a compiled step's logits, to that of the same model's without a cache; both in bfloat16."""
 
 
 def name_of(kind: str) -> str:
@@ -94,19 +98,27 @@ def _compiled(context: Context, model: Any) -> Iterator[Figure]:
     mode = "reduce-overhead" if scale.compile_backend == "inductor" else None
     forward = torch.compile(model.forward, backend=scale.compile_backend, mode=mode)
     context_len = scale.model_contexts[0]
-    cache = StaticCache(config=model.config, max_cache_len=context_len + (1 + scale.num_rounds) * scale.model_steps + 1)
+    cache = StaticCache(config=model.config, max_cache_len=context_len + (1 + scale.num_rounds) * scale.model_steps + 2)
     ids = _random_ids(context, model, 1, context_len)
     token = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
     position = torch.full((1, 1), context_len, device=context.device)
+    expected = model(input_ids=torch.cat((ids, token), 1), logits_to_keep=1).logits.float()
+
+    def step() -> Tensor:
+        logits: Tensor = forward(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits
+        token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        position.add_(1)
+        return logits
 
     def steps() -> None:
         for _ in range(scale.model_steps):
-            logits = forward(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).logits
-            token.copy_(logits[:, -1].argmax(-1, keepdim=True))
-            position.add_(1)
+            step()
 
+    found = step().float().reshape(expected.shape)
+    error = ((found - expected).norm() / expected.norm()).item()
     steps()
-    yield _decode_figure(context, COMPILED, 1, context_len, steps)
+    figure = _decode_figure(context, COMPILED, 1, context_len, steps)
+    yield replace(figure, error=error if error == error else float("inf"), tolerance=_LOGITS_TOLERANCE)
 
 
 def _decode_figure(context: Context, kind: str, batch: int, context_len: int, steps: Callable[[], None]) -> Figure:
