@@ -85,8 +85,14 @@ class Context:
                 self.part_failed(name, error)
         rounds: dict[str, list[float]] = {name: [] for name in timed}
         for _ in range(self.scale.num_rounds):
-            for name, clock in timed.items():
-                rounds[name].append(clock.best_s(min_calls=self.scale.min_calls, min_s=self.scale.min_s))
+            for name in tuple(rounds):
+                try:
+                    seconds = timed[name].best_s(min_calls=self.scale.min_calls, min_s=self.scale.min_s)
+                except Exception as error:
+                    self.part_failed(name, error)
+                    del rounds[name]
+                else:
+                    rounds[name].append(seconds)
         return {
             name: Time(best_s=min(found), slowest_s=max(found), is_captured=timed[name].is_captured)
             for name, found in rounds.items()

@@ -65,13 +65,14 @@ def run_units(
     while left:
         worker = _Worker(left, settings, settings.out / f"worker-{number}", compiles_only=False)
         number += 1
+        num_left = len(left)
         for entry in worker.watch(units, say):
             results.add(entry)
             if entry["kind"] == "done":
                 left.remove(entry["unit"])
                 save()
-        if left and worker.failed_unit is None:
-            # It ended outside of any unit: another one would, too.
+        if len(left) == num_left and worker.failed_unit is None:
+            # It ended before any unit: another one would, too.
             results.add(trouble_entry(Trouble(unit="worker", message=worker.last_words(), details="")))
             return
         if worker.failed_unit in left:

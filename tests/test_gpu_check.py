@@ -1,0 +1,281 @@
+"""The command that tests and measures the GPU backend: all of its code runs, and nothing stops it half way."""
+
+import json
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("transformers", reason="transformers, which is measured too, is not installed")
+
+from scripts.gpu_check import report
+from scripts.gpu_check.__main__ import main
+from scripts.gpu_check.checkpoint import random_checkpoint
+from scripts.gpu_check.context import Context
+from scripts.gpu_check.figures import Figure, Results, Trouble, figure_entry, merged, trouble_entry
+from scripts.gpu_check.scale import DRY
+from scripts.gpu_check.suites import test_files as files_to_test
+from scripts.gpu_check.supervisor import Settings, compile_units, run_units
+from scripts.gpu_check.targets import verdicts
+from scripts.gpu_check.units import STAGES, Unit
+from scripts.gpu_check.worker import lines_of
+
+ROOT = Path(__file__).parents[1]
+
+
+def figure(group: str, seconds: float = 1.0, **labels: str | int) -> Figure:
+    return Figure(group=group, labels=labels, seconds=seconds)
+
+
+def results_of(*figures: Figure) -> Results:
+    results = Results()
+    for found in figures:
+        results.add(figure_entry(found))
+    return results
+
+
+class TestDryRun:
+    """Code that was never executed fails on the one machine that it was written for."""
+
+    @pytest.fixture(scope="class")
+    def out(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return tmp_path_factory.mktemp("gpu_check")
+
+    @pytest.fixture(scope="class")
+    def data(self, out: Path) -> dict[str, object]:
+        code = main(["--dry-run", "--out", str(out), "--folder", str(out / "folder"), "--stages", ",".join(STAGES)])
+        data = json.loads((out / "results.json").read_text())
+        assert [trouble for trouble in data["troubles"] if trouble["is_failure"]] == []
+        assert code == 0
+        return data
+
+    def test_every_unit_gives_figures(self, data) -> None:
+        groups = {found["group"] for found in data["figures"]}
+        assert groups == {
+            *("limit", "linear", "decode attention", "prefill attention"),
+            *("decode", "prefill", "agreement", "ablation"),
+        }
+        assert all(found["seconds"] > 0 for found in data["figures"])
+
+    def test_what_was_computed_was_compared(self, data) -> None:
+        for group in ("linear", "decode attention", "prefill attention", "agreement"):
+            errors = [found["error"] for found in data["figures"] if found["group"] == group]
+            compared = [error for error in errors if error is not None]
+            assert compared
+            assert max(compared) < 1e-3
+
+    def test_the_table_comes_as_text_and_as_markdown(self, data, out) -> None:
+        results = merged([out / "results.json"])
+        assert report.text(results).splitlines()[-1].startswith("prefill: times transformers")
+        fragment = (out / "gpu.md").read_text()
+        assert fragment == report.markdown(results)
+        assert "| transformers compiled | float32 | 1 | 16 |" in fragment
+
+
+def settings(tmp_path: Path, deadline_s: float = 60.0) -> Settings:
+    command = (sys.executable, str(Path(__file__).with_name("fake_gpu_worker.py")))
+    return Settings(folder=tmp_path, out=tmp_path, deadline_s=time.time() + deadline_s, is_dry=True, command=command)
+
+
+def supervised(tmp_path: Path, *names: str, limit_s: float = 30.0, deadline_s: float = 60.0) -> Results:
+    results = Results()
+    units = {name: Unit(name=name, stage="limits", limit_s=limit_s, run=lambda context: iter(())) for name in names}
+    run_units(units, results, settings(tmp_path, deadline_s), lambda line: None, lambda: None)
+    return results
+
+
+class TestSupervisor:
+    def test_goes_on_after_a_crash_and_keeps_what_was_found_before_it(self, tmp_path) -> None:
+        results = supervised(tmp_path, "first", "crashes", "last")
+        assert [f.labels["name"] for f in results.of("some")] == ["first", "before the crash", "last"]
+        assert results.done == ["first", "last"]
+        assert list(results.troubles) == ["crashes"]
+        assert "an illegal memory access" in results.troubles["crashes"].message
+
+    def test_ends_what_hangs(self, tmp_path) -> None:
+        results = supervised(tmp_path, "hangs", "last", limit_s=1.0)
+        assert results.troubles["hangs"].message == "ended after 1 s"
+        assert results.done == ["last"]
+
+    def test_ends_with_its_time(self, tmp_path, monkeypatch) -> None:
+        monkeypatch.setattr("scripts.gpu_check.supervisor._GRACE_S", 0.0)
+        results = supervised(tmp_path, "hangs", deadline_s=1.0)
+        assert results.troubles["hangs"].message == "ended, since the time of the whole run was over"
+
+    def test_starts_another_worker_when_the_device_is_broken(self, tmp_path) -> None:
+        results = supervised(tmp_path, "breaks the device", "fails", "last")
+        assert results.done == ["breaks the device", "fails", "last"]
+        assert results.troubles["fails"].message == "ValueError: no"
+
+    def test_gives_up_when_workers_do_not_begin(self, tmp_path) -> None:
+        results = supervised(tmp_path, "first", "never begins", "last")
+        assert results.done == ["first"]
+        assert "no such device" in results.troubles["worker"].message
+
+    def test_what_compiles_ahead_is_ended_in_time(self, tmp_path) -> None:
+        said: list[str] = []
+        compile_units(["first", "hangs", "last"], settings(tmp_path), 2, 1.5, said.append)
+        assert said[0].endswith("1 of 2 processes had not finished")
+
+    def test_half_a_line_waits_for_its_other_half(self, tmp_path) -> None:
+        file = tmp_path / "lines"
+        file.write_bytes(b'{"a": 1}\n{"b"')
+        entries, place = lines_of(file, 0)
+        assert entries == [{"a": 1}]
+        file.write_bytes(b'{"a": 1}\n{"b": 2}\n')
+        assert lines_of(file, place) == ([{"b": 2}], 18)
+
+
+class TestMerging:
+    def test_later_figures_replace_earlier_ones(self, tmp_path) -> None:
+        files = []
+        for i, found in enumerate(
+            [
+                [figure("limit", 1.0, name="copy"), figure("limit", 1.0, name="sum")],
+                [figure("limit", 2.0, name="copy")],
+            ]
+        ):
+            files.append(tmp_path / f"{i}.json")
+            files[-1].write_text(json.dumps(results_of(*found).to_json()))
+        results = merged(files)
+        assert {f.labels["name"]: f.seconds for f in results.of("limit")} == {"copy": 2.0, "sum": 1.0}
+
+    def test_what_failed_once_and_then_succeeded_is_no_failure(self, tmp_path) -> None:
+        first, second = Results(), Results()
+        for unit in ("linear", "linear: cuBLAS", "model"):
+            first.add(trouble_entry(Trouble(unit=unit, message="no")))
+        second.add({"kind": "done", "unit": "linear"})
+        for name, results in (("1", first), ("2", second)):
+            (tmp_path / name).write_text(json.dumps(results.to_json()))
+        assert list(merged([tmp_path / "1", tmp_path / "2"]).troubles) == ["model"]
+
+
+class TestErrors:
+    @pytest.fixture
+    def context(self, tmp_path) -> Context:
+        return Context(
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            scale=DRY,
+            folder=tmp_path,
+            deadline_s=time.time() + 60,
+        )
+
+    def test_are_relative_to_the_reference(self, context) -> None:
+        expected = torch.tensor([3.0, 4.0])
+        assert context.error(lambda: torch.tensor([3.0, 5.0]), expected) == pytest.approx(0.2)
+
+    def test_no_number_is_never_right(self, context) -> None:
+        error = context.error(lambda: torch.tensor([3.0, math.nan]), torch.tensor([3.0, 4.0]))
+        assert error == math.inf
+        assert not replace(figure("some"), error=error, tolerance=1e-2).is_right
+        assert replace(figure("some"), error=1e-3, tolerance=1e-2).is_right
+
+    def test_one_that_fails_leaves_the_others(self, context) -> None:
+        def fails() -> torch.Tensor:
+            raise ValueError("no such shape")
+
+        failed = []
+        context.report = lambda part, message, is_failure: failed.append((part, message, is_failure))
+        expected = torch.ones(2)
+        assert context.errors({"a": [fails], "b": [lambda: torch.ones(2)]}, expected) == {"b": 0.0}
+        assert context.race({"a": [fails], "b": [lambda: torch.ones(2)]}).keys() == {"b"}
+        assert failed == 2 * [("a", "ValueError: no such shape", True)]
+
+
+class TestTargets:
+    def verdict(self, results: Results, start: str):
+        [found] = [verdict for verdict in verdicts(results) if verdict.name.startswith(start)]
+        return found
+
+    def test_what_was_not_measured_is_not_met(self) -> None:
+        assert {verdict.is_met for verdict in verdicts(Results())} == {None}
+
+    @pytest.mark.parametrize(("seconds", "is_met"), [(1.17, True), (1.18, False)])
+    def test_the_worst_layer_of_few_rows_counts(self, seconds, is_met) -> None:
+        labels = {"format": "bfloat16", "arm": "chosen"}
+        results = results_of(
+            replace(figure("limit", name="copy"), num_bytes=1000),
+            replace(figure("linear", layer="o", rows=1, **labels), num_bytes=1000),
+            replace(figure("linear", seconds, layer="down", rows=16, **labels), num_bytes=1000),
+            # What the target is not about: more rows, other formats, an implementation that was forced.
+            replace(figure("linear", 9.0, layer="o", rows=32, **labels), num_bytes=1000),
+            replace(figure("linear", 9.0, layer="o", rows=1, format="int8", arm="chosen"), num_bytes=1000),
+            replace(figure("linear", 9.0, layer="o", rows=1, format="bfloat16", arm="gemv"), num_bytes=1000),
+        )
+        found = self.verdict(results, "linear layers")
+        assert (found.is_met, found.where) == (is_met, "down 16 bfloat16 chosen")
+
+    @pytest.mark.parametrize(("sdpa_s", "value"), [(4.0, "4.00"), (6.0, "5.00")])
+    def test_the_fastest_peer_counts(self, sdpa_s, value) -> None:
+        labels = {"format": "bfloat16", "batch": 1, "context": 512}
+        results = results_of(
+            figure("decode", 1.0, by="headrace", **labels),
+            figure("decode", 5.0, by="transformers eager", **labels),
+            figure("decode", sdpa_s, by="transformers sdpa", **labels),
+        )
+        found = self.verdict(results, "batch 1 decode: times transformers, op by op")
+        assert (found.value, found.is_met) == (value, value == "5.00")
+
+    def test_prefill_has_a_best_and_a_worst_length(self) -> None:
+        ours = [figure("prefill", 1.0, by="headrace", format="bfloat16", tokens=n) for n in (128, 512)]
+        peer = [
+            figure("prefill", s, by="transformers sdpa", format="bfloat16", tokens=n) for n, s in ((128, 0.9), (512, 2))
+        ]
+        results = results_of(*ours, *peer)
+        best = self.verdict(results, "prefill: times transformers, op by op, at the best")
+        worst = self.verdict(results, "prefill: times transformers, op by op, at the worst")
+        assert (best.value, best.is_met, worst.value, worst.is_met) == ("2.00", True, "0.90", False)
+
+    def test_a_wrong_output_is_named(self) -> None:
+        wrong = replace(figure("linear", layer="o"), error=math.inf, tolerance=1e-2)
+        found = self.verdict(results_of(wrong), "outputs compared")
+        assert (found.value, found.is_met, found.where) == ("1", False, "o")
+
+
+def test_tables_mark_what_is_wrong() -> None:
+    labels = {"format": "int8", "layer": "o", "rows": 1}
+    results = results_of(
+        replace(figure("limit", 1e-6, name="copy"), num_bytes=1000),
+        replace(figure("linear", 2e-6, arm="gemv", **labels), num_bytes=1000, error=0.5, tolerance=1e-2),
+        replace(figure("linear", 4e-6, arm="cuBLAS", **labels), num_bytes=2000),
+    )
+    assert "2.0 50% (2.00) WRONG" in report.text(results)
+    assert "4.0 50%" in report.text(results)
+
+
+def test_kernels_and_what_is_marked_are_what_a_gpu_tests() -> None:
+    kernels, marked = (({file.name for file in files}) for files in files_to_test(ROOT / "tests"))
+    assert "test_triton_machine_ops.py" in kernels
+    assert "test_sampler.py" in marked
+    assert not kernels & marked
+    assert Path(__file__).name not in kernels | marked
+
+
+def test_a_checkpoint_is_written_once_and_in_full(tmp_path) -> None:
+    context = Context(
+        device=torch.device("cpu"), dtype=torch.bfloat16, scale=DRY, folder=tmp_path, deadline_s=time.time() + 60
+    )
+    folder = random_checkpoint(context)
+    index = folder / "model.safetensors.index.json"
+    size = json.loads(index.read_text())["metadata"]["total_size"]
+    found = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert size < found < size + 2**14
+    written = index.stat().st_mtime_ns
+    assert random_checkpoint(context) == folder
+    assert index.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--stages", "limits,speed"], "--stages has speed"), (["--minutes", "0"], "--minutes is 0.0")],
+)
+def test_bad_options_are_refused(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
