@@ -294,3 +294,21 @@ def test_kernels_are_replayed_and_each_copy_in_its_turn():
 def test_bench_kernels_refuses_sizes_below_one(capsys):
     assert main(["bench", "kernels", "--rows", "0"]) == 2
     assert "--rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "message"), [("gpu", "device is 'gpu'"), ("cuda:99", "cuda:99")])
+def test_bench_kernels_refuses_devices_that_are_not_there(capsys, device, message):
+    assert main(["bench", "kernels", "--device", device]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_bench_kernels_on_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(kernels_module, "_READ_BUFFER_BYTES", {"cuda": 2**28})
+    arguments = ["--shape", "smollm-135m", "--rows", "1", "64", "--contexts", "40", "--json"]
+    assert main(["bench", "kernels", "--device", "cuda", *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["device"] == torch.cuda.get_device_name(0)
+    assert {f["weight_format"] for f in report["linear"]} == {"float32", "bfloat16", "int8", "int4"}
+    assert all(f["seconds"] > 0 for f in report["linear"] + report["attention"])

@@ -74,7 +74,7 @@ class TestDryRun:
         assert report.text(results).splitlines()[-1].startswith("prefill: times transformers")
         fragment = (out / "gpu.md").read_text()
         assert fragment == report.markdown(results)
-        assert "| transformers compiled | float32 | 1 | 16 |" in fragment
+        assert "| transformers compiled | float32 | 1 | 9 |" in fragment
 
 
 def settings(tmp_path: Path, deadline_s: float = 60.0) -> Settings:

@@ -17,8 +17,8 @@ from scripts.gpu_check.context import Context
 from scripts.gpu_check.figures import Figure
 
 HEADRACE = "headrace"
-BATCH_CONTEXT = 64
-"""Tokens of context of each sequence of a batch: few, so that a step is the weights'."""
+BATCH_CONTEXT = 16
+"""Tokens of context of each sequence of a batch: few, so that a step's time goes into the weights."""
 
 NUM_LOGPROBS = 20
 _CHECK_TOKENS = 48

@@ -71,20 +71,20 @@ FULL = Scale(
     min_s=0.01,
 )
 
-_TINY = ModelShape(hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=4, vocab_size=160)
+_TINY = ModelShape(hidden_size=32, intermediate_size=48, num_heads=2, num_kv_heads=2, vocab_size=160)
 
 DRY = Scale(
     shape=_TINY,
-    grouped=ModelShape(hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, vocab_size=160),
-    num_layers=2,
+    grouped=ModelShape(hidden_size=32, intermediate_size=48, num_heads=2, num_kv_heads=1, vocab_size=160),
+    num_layers=1,
     rows=(1, 2),
-    decode=((1, 17), (2, 33)),
+    decode=((2, 19),),
     prefill=((1, 19),),
-    model_prefill=(16, 24),
-    model_contexts=(16,),
-    model_batches=(1, 2),
-    model_steps=2,
-    ablation_contexts=(16,),
+    model_prefill=(9,),
+    model_contexts=(9,),
+    model_batches=(2,),
+    model_steps=1,
+    ablation_contexts=(9,),
     ablation_batches=(2,),
     working_set_bytes=1,
     read_buffer_bytes=2**16,

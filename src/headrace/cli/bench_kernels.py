@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.cli.progress_line import progress_line
 from headrace.cli.terminal import aligned
-from headrace.config import KvCacheFormat, WeightFormat
+from headrace.config import Device, KvCacheFormat, WeightFormat
 from headrace.errors import ConfigError
 from headrace.machine import cpu_limits, cpu_name
 
@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contexts", type=int, nargs="*", default=_CONTEXTS, metavar="N", help="contexts to decode from"
     )
+    parser.add_argument(
+        "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:1 (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the CPUs this process may use)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
 
@@ -54,13 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if min([*args.rows, *args.contexts, args.threads or 1]) < 1:
         raise ConfigError("--rows, --contexts and --threads must be at least 1")
+    device = Device.parse(args.device)
     # From here on torch is needed.
     import torch
 
     from headrace.bench.kernels import SHAPES, measure_attention, measure_kernel_limits, measure_linears
+    from headrace.bench.machine import device_name
+    from headrace.engine.devices import resolve_device
     from headrace.kernels import kernel_choice_from, resolve_kernels
 
-    kernels, shape = resolve_kernels(kernel_choice_from()), SHAPES[args.shape]
+    choice = kernel_choice_from()
+    kernels = resolve_kernels(choice, device=resolve_device(device, choice).device)
+    shape, name = SHAPES[args.shape], device_name(kernels.device)
     num_threads = args.threads or cpu_limits().num_threads
     kernels.set_num_threads(num_threads)
     weight_formats = [WeightFormat(name) for name in args.formats]
@@ -72,21 +80,22 @@ def run(args: argparse.Namespace) -> int:
         cache_formats = (KvCacheFormat.BFLOAT16, KvCacheFormat.INT8)
         attention = list(measure_attention(kernels, shape, cache_formats, lengths, limits, on_start))
     if args.json:
-        print(json.dumps(_json(args.shape, num_threads, limits, linears, attention), allow_nan=False))
+        facts = {"shape": args.shape, "device": name, "threads": num_threads, "cpu": cpu_name()}
+        print(json.dumps(_json(facts, limits, linears, attention), allow_nan=False))
     else:
-        print("\n".join(_text(args.shape, num_threads, limits, linears, attention)))
+        where = name if kernels.device.type == "cuda" else f"{name}, {num_threads} threads"
+        print("\n".join(_text(f"{where}, {args.shape}", limits, linears, attention)))
     return 0
 
 
 def _text(
-    shape: str,
-    num_threads: int,
+    title: str,
     limits: "KernelLimits",
     linears: "Sequence[LinearFigure]",
     attention: "Sequence[AttentionFigure]",
 ) -> Iterator[str]:
     peaks = ", ".join(f"{f.value} {ops / 1e9:.0f}" for f, ops in limits.ops_per_s.items())
-    yield f"{cpu_name()}, {num_threads} threads, {shape}: read {limits.read_bytes_per_s / 1e9:.1f} GB/s, Gop/s {peaks}"
+    yield f"{title}: read {limits.read_bytes_per_s / 1e9:.1f} GB/s, Gop/s {peaks}"
     yield ""
     yield "linear layers: microseconds (share of the limit) for M rows"
     rows = list(dict.fromkeys(figure.num_rows for figure in linears))
@@ -111,16 +120,13 @@ def _text(
 
 
 def _json(
-    shape: str,
-    num_threads: int,
+    facts: dict[str, Any],
     limits: "KernelLimits",
     linears: "Sequence[LinearFigure]",
     attention: "Sequence[AttentionFigure]",
 ) -> dict[str, Any]:
     return {
-        "shape": shape,
-        "threads": num_threads,
-        "cpu": cpu_name(),
+        **facts,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "limits": {
             "read_bytes_per_s": limits.read_bytes_per_s,

@@ -28,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
     check_positive(args)
     # From here on torch is needed.
     from headrace.bench.limits import measure_limits
+    from headrace.bench.machine import peak_bytes
     from headrace.bench.model import measure_speed
     from headrace.cli.bench_report import BenchReport, table
-    from headrace.machine import peak_memory_bytes
 
     is_silent = args.json or args.quiet
     llm = make_llm(args, show_progress=is_watched() and not is_silent, require_tokenizer=False)
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     settings, remarks = resolve_settings(args, _DEFAULTS, engine.model.plan)
     with progress_line(is_shown=not is_silent) as on_start:
         speed = measure_speed(engine, settings, on_start)
-        peak_bytes = peak_memory_bytes()
+        peak_memory_bytes = peak_bytes(engine.model.kernels.device)
         # Of the machine, not of one rank's share of it.
         num_threads = engine.model.plan.num_threads * engine.model.num_ranks_on_host
         engine.model.kernels.set_num_threads(num_threads)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         settings=settings,
         speed=speed,
         limits=limits,
-        peak_memory_bytes=peak_bytes,
+        peak_memory_bytes=peak_memory_bytes,
         num_threads=args.num_threads,
         remarks=tuple(remarks),
         parallel=parallel_config(args),

@@ -8,6 +8,7 @@ from typing import Any
 from headrace.bench.facts import WeightFacts, weight_facts
 from headrace.bench.floors import Floor, decode_floor, prefill_floor
 from headrace.bench.limits import MachineLimits
+from headrace.bench.machine import device_name
 from headrace.bench.model import BATCH_CONTEXT_LEN, BATCH_STEPS, BenchSettings, ModelSpeed
 from headrace.cli.environment import machine, versions
 from headrace.cli.terminal import aligned, format_bytes, format_ms, format_rate
@@ -78,6 +79,7 @@ class BenchReport:
         return {
             "engine": "headrace",
             "model": self.model_name,
+            "device": device_name(model.kernels.device),
             "threads": model.plan.num_threads,
             "tensor_parallel_size": self.parallel.tensor_parallel_size,
             "pipeline_parallel_size": self.parallel.pipeline_parallel_size,
@@ -129,8 +131,10 @@ def _background(report: BenchReport) -> Iterator[tuple[str, str]]:
     yield "weights", f"{format_bytes(model.weight_bytes)}, linear {formats['linear']}, other {formats['dense']}"
     yield "loaded in", f"{model.load_s:.2f} s"
     yield "peak memory", format_bytes(report.peak_memory_bytes)
-    yield "machine", machine()["cpu"]
-    yield "threads", str(model.plan.num_threads)
+    device = model.kernels.device
+    yield "machine", device_name(device)
+    if device.type == "cpu":
+        yield "threads", str(model.plan.num_threads)
     if report.parallel.world_size > 1:
         parallel = report.parallel
         yield (
