@@ -48,7 +48,19 @@ class TestDryRun:
 
     @pytest.fixture(scope="class")
     def data(self, out: Path) -> dict[str, object]:
-        code = main(["--dry-run", "--out", str(out), "--folder", str(out / "folder"), "--stages", ",".join(STAGES)])
+        code = main(
+            [
+                "--dry-run",
+                "--out",
+                str(out),
+                "--folder",
+                str(out / "folder"),
+                "--models",
+                str(out / "models"),
+                "--stages",
+                ",".join(STAGES),
+            ]
+        )
         data = json.loads((out / "results.json").read_text())
         assert [trouble for trouble in data["troubles"] if trouble["is_failure"]] == []
         assert code == 0
@@ -79,7 +91,14 @@ class TestDryRun:
 
 def settings(tmp_path: Path, deadline_s: float = 60.0) -> Settings:
     command = (sys.executable, str(Path(__file__).with_name("fake_gpu_worker.py")))
-    return Settings(folder=tmp_path, out=tmp_path, deadline_s=time.time() + deadline_s, is_dry=True, command=command)
+    return Settings(
+        folder=tmp_path,
+        models=tmp_path,
+        out=tmp_path,
+        deadline_s=time.time() + deadline_s,
+        is_dry=True,
+        command=command,
+    )
 
 
 def supervised(tmp_path: Path, *names: str, limit_s: float = 30.0, deadline_s: float = 60.0) -> Results:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _ALL_STAGES = ("tests", "limits", "linear", "attention", "model", "peers", "ablation")
 _TEST_SHARE, _COMPILE_SHARE = 0.3, 0.2
 _NUM_COMPILERS = 6
+_CHECKPOINT_BYTES = 20 * 10**9
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +45,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--units", default="", help="only those whose names contain this", metavar="TEXT")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="a folder (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="for caches and a checkpoint of 13.5 GB (default: in /dev/shm)")
+    parser.add_argument("--folder", type=Path, help="for caches; libraries are loaded from it (default: in /tmp)")
+    parser.add_argument("--models", type=Path, help="for a checkpoint of 13.5 GB (default: where there is room)")
     parser.add_argument(
         "--merge", type=Path, nargs="+", default=[], metavar="FILE", help="results.json of earlier runs"
     )
@@ -57,10 +61,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--stages has {', '.join(sorted(unknown))}; allowed: {', '.join(_ALL_STAGES)}")
     if options.minutes <= 0:
         parser.error(f"--minutes is {options.minutes}; it must be above 0")
-    if options.folder is None:
-        shared = Path("/dev/shm")
-        options.folder = (shared if shared.is_dir() else Path("/tmp")) / f"headrace-gpu-check-{os.getuid()}"
+    name = f"headrace-gpu-check-{os.getuid()}"
+    options.folder = options.folder or Path(tempfile.gettempdir()) / name
+    options.models = options.models or _roomy_folder() / name
     return options
+
+
+def _roomy_folder() -> Path:
+    """Memory if there is enough of it, since a checkpoint is written and read several times."""
+    folders = [path for path in (Path("/dev/shm"), Path(tempfile.gettempdir()), Path.cwd()) if path.is_dir()]
+    free = {path: shutil.disk_usage(path).free for path in folders}
+    return next((path for path in folders if free[path] >= _CHECKPOINT_BYTES), max(folders, key=lambda p: free[p]))
 
 
 def _work(options: argparse.Namespace) -> int:
@@ -70,7 +81,7 @@ def _work(options: argparse.Namespace) -> int:
         Job(
             units=tuple(options.worker.split(",")),
             file=Path(options.worker_file),
-            folder=options.folder,
+            folder=options.models,
             deadline_s=float(options.worker_deadline),
             is_dry=options.dry_run,
             compiles_only=options.compiles_only,
@@ -90,11 +101,15 @@ def _supervise(options: argparse.Namespace) -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     settings = Settings(
         folder=options.folder.resolve(),
+        models=options.models.resolve(),
         out=options.out.resolve(),
         deadline_s=start_s + 60 * options.minutes,
         is_dry=options.dry_run,
     )
     results = merged(options.merge)
+    tuning = settings.folder / "cache" / "headrace" / "tuning"
+    for file in options.merge:
+        _copy_folder(file.parent / "tuning", tuning)
 
     def save() -> None:
         (options.out / "results.json").write_text(json.dumps(results.to_json(), indent=1))
@@ -104,7 +119,8 @@ def _supervise(options: argparse.Namespace) -> int:
         print(f"[{time.time() - start_s:5.0f} s] {line}", flush=True)
 
     results.facts |= collect(settings)
-    say(f"{report.headline(results)}; caches and checkpoint in {options.folder}, results in {options.out}")
+    say(report.headline(results))
+    say(f"caches in {settings.folder}, checkpoint in {settings.models}, results in {settings.out}")
     if results.facts["device"] is None and not options.dry_run:
         say("torch sees no GPU here; --dry-run runs everything on the CPU in tiny sizes")
         return 2
@@ -116,8 +132,15 @@ def _supervise(options: argparse.Namespace) -> int:
         _compile_ahead(options, units, settings)
     run_units(units, results, settings, say, save)
     save()
+    _copy_folder(tuning, options.out / "tuning")
     print(report.text(results))
     return 1 if _has_failed(results) else 0
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """What linear layers' measurements found goes from one run to the next."""
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def _chosen_units(options: argparse.Namespace) -> dict[str, Unit]:

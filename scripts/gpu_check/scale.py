@@ -13,7 +13,7 @@ class Scale:
 
     working_set_bytes: of the copies that calls take turns at; at least 4 times the L2 cache in any case.
     max_cache_bytes: of one cache in attention; what would take more is left out.
-    decode: (batch, context) pairs.
+    decode: (batch, context) pairs; flex: those for which FlexAttention is compiled, which takes seconds for each.
     min_s: of each measurement in each round.
     formats: of weights, the one that they are not quantized to first.
     num_threads: of the host; None leaves it as it is.
@@ -24,6 +24,7 @@ class Scale:
     num_layers: int
     rows: tuple[int, ...]
     decode: tuple[tuple[int, int], ...]
+    flex: tuple[tuple[int, int], ...]
     prefill: tuple[tuple[int, int], ...]
     model_prefill: tuple[int, ...]
     model_contexts: tuple[int, ...]
@@ -55,6 +56,7 @@ FULL = Scale(
         *((8, n) for n in (512, 1024, 4096, 16384)),
         *((32, n) for n in (512, 1024, 4096)),
     ),
+    flex=((1, 1024), (1, 4096), (1, 32768), (8, 4096)),
     prefill=((1, 128), (1, 512), (1, 1024), (1, 2048), (1, 4096), (1, 8192), (4, 1024)),
     model_prefill=(128, 256, 512, 1024, 2048, 4096),
     model_contexts=(512, 3072),
@@ -79,6 +81,7 @@ DRY = Scale(
     num_layers=1,
     rows=(1, 2),
     decode=((2, 19),),
+    flex=((2, 19), (1, 19)),
     prefill=((1, 19),),
     model_prefill=(9,),
     model_contexts=(9,),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.gpu_check.supervisor import ROOT, Say, Settings
+from scripts.gpu_check.supervisor import ROOT, Say, Settings, end_group
 
 _NUM_PROCESSES = 8
 """Each compiles its kernels; what it needs of the GPU's memory is little."""
@@ -64,13 +64,14 @@ def _run(settings: Settings, name: str, files: Sequence[Path], arguments: list[s
         environment.pop(variable, None)
     start, is_cut = time.monotonic(), False
     with log.open("w") as lines:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=lines, stderr=lines)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=lines, stderr=lines, start_new_session=True
+        )
         try:
             process.wait(max(1.0, limit_s))
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
             is_cut = True
+        end_group(process)
     found = _read(report, log)
     return found | {"seconds": time.monotonic() - start, "is_cut": is_cut, "exit_code": process.returncode}
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """folder: for checkpoints and caches; out: for what was found. deadline_s: of time.time(). command: of a worker."""
+    """folder: for caches; models: for a checkpoint; out: for what was found. deadline_s: of time.time(). command: of a
+    worker."""
 
     folder: Path
+    models: Path
     out: Path
     deadline_s: float
     is_dry: bool
@@ -99,6 +103,13 @@ def compile_units(units: Sequence[str], settings: Settings, num_processes: int, 
     say(f"compiled ahead in {time.monotonic() - start:.0f} s{late}")
 
 
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it has started, compilers for example; it leads a group of its own."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 class _Worker:
     """One process. failed_unit: the one in which it ended before its time."""
 
@@ -106,7 +117,7 @@ class _Worker:
         self._file, self._log, self._settings = stem.with_suffix(".jsonl"), stem.with_suffix(".log"), settings
         self._file.unlink(missing_ok=True)
         command = [*settings.command, "--worker", ",".join(units)]
-        command += ["--worker-file", str(self._file), "--folder", str(settings.folder)]
+        command += ["--worker-file", str(self._file), "--models", str(settings.models)]
         command += ["--worker-deadline", str(settings.deadline_s)]
         command += ["--dry-run"] * settings.is_dry + ["--compiles-only"] * compiles_only
         with self._log.open("w") as log:
@@ -122,9 +133,7 @@ class _Worker:
     def end(self) -> bool:
         """Whether it was still running."""
         was_running = self.is_running
-        if was_running:
-            self._process.kill()
-        self._process.wait()
+        end_group(self._process)
         return was_running
 
     def watch(self, units: Mapping[str, Unit], say: Say) -> Any:

@@ -33,7 +33,7 @@ def all_units(formats: tuple[str, ...]) -> dict[str, Unit]:
             Unit(
                 name=f"linear {weight_format} {layer}",
                 stage="linear",
-                limit_s=90,
+                limit_s=120,
                 run=linears.measure(weight_format, layer),
                 has_kernels=True,
             )

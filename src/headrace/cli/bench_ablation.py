@@ -115,9 +115,14 @@ def _table(
 
 
 def _background(args: argparse.Namespace, switchboard: "Switchboard", remarks: list[str]) -> Iterator[tuple[str, str]]:
+    # From here on torch is needed.
+    from headrace.bench.machine import device_name
+
     model = switchboard.model
     yield "model", f"{args.model or DEMO}, linear {model.formats.linear.value}, cache {model.kv_cache_format.value}"
-    yield "machine", f"{machine()['cpu']}, {model.plan.num_threads} threads"
+    device = model.kernels.device
+    threads = f", {model.plan.num_threads} threads" if device.type == "cpu" else ""
+    yield "machine", device_name(device) + threads
     yield "recomputed", _explain(switchboard.counts())
     for shape, points in switchboard.inflections.items():
         yield "measured", f"{shape}: {points}"
