@@ -26,7 +26,7 @@ __all__ = ["MachineOps", "check_device", "make_ops"]
 def make_ops(device: torch.device) -> dict[str, Callable[..., Any]]:
     """The ops that are written in Triton, by name, for tensors on a device."""
     attention = Attention(device)
-    return {
+    ops: dict[str, Callable[..., Any]] = {
         "activation": activation,
         "add_": add_,
         "argmax": argmax,
@@ -44,7 +44,6 @@ def make_ops(device: torch.device) -> dict[str, Callable[..., Any]]:
         "rotary_store_kv_": rotary_store_kv_,
         "rotary_table": rotary_table,
     }
-    ops: dict[str, Callable[..., Any]] = {}
     if device.type == "cuda":
         ops["record"] = GraphRecorder(device).record
     return ops
