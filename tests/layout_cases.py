@@ -11,7 +11,7 @@ from checkpoints import RECIPES, Recipe, random_tokens
 from planned_run import assert_ledgers_as_predicted, record_plans
 
 from headrace import LLM, RequestOutput, SamplingParams
-from headrace.config import ParallelConfig, Transport
+from headrace.config import Device, ParallelConfig, Transport
 from headrace.costs.exchanges import rules_of
 from headrace.engine.llm import _engine_config
 
@@ -103,7 +103,7 @@ def closing(llm: LLM) -> Iterator[LLM]:
 
 def parallel_config(settings: dict[str, Any]) -> ParallelConfig:
     fields = ParallelConfig.__dataclass_fields__
-    return _engine_config(None, {k: v for k, v in settings.items() if k in fields}).parallel
+    return _engine_config(None, Device.parse("cpu"), {k: v for k, v in settings.items() if k in fields}).parallel
 
 
 def assert_crowd(llm: LLM, subject: Subject, settings: dict[str, Any], transport: Transport) -> None:

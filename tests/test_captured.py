@@ -6,9 +6,7 @@ import pytest
 import recorded_rank
 import torch
 from checkpoints import BY_NAME
-from planned_run import assert_ledgers_as_predicted, record_plans
-from recorded_kernels import record, with_recordings
-from test_layouts import (
+from layout_cases import (
     CROWDED,
     GREEDY,
     LAYOUTS,
@@ -20,6 +18,8 @@ from test_layouts import (
     parallel_config,
     tokens_of,
 )
+from planned_run import assert_ledgers_as_predicted, record_plans
+from recorded_kernels import record, with_recordings
 from thread_group import on_ranks, thread_groups
 from thread_world import thread_llm
 

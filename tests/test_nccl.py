@@ -8,11 +8,21 @@ import pytest
 import torch
 from checkpoints import BY_NAME
 from gloo_as_nccl import HostEvent, make_fabrics, on_all
+from layout_cases import (
+    CROWDED,
+    GREEDY,
+    LAYOUTS,
+    ORDER,
+    PROMPTS,
+    as_prompts,
+    closing,
+    make_subject,
+    parallel_config,
+    tokens_of,
+)
 from planned_run import assert_ledgers_as_predicted, record_plans
 from recorded_kernels import with_recordings, without_recordings
-from test_layouts import CROWDED, GREEDY, LAYOUTS, ORDER, PROMPTS, as_prompts, closing, make_subject, parallel_config
-from test_layouts import sampled as sampled
-from test_layouts import tokens_of as tokens_of
+from test_layouts import sampled
 from thread_world import thread_llm
 from torch._C._distributed_c10d import HashStore
 

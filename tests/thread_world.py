@@ -11,7 +11,7 @@ from typing import Any
 from thread_group import ThreadGroup, thread_groups
 
 from headrace import LLM
-from headrace.config import Dtype, LoadConfig, ParallelConfig, Quantize, Transport
+from headrace.config import Device, Dtype, LoadConfig, ParallelConfig, Quantize, Transport
 from headrace.engine.engine import Engine
 from headrace.engine.llm import _engine_config
 from headrace.engine.load_rank import load_rank
@@ -100,7 +100,7 @@ def thread_llm(
     model, fabric = llm.engine.model, ThreadFabric()
     load = LoadConfig(model=str(folder), dtype=Dtype(dtype), quantize=Quantize(quantize or "none"))
     # Ranks in threads bring whole tensors to every sum, as gloo's do.
-    config = _engine_config(load, settings | {"transport": transport.value})
+    config = _engine_config(load, Device.parse("cpu"), settings | {"transport": transport.value})
 
     def worker(rank: int) -> Worker:
         of_threads = SimpleNamespace(make_group=lambda name, ranks, _: fabric.make_group(rank, name, ranks))
