@@ -130,5 +130,6 @@ def attention(query, kv_cache, block_tables, context_lens, cu_seqlens_q, spec: A
     hidden = keys >= stop[:, None]
     if spec.sliding_window is not None:
         hidden |= keys < stop[:, None] - spec.sliding_window
-    weights = torch.softmax(scores.masked_fill(hidden[:, None], -math.inf), dim=-1)
+    # Who sees nothing gets nothing.
+    weights = torch.softmax(scores.masked_fill(hidden[:, None], -math.inf), dim=-1).nan_to_num(0.0)
     return torch.einsum("thk,tkhd->thd", weights, value)

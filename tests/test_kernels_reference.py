@@ -209,6 +209,17 @@ def test_soft_cap_equals_that_of_transformers():
     assert_close(batch.attention(spec), expected[0].double().numpy())
 
 
+def test_a_place_that_holds_no_sequence_gets_zeros_and_reads_nothing():
+    batch = make_batch((5, 9), (1, 1), heads=(4, 2), block_size=4)
+    spec = AttentionSpec(softmax_scale=0.7)
+    expected = plain_attention(batch, spec)
+    batch.context_lens[1] = 0
+    batch.block_tables[1] = -(10**6)
+    out = batch.attention(spec)
+    assert_close(out[:1], expected[:1])
+    assert not out[1].any()
+
+
 def test_attention_refuses_heads_that_do_not_share_evenly():
     batch = make_batch((3,), (1,), heads=(6, 4))
     with pytest.raises(ShapeError, match="6 query heads cannot share 4 KV heads"):

@@ -126,7 +126,7 @@ class TestEngine:
 
 def _attention_that_looks(attention):
     def look(query, kv_cache, block_tables, context_lens, cu_seqlens_q, spec):
-        assert context_lens.max().item() > 0
+        assert context_lens.max().item() >= 0
         return attention(query, kv_cache, block_tables, context_lens, cu_seqlens_q, spec)
 
     return look
@@ -214,8 +214,7 @@ class TestStep:
         runner.run(self.rows(3, 7))
         batch = runner.decode_step.inputs.batch(4)
         assert batch.slot_mapping[3] == NOT_STORED
-        assert batch.context_lens.tolist() == [8, 8, 8, 1]
-        assert (batch.block_tables[3] >= 0).all()
+        assert batch.context_lens.tolist() == [8, 8, 8, 0]
         assert batch.cu_seqlens_q.tolist() == [0, 1, 2, 3, 4]
 
     def test_it_says_how_many_rows_it_computes(self, runner) -> None:

@@ -14,7 +14,8 @@ class ForwardBatch:
         positions:    [num_tokens] int64, place of each token in its sequence
         slot_mapping: [num_tokens] int64, block_id * block_size + offset where its keys and values go
         block_tables: [num_seqs, max_blocks_per_seq] int32, -1 padded
-        context_lens: [num_seqs] int32, tokens visible to attention, this step's included
+        context_lens: [num_seqs] int32, tokens visible to attention, this step's included; 0 for a row that stands for
+            nobody, in a step that is padded to more rows than it has sequences
         cu_seqlens_q: [num_seqs + 1] int32, exclusive prefix sum of tokens per sequence
         owned_blocks: [num_seqs, max_blocks_per_seq + 1] int32, how many of a sequence's first i blocks this rank has,
             where ranks share contexts; slot_mapping (NOT_STORED for tokens of others) and block_tables then name this

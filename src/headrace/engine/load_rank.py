@@ -31,7 +31,7 @@ from headrace.models.decoder import Decoder
 from headrace.models.loading import WeightFormats
 from headrace.models.progress import bytes_progress
 from headrace.models.source import ModelSource, load_decoder, open_model, resolve_formats
-from headrace.parallel.captured import counting_record
+from headrace.parallel.captured import captured, counting_record
 from headrace.parallel.group import Group, OneRankGroup
 from headrace.parallel.world import World
 
@@ -72,7 +72,8 @@ class LoadedRank:
         runner = ModelRunner(self.decoder, pool, max_model_len, self.boundary, self.shape.share, sizes)
         # Ranks must record the same sizes, and no two of them are equally fast.
         budget_s = config.graph_budget_s if config.parallel.world_size == 1 else math.inf
-        record_steps(runner.decode_step, budget_s, show_progress=config.load.show_progress)
+        with captured(self.groups):  # no plan asks for what is exchanged here
+            record_steps(runner.decode_step, budget_s, show_progress=config.load.show_progress)
         tp_group, gathers_logits = self.groups[0], self.parallel.gather_logits
         return Worker(
             runner,

@@ -17,8 +17,8 @@ from headrace.kernels import NOT_STORED
 class StepInputs:
     """The inputs of one new token for each of up to max_num_seqs sequences.
 
-    A step may have more rows than sequences. The others stand for nobody: they store nothing, and attend the one token
-    of a block that exists, so that no op does harm with them; what it makes of them nobody reads.
+    A step may have more rows than sequences. The others stand for nobody: they store nothing and see nothing, and what
+    ops make of them nobody reads.
 
     share: the cache blocks this rank has, if not all.
     is_staged: see `PackedArrays`.
@@ -78,14 +78,14 @@ class StepInputs:
         return has_new_table
 
     def _pad(self, start: int, stop: int) -> None:
-        """Their tables hold what they held: blocks of others, or zeros."""
+        """Their tables hold what they held, which nothing reads."""
         if start == stop:
             return
         host, part = self.arrays.host, slice(start, stop)
         host["input_ids"][part] = 0
         host["positions"][part] = 0
         host["slot_mapping"][part] = NOT_STORED
-        host["context_lens"][part] = 1
+        host["context_lens"][part] = 0
 
     def _slot(self, block_id: int, offset: int) -> int:
         if self._share is None:

@@ -31,7 +31,7 @@ def attention(
     Shapes:
         query:        [num_tokens, num_heads, head_dim]
         block_tables: [num_seqs, max_blocks_per_seq] int32; entries past the context are never read
-        context_lens: [num_seqs] int32, >= new tokens of the sequence
+        context_lens: [num_seqs] int32, >= new tokens of the sequence; 0 for a place that holds none, whose output is 0
         cu_seqlens_q: [num_seqs + 1] int32
         returns:      like query, same dtype; accumulated in float32
     Raises:
@@ -44,6 +44,9 @@ def attention(
     bounds = cu_seqlens_q.tolist()
     for i, context_len in enumerate(context_lens.tolist()):
         start, stop = bounds[i], bounds[i + 1]
+        if context_len == 0:
+            out[start:stop] = 0.0
+            continue
         tile = max(1, _MAX_SCORE_ELEMENTS // (num_heads * context_len))
         for row in range(start, stop, tile):
             end = min(row + tile, stop)
@@ -69,7 +72,7 @@ def attention_share(
     Shapes:
         query:        [num_tokens, num_heads, head_dim]
         block_tables: [num_seqs, max_owned_blocks] int32: the blocks held, in order
-        context_lens: [num_seqs] int32, of the whole contexts
+        context_lens: [num_seqs] int32, of the whole contexts; 0 for a place that holds none
         cu_seqlens_q: [num_seqs + 1] int32
         owned_blocks: [num_seqs, max_blocks_per_seq + 1] int32: how many of the first i blocks of a sequence are held
     Raises:
@@ -83,7 +86,7 @@ def attention_share(
     bounds = cu_seqlens_q.tolist()
     for i, context_len in enumerate(context_lens.tolist()):
         for row in range(bounds[i], bounds[i + 1]):
-            stop = context_len - (bounds[i + 1] - row) + 1
+            stop = max(0, context_len - (bounds[i + 1] - row) + 1)
             start = 0 if spec.sliding_window is None else max(0, stop - spec.sliding_window)
             first, last = (
                 _num_owned(owned_blocks[i], position, kv_cache.spec.block_size) for position in (start, stop)
