@@ -9,6 +9,7 @@ HeadraceError
 │   └── BackendUnavailable    an implementation asked for by name that cannot run here
 ├── RequestError              one request's fault (HTTP 400); never touches another request
 │   └── ContextLengthError    prompt or output longer than the model or the cache can hold
+├── OutOfDeviceMemory         the model, its cache or a step does not fit the memory of the device it lies on
 ├── RankError                 a rank died, stalled or failed; the engine ends with it
 └── EngineStopped             the engine no longer takes requests (HTTP 503)
 
@@ -52,6 +53,10 @@ class RequestError(HeadraceError):
 
 
 class ContextLengthError(RequestError):
+    pass
+
+
+class OutOfDeviceMemory(HeadraceError):
     pass
 
 

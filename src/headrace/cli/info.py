@@ -9,6 +9,7 @@ from typing import Any
 from headrace.cli.environment import machine, versions
 from headrace.cli.options import add_model_options, engine_config
 from headrace.cli.terminal import aligned, bold, format_bytes, is_watched
+from headrace.config import Device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,12 +20,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     # From here on torch is needed: kernels are chosen and models are opened with it.
     from headrace.cli.model_info import dataflow_info, model_info
+    from headrace.engine.devices import gpu_facts, resolve_device
     from headrace.kernels import kernel_choice_from, resolve_kernels
 
-    kernels = resolve_kernels(kernel_choice_from())
+    choice, gpus = kernel_choice_from(), gpu_facts()
+    chosen = resolve_device(Device.parse(args.device), choice, facts=gpus)
+    kernels = resolve_kernels(choice, device=chosen.device)
     facts: dict[str, Any] = {
         "versions": versions(),
         "machine": machine(args.num_threads),
+        "device": {"device": str(chosen.device), "reason": chosen.reason, **gpus.versions},
+        "gpus": [
+            {
+                "gpu": f"cuda:{gpu.index}",
+                "name": gpu.name,
+                "memory_bytes": gpu.memory_bytes,
+                "capability": gpu.capability,
+                "obstacle": gpu.obstacle or gpus.obstacle,
+            }
+            for gpu in gpus.gpus
+        ],
         "kernels": [
             {"op": choice.op, "implementation": choice.implementation, "reason": choice.reason}
             for choice in kernels.explain()
@@ -41,10 +56,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(facts: dict[str, Any]) -> Iterator[str]:
     for name, section in facts.items():
+        if not section:
+            continue
         yield bold(name, sys.stdout)
-        rows = [tuple(row.values()) for row in section] if isinstance(section, list) else list(_rows(section))
+        rows = [_cells(row) for row in section] if isinstance(section, list) else list(_rows(section))
         yield from (f"  {line}" for line in aligned(rows, num_left=3))
         yield ""
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple("" if value is None else _shown(name, value) for name, value in row.items())
 
 
 def _rows(section: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -5,13 +5,14 @@ from typing import Any
 from headrace.bench.facts import linear_shapes, weight_facts
 from headrace.config import EngineConfig
 from headrace.costs.memory import kv_token_bytes
+from headrace.engine.device_memory import available_bytes, default_memory_fraction
 from headrace.engine.engine_plan import resolve_max_model_len, resolve_plan
 from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, resolve_kv_cache_format
 from headrace.engine.load_rank import resolve_softmax_of
 from headrace.engine.tune import look_up_dataflow
 from headrace.engine.tune_attention import attention_shape
 from headrace.kernels import Kernels
-from headrace.machine import available_memory_bytes, cpu_limits
+from headrace.machine import cpu_limits
 from headrace.models.hub import resolve_model_folder
 from headrace.models.source import open_model, resolve_formats
 from headrace.parallel.place import Place
@@ -42,7 +43,8 @@ def dataflow_info(config: EngineConfig, kernels: Kernels) -> list[dict[str, str]
 
 
 def model_info(config: EngineConfig, kernels: Kernels) -> dict[str, Any]:
-    """Names end in their unit, `_bytes`; the cache is sized as an engine started now would size it.
+    """Names end in their unit, `_bytes`; the cache is sized as an engine started now would size it, but for what steps
+    take of a GPU.
 
     Raises:
         CheckpointError, ConfigError: as loading the model would.
@@ -57,8 +59,9 @@ def model_info(config: EngineConfig, kernels: Kernels) -> dict[str, Any]:
         config,
         max_model_len=resolve_max_model_len(config.scheduler, model),
         block_bytes=kv_block_bytes(kernels, shape, cache_format, config.cache.block_size),
-        available_bytes=max(0, available_memory_bytes() - facts.weight_bytes),
+        available_bytes=max(0, available_bytes(kernels.device) - facts.weight_bytes),
         num_threads=config.num_threads or cpu_limits().num_threads,
+        memory_fraction=default_memory_fraction(kernels.device),
     )
     return {
         "folder": str(folder),

@@ -24,6 +24,7 @@ from headrace.config import (
     Softmax,
     Transport,
 )
+from headrace.config.engine import GPU_MEMORY_FRACTION, HOST_MEMORY_FRACTION
 from headrace.demo_model import demo_model_path
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         type=parse_bytes,
         metavar="BYTES",
         help="memory for keys and values, such as 512MiB or 1.5GB (default: what --max-num-seqs full contexts need, "
-        f"at most {CacheConfig.memory_fraction:.0%} of free memory)".replace("%", "%%"),
+        f"at most {HOST_MEMORY_FRACTION:.0%} of free memory, on a GPU {GPU_MEMORY_FRACTION:.0%})".replace("%", "%%"),
     )
     group.add_argument(
         "--kv-cache-dtype",

@@ -11,6 +11,9 @@ from headrace.errors import ConfigError
 MAX_THREADS = 4096
 """More than any machine has; a typing error should not ask the system for them."""
 
+HOST_MEMORY_FRACTION = 0.5
+GPU_MEMORY_FRACTION = 0.9
+
 
 class Dtype(Enum):
     """Type of activations and unquantized weights; AUTO takes the checkpoint's (float16 becomes bfloat16)."""
@@ -115,14 +118,16 @@ class CacheConfig:
     kv_cache_dtype: int8 takes about half the memory of bfloat16, and loses some precision.
     block_size: tokens per block; native kernels pad it to a multiple of 16.
     kv_cache_bytes: memory for keys and values; None takes what `max_num_seqs` full contexts could use, at most
-        `memory_fraction` of the memory free after the weights are loaded, within the cgroup's limit.
+        `memory_fraction` of the memory free after the weights are loaded, within the cgroup's limit; on a GPU also
+        after what steps need.
+    memory_fraction: None is HOST_MEMORY_FRACTION, or GPU_MEMORY_FRACTION on a GPU, which is the engine's own.
     num_blocks: overrides the budget; for tests and experiments.
     """
 
     kv_cache_dtype: KvCacheDtype = KvCacheDtype.AUTO
     block_size: int = 16
     kv_cache_bytes: int | None = None
-    memory_fraction: float = 0.5
+    memory_fraction: float | None = None
     num_blocks: int | None = None
     enable_prefix_caching: bool = True
 
@@ -130,7 +135,7 @@ class CacheConfig:
         check_at_least_one("block_size", self.block_size)
         check_at_least_one("kv_cache_bytes", self.kv_cache_bytes)
         check_at_least_one("num_blocks", self.num_blocks)
-        if not 0 < self.memory_fraction <= 1:
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction is {self.memory_fraction}; allowed: above 0, up to 1")
 
 

@@ -5,15 +5,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.engine.device_memory import available_bytes, memory_owner
 from headrace.engine.load_rank import LoadedRank
 from headrace.engine.worker import Worker
-from headrace.machine import available_memory_bytes, host_id
 from headrace.parallel.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankReport:
-    """What rank 0 must know of a rank to size the cache. host: equal for ranks that share memory."""
+    """What rank 0 must know of a rank to size the cache.
+
+    host: equal for ranks that share memory, which on GPUs none do. available_bytes: less what steps need.
+    """
 
     host: str
     block_bytes: int
@@ -23,9 +26,9 @@ class RankReport:
     @classmethod
     def of(cls, loaded: LoadedRank) -> "RankReport":
         return cls(
-            host=host_id(),
+            host=memory_owner(loaded.kernels.device),
             block_bytes=loaded.block_bytes,
-            available_bytes=available_memory_bytes(),
+            available_bytes=max(0, available_bytes(loaded.kernels.device) - loaded.step_bytes),
             weight_bytes=loaded.weight_bytes,
         )
 

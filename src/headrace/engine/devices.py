@@ -30,7 +30,7 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuFacts:
-    """obstacle: why no GPU can be used, where that is not one GPU's fault. versions: of what runs the kernels."""
+    """obstacle: why no GPU can be used, where that is not one GPU's fault. versions: of what kernels run on beside torch."""
 
     gpus: tuple[Gpu, ...]
     obstacle: str | None
@@ -128,7 +128,7 @@ def _too_few(facts: GpuFacts, num_local_ranks: int) -> str:
 
 def gpu_facts() -> GpuFacts:
     """What torch and Triton say. Nothing is started on a GPU."""
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "triton": None}
+    versions = {"cuda": torch.version.cuda, "hip": torch.version.hip, "triton": None}
     try:
         versions["triton"] = import_module("triton").__version__
     except ImportError as error:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from headrace.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from headrace.config.engine import HOST_MEMORY_FRACTION
 from headrace.costs.memory import num_blocks_for
 from headrace.errors import ConfigError, ContextLengthError
 
@@ -49,28 +50,30 @@ def resolve_plan(
     block_bytes: int,
     available_bytes: int,
     num_threads: int,
+    memory_fraction: float = HOST_MEMORY_FRACTION,
 ) -> EnginePlan:
     """Size the KV cache.
 
     block_bytes: of one block on all layers, as the kernels lay it out.
     available_bytes: memory free for this process after the weights are loaded.
+    memory_fraction: of that, where the settings do not say.
 
     Raises:
         ConfigError: the cache could not hold one sequence of a length that was asked for.
     """
-    block_size = config.cache.block_size
+    block_size, fraction = config.cache.block_size, config.cache.memory_fraction or memory_fraction
     num_useful = config.scheduler.max_num_seqs * num_blocks_for(max_model_len, block_size)
     remarks: tuple[str, ...] = ()
     num_blocks = config.cache.num_blocks
     if num_blocks is None:
-        budget_bytes = config.cache.kv_cache_bytes or int(available_bytes * config.cache.memory_fraction)
+        budget_bytes = config.cache.kv_cache_bytes or int(available_bytes * fraction)
         num_blocks = min(num_useful, budget_bytes // block_bytes)
         if num_blocks * block_size < max_model_len:
             if num_blocks == 0 or _was_asked_for(config):
                 raise ConfigError(_too_small(max_model_len, num_blocks, block_size, block_bytes))
             remarks = (
                 f"max_model_len is {num_blocks * block_size} instead of {max_model_len}: the KV cache gets "
-                f"{num_blocks * block_bytes} bytes, {config.cache.memory_fraction:.0%} of the memory that is free",
+                f"{num_blocks * block_bytes} bytes, {fraction:.0%} of the memory that is free",
             )
             max_model_len = num_blocks * block_size
     if num_blocks * block_bytes > available_bytes:

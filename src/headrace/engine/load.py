@@ -9,6 +9,7 @@ from typing import Any
 from headrace.config import EngineConfig, KvCacheFormat, ModelConfig
 from headrace.config.launched import launched_from
 from headrace.engine.agreement import agree, announce, tightest_host
+from headrace.engine.device_memory import default_memory_fraction
 from headrace.engine.engine_plan import EnginePlan, resolve_plan
 from headrace.engine.executor import Executor
 from headrace.engine.kv_cache_spec import RankShape
@@ -64,6 +65,7 @@ def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kern
     Raises:
         CheckpointError: the model cannot be loaded.
         ConfigError: settings that do not fit the model or the machine.
+        OutOfDeviceMemory: weights or cache that do not fit the GPU.
         RankError: another rank could not load its part.
         SystemExit: in a process that a launcher has started as another rank than 0, once that rank has ended.
     """
@@ -84,6 +86,7 @@ def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kern
             block_bytes=block_bytes,
             available_bytes=available_bytes,
             num_threads=loaded.num_threads,
+            memory_fraction=default_memory_fraction(loaded.kernels.device),
         )
         eos_token_ids = files.eos_token_ids(loaded.source)
         agreement = {

@@ -12,6 +12,7 @@ import torch
 from headrace.cache.kv_pool import KvPool
 from headrace.config import AllReduceDtype, EngineConfig, KvCacheFormat, ModelConfig, ParallelConfig
 from headrace.costs.exchanges import Layout, rules_of
+from headrace.engine.device_memory import explaining_out_of_memory
 from headrace.engine.devices import resolve_device
 from headrace.engine.engine_plan import resolve_max_model_len
 from headrace.engine.exchange_check import ExchangeCheck
@@ -19,6 +20,7 @@ from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, kv_cache_sp
 from headrace.engine.record_steps import record_steps
 from headrace.engine.runner import ModelRunner
 from headrace.engine.softmax import ChosenSoftmax, resolve_softmax
+from headrace.engine.step_memory import measure_step_bytes
 from headrace.engine.step_sizes import bucket_sizes, exact_sizes
 from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.engine.tune_attention import attention_shape, look_up_attention
@@ -40,8 +42,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRank:
-    """groups: tp, pp and kv. weight_bytes: weights in memory; block_bytes: of a cache block on all layers of this rank;
-    load_s: so far."""
+    """groups: tp, pp and kv. weight_bytes: weights in memory; step_bytes: what steps take of a GPU beside them;
+    block_bytes: of a cache block on all layers of this rank; load_s: so far."""
 
     config: EngineConfig
     rank: int
@@ -60,13 +62,15 @@ class LoadedRank:
     max_model_len: int
     block_bytes: int
     weight_bytes: int
+    step_bytes: int
     load_s: float
 
     def make_worker(
         self, *, num_blocks: int, block_size: int, max_model_len: int, eos_token_ids: frozenset[int]
     ) -> Worker:
         spec = kv_cache_spec(self.shape, self.kv_cache_format, num_blocks=num_blocks, block_size=block_size)
-        pool = KvPool(self.kernels, spec, num_layers=len(self.shape.layers))
+        with explaining_out_of_memory("the KV cache does not fit", self.kernels.device):
+            pool = KvPool(self.kernels, spec, num_layers=len(self.shape.layers))
         config = self.config
         sizes = bucket_sizes(config.scheduler.max_num_seqs) if self.kernels.pads_steps else exact_sizes()
         runner = ModelRunner(self.decoder, pool, max_model_len, self.boundary, self.shape.share, sizes)
@@ -156,11 +160,32 @@ def load_rank(
         partial_dtype=_partial_dtype(config.parallel.all_reduce_dtype),
         parallel=config.parallel,
     )
-    decoder = _load_with_progress(
-        source, context, formats, max_model_len, shape.layers, world, show_progress=show_progress
-    )
+    with explaining_out_of_memory("the model does not fit", kernels.device):
+        decoder = _load_with_progress(
+            source, context, formats, max_model_len, shape.layers, world, show_progress=show_progress
+        )
     linear_weights = LinearWeights.of((p.weight for p in decoder.linear_parameters()), formats.dtype)
     prepare_dataflow(kernels, linear_weights, config.dataflow, num_threads, show_progress=show_progress)
+    boundary = Boundary(
+        config.parallel,
+        kernels,
+        tp_group,
+        pp_group,
+        hidden_size=source.config.hidden_size,
+        dtype=formats.dtype,
+        max_num_tokens=config.scheduler.max_num_batched_tokens,
+        placement=source.config.norm.placement,
+    )
+    with explaining_out_of_memory("the model leaves no room for a step", kernels.device), captured(groups):
+        step_bytes = measure_step_bytes(
+            decoder,
+            boundary,
+            shape,
+            cache_format,
+            config.scheduler,
+            max_model_len=max_model_len,
+            block_size=config.cache.block_size,
+        )
     return LoadedRank(
         config=config,
         rank=place.rank,
@@ -168,16 +193,7 @@ def load_rank(
         shape=shape,
         kernels=kernels,
         decoder=decoder,
-        boundary=Boundary(
-            config.parallel,
-            kernels,
-            tp_group,
-            pp_group,
-            hidden_size=source.config.hidden_size,
-            dtype=formats.dtype,
-            max_num_tokens=config.scheduler.max_num_batched_tokens,
-            placement=source.config.norm.placement,
-        ),
+        boundary=boundary,
         groups=groups,
         parallel=config.parallel,
         formats=formats,
@@ -188,6 +204,7 @@ def load_rank(
         max_model_len=max_model_len,
         block_bytes=kv_block_bytes(kernels, shape, cache_format, config.cache.block_size),
         weight_bytes=sum(parameter.num_bytes for parameter in decoder.parameters()),
+        step_bytes=step_bytes,
         load_s=time.monotonic() - started_s,
     )
 

@@ -1,0 +1,62 @@
+"""Room on the device that a rank runs on."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from headrace.config.engine import GPU_MEMORY_FRACTION, HOST_MEMORY_FRACTION
+from headrace.errors import OutOfDeviceMemory
+from headrace.machine import available_memory_bytes, host_id
+
+
+def default_memory_fraction(device: torch.device) -> float:
+    """Of what is free there, for keys and values."""
+    return HOST_MEMORY_FRACTION if device.type == "cpu" else GPU_MEMORY_FRACTION
+
+
+def available_bytes(device: torch.device) -> int:
+    """What this process can still take there: of a GPU what no process holds, of the host what its limits leave."""
+    if device.type == "cpu":
+        return available_memory_bytes()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
+
+
+def memory_owner(device: torch.device) -> str:
+    """Equal for ranks that share memory: those of one host, or those on one GPU of it."""
+    return host_id() if device.type == "cpu" else f"{host_id()}/{device}"
+
+
+def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
+    """What a GPU is asked for while something runs, beyond what it holds already; gaps between pieces included."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_reserved(device) - before
+    torch.cuda.empty_cache()
+    return max(0, peak)
+
+
+@contextmanager
+def explaining_out_of_memory(what: str, device: torch.device) -> Iterator[None]:
+    """
+    Raises:
+        OutOfDeviceMemory: instead of what torch says of it at length.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfDeviceMemory(
+            f"{what} on {device}: {what_torch_says(error)}; quantize it (--quantize), shorten --max-model-len, use "
+            "more ranks, or end what else uses that GPU"
+        ) from None
+
+
+def what_torch_says(error: torch.OutOfMemoryError) -> str:
+    """How much was asked for and how much there is; torch goes on to name settings of its own."""
+    return ". ".join(str(error).split(". ")[:3]).removesuffix(".")[:300]
