@@ -19,9 +19,15 @@ def available_bytes(device: torch.device) -> int:
     """What this process can still take there: of a GPU what no process holds, of the host what its limits leave."""
     if device.type == "cpu":
         return available_memory_bytes()
-    torch.cuda.empty_cache()
+    release_cached(device)
     free, _ = torch.cuda.mem_get_info(device)
     return int(free)
+
+
+def release_cached(device: torch.device) -> None:
+    """Give back what torch keeps of a GPU's memory for later."""
+    if device.type != "cpu":
+        torch.cuda.empty_cache()
 
 
 def memory_owner(device: torch.device) -> str:

@@ -30,7 +30,7 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuFacts:
-    """obstacle: why no GPU can be used, where that is not one GPU's fault. versions: of what runs kernels beside torch."""
+    """obstacle: why no GPU can be used, where that is no GPU's own fault. versions: of what runs kernels."""
 
     gpus: tuple[Gpu, ...]
     obstacle: str | None

@@ -1,5 +1,6 @@
 """The loop: requests in, steps planned and run, updates out."""
 
+import logging
 import secrets
 import time
 from collections import deque
@@ -18,7 +19,9 @@ from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.request_state import RequestState
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.sequence import FinishReason, Sequence
-from headrace.errors import RequestError
+from headrace.errors import OutOfDeviceMemory, RequestError
+
+logger = logging.getLogger(__name__)
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15
 """Golden ratio times 2^64: outputs of one request get seeds far apart, and other seeds' outputs miss them."""
@@ -92,8 +95,11 @@ class Engine:
         """Let the ranks have as many steps as they can run at the same time, and say what the oldest brought to each
         request.
 
-        A step that raises (out of memory, Ctrl-C) ends every request with that error, reported by the next step; the
-        engine is then empty and takes new ones. With other ranks it takes none: they have ended.
+        A step that does not fit the device's memory brings nothing: the request that arrived last is preempted. If
+        there is but one, its step is tried once more, and then it fails.
+
+        A step that raises (Ctrl-C, say) ends every request with that error, reported by the next step; the engine is
+        then empty and takes new ones. With other ranks it takes none: they have ended.
         """
         if self._failed:
             updates, self._failed = self._failed, []
@@ -101,9 +107,7 @@ class Engine:
         try:
             self._fill_pipeline()
             plan = self._in_flight.popleft()
-            result = self.model.executor.collect()
-            self._count(plan)
-            updates = self._report(plan, result)
+            updates = self._collect(plan)
         except BaseException as error:
             # Which ranks saw how much of the plans is unknown: nothing of them can be kept.
             self._fail_all(f"the step was cut short: {type(error).__name__}: {error}")
@@ -136,6 +140,8 @@ class Engine:
         self._blocks = BlockManager(plan.num_blocks, plan.cache.block_size, plan.cache.enable_prefix_caching)
         self._scheduler = Scheduler(plan.scheduler, self._blocks, self.model.executor.max_in_flight)
         self._in_flight: deque[StepPlan] = deque()
+        self._is_last_try = False
+        """A step of one request has found no room, and is about to be tried again."""
 
     def _fail_all(self, error: str) -> None:
         for state in list(self._requests.values()):
@@ -183,6 +189,33 @@ class Engine:
             if not plan.chunks:
                 return
 
+    def _collect(self, plan: StepPlan) -> list[RequestUpdate]:
+        try:
+            result = self.model.executor.collect()
+        except OutOfDeviceMemory as error:
+            return self._make_room(plan, str(error))
+        self._is_last_try = False
+        self._count(plan)
+        return self._report(plan, result)
+
+    def _make_room(self, plan: StepPlan, reason: str) -> list[RequestUpdate]:
+        self._scheduler.undo(plan)
+        if self._scheduler.preempt_newest():
+            logger.warning("%s; the newest of %d requests waits", reason, len(self._requests))
+            return []
+        if not self._is_last_try:
+            # What torch had kept of the device's memory is free now, and in fewer pieces.
+            self._is_last_try = True
+            return []
+        self._is_last_try = False
+        return [self._update(self._fail(self._scheduler.oldest_running.seq_id, reason))]
+
+    def _fail(self, seq_id: int, error: str) -> RequestState:
+        state = self._by_sequence.pop(seq_id)
+        state.fail(seq_id, error)
+        self._scheduler.finish(state.sequence(seq_id), FinishReason.ERROR)
+        return state
+
     def _drain_if_idle(self) -> None:
         """Wait for plans that nobody waits for: an engine without requests has nothing in flight, so that its ranks can
         be asked for other things."""
@@ -218,11 +251,9 @@ class Engine:
             if state is not None:
                 state.add_prompt_logprobs(prompt)
         for seq_id, error in result.failed.items():
-            state = self._by_sequence.pop(seq_id, None)
-            if state is not None:
+            if seq_id in self._by_sequence:
+                state = self._fail(seq_id, error)
                 touched[state.request_id] = state
-                state.fail(seq_id, error)
-                self._scheduler.finish(state.sequence(seq_id), FinishReason.ERROR)
         self._scheduler.update(plan, {token.seq_id: token.token_id for token in result.sampled})
         for token in result.sampled:
             state = self._by_sequence.get(token.seq_id)

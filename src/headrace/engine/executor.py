@@ -23,7 +23,11 @@ class Executor(Protocol):
         ...
 
     def collect(self) -> StepResult:
-        """What the oldest open plan sampled; waits for it."""
+        """What the oldest open plan sampled; waits for it.
+
+        Raises:
+            OutOfDeviceMemory: the plan was not run, as its step does not fit; the engine may ask for a smaller one.
+        """
         ...
 
     def start_trace(self) -> None:

@@ -1,8 +1,12 @@
 """The executor of one rank in the engine's own thread."""
 
+import torch
+
+from headrace.engine.device_memory import release_cached, what_torch_says
 from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.trace import RankTrace
 from headrace.engine.worker import Worker
+from headrace.errors import OutOfDeviceMemory
 
 
 class LocalExecutor:
@@ -18,8 +22,19 @@ class LocalExecutor:
         self._plan = plan
 
     def collect(self) -> StepResult:
+        """
+        Raises:
+            OutOfDeviceMemory: the step does not fit. What the plan says of sequences is known all the same; none of its
+                tokens counts as computed.
+        """
         assert self._plan is not None, "nothing was submitted"
-        return self.worker.execute(self._plan)
+        try:
+            return self.worker.execute(self._plan)
+        except torch.OutOfMemoryError as error:
+            reason = f"a step does not fit the memory of {self.worker.device}: {what_torch_says(error)}"
+        # Here, where the error no longer holds what the step has made.
+        release_cached(self.worker.device)
+        raise OutOfDeviceMemory(f"{reason}; lower max_num_batched_tokens, or leave more free with memory_fraction")
 
     def start_trace(self) -> None:
         self.worker.start_trace()

@@ -41,6 +41,9 @@ from headrace.engine.plan import NewSequence, ScheduledChunk, StepPlan
 from headrace.engine.sequence import FinishReason, Sequence, SequenceStatus
 from headrace.errors import ConfigError, ContextLengthError, RequestError
 
+_PATIENCE_STEPS = 64
+"""After so many steps without want of memory one more sequence may run than ran then."""
+
 
 @dataclass(eq=False, slots=True)
 class _Entry:
@@ -111,7 +114,8 @@ class Scheduler:
         if config.max_model_len is None:
             raise ConfigError("max_model_len is None; the scheduler needs the model's length filled in")
         self._max_model_len = config.max_model_len
-        self._max_num_seqs = config.max_num_seqs
+        self._max_num_seqs = self._max_num_running = config.max_num_seqs
+        self._num_patient_steps = 0
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._max_prompt_tokens = max_prompt_tokens(config.max_num_batched_tokens, max_in_flight)
         self._max_in_flight = max_in_flight
@@ -228,6 +232,8 @@ class Scheduler:
         if plan.chunks and plan.step != self._updated_step + 1:
             raise ValueError(f"step {plan.step} was updated, but step {self._updated_step + 1} is the oldest open one")
         self._updated_step = plan.step
+        if self._max_num_running < self._max_num_seqs:
+            self._take_heart()
         for chunk in plan.chunks:
             entry = self._entries.get(chunk.seq_id)
             if entry is None:
@@ -242,6 +248,34 @@ class Scheduler:
                 continue
             sequence.num_computed_tokens = chunk.start + chunk.num_tokens
             self._blocks.commit(chunk.seq_id, sequence.tokens, sequence.num_computed_tokens)
+
+    def undo(self, plan: StepPlan) -> None:
+        """Record that the only open plan came back without having been run: its tokens are still to be computed. What
+        it says of sequences and their blocks is known to the ranks."""
+        self._updated_step = plan.step
+        for chunk in plan.chunks:
+            entry = self._entries.get(chunk.seq_id)
+            if entry is not None:
+                entry.sequence.num_scheduled_tokens = chunk.start
+
+    def preempt_newest(self) -> bool:
+        """Take the blocks of the running sequence that arrived last, and let fewer run together for some time, as steps
+        of so many do not fit the device. False if only one is running: nobody could make room for it."""
+        if len(self._running) < 2:
+            return False
+        self._preempt(self._running.pop())
+        self._max_num_running, self._num_patient_steps = len(self._running), 0
+        return True
+
+    @property
+    def oldest_running(self) -> Sequence:
+        return self._running[0].sequence
+
+    def _take_heart(self) -> None:
+        """A step did fit."""
+        self._num_patient_steps += 1
+        if self._num_patient_steps == _PATIENCE_STEPS:
+            self._max_num_running, self._num_patient_steps = self._max_num_running + 1, 0
 
     def _check_sibling(self, sequence: Sequence) -> None:
         sibling = sequence.forked_from
@@ -352,7 +386,7 @@ class Scheduler:
 
     def _admit_waiting(self, draft: _Draft) -> None:
         index = 0
-        while index < len(self._waiting) and len(self._running) < self._max_num_seqs and draft.num_free_tokens:
+        while index < len(self._waiting) and len(self._running) < self._max_num_running and draft.num_free_tokens:
             entry = self._waiting[index]
             if _waits_for_sibling(entry.sequence):
                 index += 1

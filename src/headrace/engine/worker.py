@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from headrace.costs.sites import Phase
@@ -75,6 +76,10 @@ class Worker:
         self._sampler = _make_sampler(tp_group, runner, gathers_logits)
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[int, _WorkerSequence] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self._runner.kernels.device
 
     @property
     def decode_step(self) -> DecodeStep:
