@@ -96,7 +96,7 @@ def thread_llm(
     fabrics: of each rank, what carries its tensors in the place of `ThreadFabric`; transport: whose rules they follow.
     """
     of_one_rank = {k: v for k, v in settings.items() if k not in ParallelConfig.__dataclass_fields__}
-    llm = LLM(str(folder), dtype=dtype, quantize=quantize, **of_one_rank)
+    llm = LLM(str(folder), dtype=dtype, quantize=quantize, device="cpu", **of_one_rank)
     model, fabric = llm.engine.model, ThreadFabric()
     load = LoadConfig(model=str(folder), dtype=Dtype(dtype), quantize=Quantize(quantize or "none"))
     # Ranks in threads bring whole tensors to every sum, as gloo's do.
