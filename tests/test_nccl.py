@@ -27,9 +27,11 @@ from thread_world import thread_llm
 from torch._C._distributed_c10d import HashStore
 
 from headrace import LLM
-from headrace.config import Transport
+from headrace.config import AllReduceDtype, Device, EngineConfig, LoadConfig, ParallelConfig, Transport
 from headrace.costs.exchanges import rules_of
 from headrace.costs.sites import Phase
+from headrace.engine.devices import Gpu, GpuFacts
+from headrace.engine.start import resolve_transport
 from headrace.errors import BackendUnavailable, ParallelismError, RankError, ShapeError
 from headrace.parallel import nccl_fabric
 from headrace.parallel.exchange_events import ExchangeEvents
@@ -299,6 +301,78 @@ class TestFabric:
         nccl_fabric.set_environment(environ)
         assert environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"
         assert environ["TORCH_NCCL_ENABLE_MONITORING"] == "0"
+
+
+def gpus(num_gpus: int) -> GpuFacts:
+    found = [Gpu(index=i, name="card", capability="9.0", memory_bytes=2**30) for i in range(num_gpus)]
+    return GpuFacts(gpus=tuple(found), obstacle=None if found else "torch sees no GPU", versions={})
+
+
+def resolved(facts: GpuFacts, device: str = "auto", transport: str = "auto", **parallel) -> tuple[str, str]:
+    parallel = {"tensor_parallel_size": 2, "transport": Transport(transport)} | parallel
+    config = EngineConfig(
+        load=LoadConfig(model="model"), device=Device.parse(device), parallel=ParallelConfig(**parallel)
+    )
+    config = resolve_transport(config, facts)
+    return str(config.device), config.parallel.transport.value
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "1"}
+MPIEXEC = {"PMI_RANK": "1", "PMI_SIZE": "2"}
+
+
+class TestTransport:
+    @pytest.mark.parametrize(
+        ("num_gpus", "device", "transport", "launcher", "expected"),
+        [
+            (2, "auto", "auto", {}, ("cuda", "nccl")),
+            (1, "auto", "auto", {}, ("cpu", "shm")),
+            (2, "auto", "gloo", {}, ("cpu", "gloo")),
+            (2, "auto", "nccl", {}, ("cuda", "nccl")),
+            (2, "cpu", "auto", {}, ("cpu", "shm")),
+            (3, "cuda:1", "auto", {}, ("cuda:1", "nccl")),
+            (1, "auto", "auto", TORCHRUN, ("cuda", "nccl")),
+            (0, "auto", "auto", TORCHRUN, ("cpu", "gloo")),
+            (1, "cuda", "auto", TORCHRUN, ("cuda", "nccl")),
+            (8, "auto", "auto", MPIEXEC, ("cpu", "mpi")),
+        ],
+    )
+    def test_follows_the_device(self, monkeypatch, num_gpus, device, transport, launcher, expected) -> None:
+        monkeypatch.delenv("HEADRACE_KERNELS", raising=False)
+        for name, value in launcher.items():
+            monkeypatch.setenv(name, value)
+        assert resolved(gpus(num_gpus), device, transport) == expected
+
+    @pytest.mark.parametrize(
+        ("num_gpus", "given", "launcher", "error", "message"),
+        [
+            (1, ("cuda",), {}, BackendUnavailable, "2 ranks on this host have 1 GPUs; use fewer ranks"),
+            (2, ("cuda:1",), {}, BackendUnavailable, "there is no GPU 2; there are: 0, 1"),
+            (0, ("auto", "nccl"), {}, BackendUnavailable, "device is 'cuda', but torch sees no GPU"),
+            (
+                2,
+                ("cpu", "nccl"),
+                {},
+                ParallelismError,
+                "joins ranks on GPUs, but device is 'cpu'; use shm, mpi",
+            ),
+            (2, ("cuda", "gloo"), {}, ParallelismError, "joins ranks on CPUs, but device is 'cuda'; use nccl"),
+            (2, ("cuda", "shm"), {}, ParallelismError, "joins ranks on CPUs, but device is 'cuda'; use nccl"),
+            (8, ("cuda",), MPIEXEC, ParallelismError, "mpiexec or srun has started this rank, but over NCCL"),
+        ],
+    )
+    def test_that_does_not_fit_is_refused(self, monkeypatch, num_gpus, given, launcher, error, message) -> None:
+        for name, value in launcher.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(error, match=message):
+            resolved(gpus(num_gpus), *given)
+
+    def test_8_bit_sums_are_refused(self) -> None:
+        with pytest.raises(ParallelismError, match="'nccl' lacks; allowed on GPUs: auto, float32, bfloat16"):
+            resolved(gpus(2), "cuda", all_reduce_dtype=AllReduceDtype.INT8)
+
+    def test_one_rank_needs_none(self) -> None:
+        assert resolved(gpus(0), "auto", tensor_parallel_size=1) == ("auto", "auto")
 
 
 @pytest.fixture(scope="module")

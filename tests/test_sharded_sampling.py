@@ -74,6 +74,7 @@ def make_llm(folder, parallel: ParallelConfig) -> tuple[LLM, ThreadExecutor]:
         world = SimpleNamespace(
             place=Place(rank=group.rank, config=parallel),
             num_ranks_on_host=len(groups),
+            local_rank=group.rank,
             check=lambda: None,
             fabric=SimpleNamespace(make_group=make_group),
         )
@@ -186,6 +187,7 @@ def test_the_largest_of_a_shard_is_found_while_it_is_computed(folder, rank) -> N
     world = SimpleNamespace(
         place=Place(rank=rank, config=parallel),
         num_ranks_on_host=4,
+        local_rank=rank,
         check=lambda: None,
         fabric=SimpleNamespace(make_group=lambda name, *_: Bystander(rank, 4) if name == "tp" else OneRankGroup(name)),
     )

@@ -212,8 +212,8 @@ def _add_parallel_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--transport",
         choices=_values(Transport),
-        help=f"what carries tensors between ranks (default: {ParallelConfig.transport.value}: mpi under "
-        "mpiexec or srun, gloo under torchrun, else shm, shared memory)",
+        help=f"what carries tensors between ranks (default: {ParallelConfig.transport.value}: nccl on GPUs; on CPUs "
+        "mpi under mpiexec or srun, gloo under torchrun, else shm, shared memory)",
     )
     group.add_argument(
         "--all-reduce-dtype",

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headrace.config.parallel import Transport
 
@@ -12,17 +12,20 @@ _MPI_VARIABLES = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE")
+_TORCHRUN_LOCAL_SIZE = "LOCAL_WORLD_SIZE"
 _TORCHRUN_MARK = "TORCHELASTIC_RUN_ID"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launched:
-    """launcher: for people. transport: what ranks of this launcher exchange tensors through, unless told otherwise."""
+    """launcher: for people. transport: what ranks of this launcher exchange tensors through on CPUs, unless told
+    otherwise. num_local_ranks: of this host, where the launcher says so."""
 
     rank: int
     world_size: int
     launcher: str
     transport: Transport
+    num_local_ranks: int | None = None
 
 
 def launched_from(environ: Mapping[str, str] = os.environ) -> Launched | None:
@@ -31,7 +34,9 @@ def launched_from(environ: Mapping[str, str] = os.environ) -> Launched | None:
         if found := _read(environ, rank, size, "mpiexec or srun", Transport.MPI):
             return found
     if _TORCHRUN_MARK in environ:
-        return _read(environ, *_TORCHRUN_VARIABLES, "torchrun", Transport.GLOO)
+        found = _read(environ, *_TORCHRUN_VARIABLES, "torchrun", Transport.GLOO)
+        size = environ.get(_TORCHRUN_LOCAL_SIZE, "")
+        return replace(found, num_local_ranks=int(size)) if found is not None and size.isdigit() else found
     return None
 
 

@@ -10,11 +10,13 @@ from headrace.errors import ConfigError, ParallelismError
 class Transport(Enum):
     """What carries tensors between ranks.
 
-    AUTO  MPI if `mpiexec` or `srun` started this process, gloo if `torchrun` did, else shared memory
+    AUTO  NCCL on GPUs; on CPUs MPI if `mpiexec` or `srun` started this process, gloo if `torchrun` did, else shared
+          memory
     SHM   shared memory, between ranks of one host that Headrace has started itself
     MPI   between ranks that `mpiexec` or `srun` has started, on one host or several
     GLOO  torch.distributed's reference for CPUs
-    NCCL  torch.distributed on NVIDIA GPUs
+    NCCL  torch.distributed on GPUs, between ranks that Headrace has started itself, or `torchrun` has; AMD's RCCL has
+          its name
     """
 
     AUTO = "auto"

@@ -106,12 +106,14 @@ def default_num_threads(config: EngineConfig, num_ranks_on_host: int) -> int:
 
 
 def rank_device(config: EngineConfig, world: World, choice: KernelChoice) -> torch.device:
-    """
+    """The rank's own, which becomes that of this thread: Triton launches on no other.
+
     Raises:
         BackendUnavailable: a GPU was asked for that is not there.
     """
-    local_rank, num_local_ranks = world.place.rank % world.num_ranks_on_host, world.num_ranks_on_host
-    chosen = resolve_device(config.device, choice, local_rank=local_rank, num_local_ranks=num_local_ranks)
+    chosen = resolve_device(config.device, choice, local_rank=world.local_rank, num_local_ranks=world.num_ranks_on_host)
+    if chosen.device.type == "cuda":
+        torch.cuda.set_device(chosen.device)
     return chosen.device
 
 

@@ -3,10 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
-from headrace.config import AllReduceDtype, EngineConfig, ParallelConfig, Transport
+from headrace.config import AllReduceDtype, Device, DeviceKind, EngineConfig, ParallelConfig, Transport
 from headrace.config.launched import Launched, launched_from
 from headrace.costs.micro_batches import max_prompt_tokens
+from headrace.engine.devices import GpuFacts, resolve_device
 from headrace.errors import ParallelismError
+from headrace.kernels import kernel_choice_from
 from headrace.models.families import read_model_config
 from headrace.models.json_file import read_json
 from headrace.parallel.launched_world import join_launched_world
@@ -33,34 +35,83 @@ def start_world(config: EngineConfig) -> World:
     return start_local_world(parallel, _RANK_MODULE, config, micro_batch_bytes=_micro_batch_bytes(config))
 
 
-def resolve_transport(config: EngineConfig) -> EngineConfig:
-    """The same settings with the transport that will be used in place of `auto`.
+def resolve_transport(config: EngineConfig, facts: GpuFacts | None = None) -> EngineConfig:
+    """The same settings with the transport that will be used in place of `auto`, and the device that it joins.
+
+    facts: of this host's GPUs; None looks, if it matters.
 
     Raises:
         ParallelismError: a transport that does not join these ranks, or does not carry what is asked for.
+        BackendUnavailable: GPUs were asked for, and there are too few.
     """
     parallel, launched = config.parallel, launched_from()
     if parallel.world_size == 1:
         return config
+    device = _resolve_device(config, launched, facts)
     if parallel.transport is Transport.AUTO:
-        parallel = replace(parallel, transport=Transport.SHM if launched is None else launched.transport)
-    _check(parallel, launched)
-    return replace(config, parallel=parallel)
+        parallel = replace(parallel, transport=_transport_for(device, launched))
+    _check(parallel, launched, device)
+    return replace(config, parallel=parallel, device=device)
 
 
-def _check(parallel: ParallelConfig, launched: Launched | None) -> None:
-    if launched is not None and parallel.transport is Transport.SHM:
+def _resolve_device(config: EngineConfig, launched: Launched | None, facts: GpuFacts | None) -> Device:
+    """What was asked for, or the kind of device that `auto` comes to: the same for all ranks."""
+    device, transport = config.device, config.parallel.transport
+    num_local_ranks = config.parallel.world_size if launched is None else launched.num_local_ranks
+    if device.kind is DeviceKind.AUTO:
+        if transport is Transport.NCCL:
+            device = Device(kind=DeviceKind.CUDA)
+        elif transport is not Transport.AUTO or num_local_ranks is None:
+            return Device(kind=DeviceKind.CPU)
+    if device.kind is DeviceKind.CPU or num_local_ranks is None:
+        return device
+    # Before another rank is started, so that too few GPUs are one rank's error.
+    chosen = resolve_device(device, kernel_choice_from(), num_local_ranks=num_local_ranks, facts=facts)
+    return device if device.kind is DeviceKind.CUDA else Device(kind=DeviceKind(chosen.device.type))
+
+
+def _transport_for(device: Device, launched: Launched | None) -> Transport:
+    if device.kind is DeviceKind.CUDA:
+        return Transport.NCCL
+    return Transport.SHM if launched is None else launched.transport
+
+
+def _check(parallel: ParallelConfig, launched: Launched | None, device: Device) -> None:
+    transport = parallel.transport
+    if launched is not None and transport is Transport.SHM:
         raise ParallelismError(
             f"{launched.launcher} has started this rank, and transport 'shm' joins ranks that it has not; use mpi"
         )
-    if launched is None and parallel.transport is Transport.MPI:
+    if launched is None and transport is Transport.MPI:
         raise ParallelismError(
             f"transport is 'mpi', but no launcher has started this process; put `mpiexec -n {parallel.world_size}` "
             "before the command, or leave the transport to auto"
         )
-    if parallel.all_reduce_dtype is AllReduceDtype.INT8 and parallel.transport in (Transport.GLOO, Transport.NCCL):
+    if transport is Transport.NCCL:
+        _check_nccl(parallel, launched, device)
+    elif device.kind is DeviceKind.CUDA:
         raise ParallelismError(
-            f"all_reduce_dtype is 'int8', which transport '{parallel.transport.value}' lacks; use shm or mpi"
+            f"transport is '{transport.value}', which joins ranks on CPUs, but device is '{device}'; use nccl, or "
+            "leave the transport to auto"
+        )
+    elif transport is Transport.GLOO and parallel.all_reduce_dtype is AllReduceDtype.INT8:
+        raise ParallelismError("all_reduce_dtype is 'int8', which transport 'gloo' lacks; use shm or mpi")
+
+
+def _check_nccl(parallel: ParallelConfig, launched: Launched | None, device: Device) -> None:
+    if device.kind is not DeviceKind.CUDA:
+        raise ParallelismError(
+            f"transport is 'nccl', which joins ranks on GPUs, but device is '{device}'; use shm, mpi or gloo, or set "
+            "the device to cuda"
+        )
+    if launched is not None and launched.transport is Transport.MPI:
+        raise ParallelismError(
+            f"{launched.launcher} has started this rank, but over NCCL find each other only ranks that torchrun has "
+            "started, or that Headrace starts itself on one host; use one of these, or set the device to cpu"
+        )
+    if parallel.all_reduce_dtype is AllReduceDtype.INT8:
+        raise ParallelismError(
+            "all_reduce_dtype is 'int8', which transport 'nccl' lacks; allowed on GPUs: auto, float32, bfloat16"
         )
 
 
