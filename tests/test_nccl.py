@@ -31,12 +31,17 @@ from headrace.config import AllReduceDtype, Device, EngineConfig, LoadConfig, Pa
 from headrace.costs.exchanges import rules_of
 from headrace.costs.sites import Phase
 from headrace.engine.devices import Gpu, GpuFacts
+from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.ranked_executor import RankedExecutor
 from headrace.engine.start import resolve_transport
-from headrace.errors import BackendUnavailable, ParallelismError, RankError, ShapeError
+from headrace.errors import BackendUnavailable, EngineStopped, ParallelismError, RankError, ShapeError
 from headrace.parallel import nccl_fabric
 from headrace.parallel.exchange_events import ExchangeEvents
+from headrace.parallel.fabric import NoFabric
 from headrace.parallel.nccl_fabric import NcclFabric
 from headrace.parallel.nccl_group import NcclGroup
+from headrace.parallel.place import Place
+from headrace.parallel.world import World
 
 __all__ = ["make_fabrics"]
 
@@ -282,6 +287,42 @@ class TestEnd:
             assert not fabric._watch.is_alive()
             fabric.check()
         assert not [thread for thread in threading.enumerate() if thread.name == "headrace-nccl" and thread.is_alive()]
+
+    def test_a_step_computed_from_what_was_cut_short_is_not_believed(self) -> None:
+        """The kernels that waited end, and whatever comes after them runs on what lies in memory."""
+        fabric = SimpleNamespace(reason=None, abort=lambda _: None, close=lambda: None)
+
+        def check() -> None:
+            if fabric.reason is not None:
+                raise RankError(fabric.reason)
+
+        def execute(_plan) -> StepResult:
+            fabric.reason = "exchanges have been ended: one of group tp was not over after 30 s"
+            return StepResult(sampled=(), prompt_logprobs=(), failed={})
+
+        fabric.check = check
+        place = Place(rank=0, config=ParallelConfig())
+        world = World(place, fabric, {}, {}, num_ranks_on_host=1, local_rank=0)
+        executor = RankedExecutor(world, SimpleNamespace(execute=execute))
+        plan = StepPlan(step=0, sampled=(), new=(), finished=(), chunks=(), num_decode_tokens=0)
+        with pytest.raises(RankError, match=r"^rank 0 failed: exchanges have been ended: one of group tp"):
+            executor.submit(plan)
+        with pytest.raises(EngineStopped, match="one of group tp was not over"):
+            executor.submit(plan)
+
+    def test_what_fails_after_a_loss_is_put_down_to_it(self) -> None:
+        """Ids out of what lies in memory may be anything."""
+
+        def execute(_plan) -> StepResult:
+            world._lose(1, "has gone")
+            raise IndexError("no token 4711")
+
+        place = Place(rank=0, config=ParallelConfig(tensor_parallel_size=2))
+        world = World(place, NoFabric(), {}, {}, num_ranks_on_host=1, local_rank=0)
+        executor = RankedExecutor(world, SimpleNamespace(execute=execute))
+        plan = StepPlan(step=0, sampled=(), new=(), finished=(), chunks=(), num_decode_tokens=0)
+        with pytest.raises(RankError, match=r"^rank 1 has gone$"):
+            executor.submit(plan)
 
 
 class TestFabric:

@@ -103,6 +103,21 @@ class TestJson:
         assert rows_of(found, "literal_whole", operation="all_gather", kind="boundary") == []
         assert rows_of(found, "literal_whole", operation="all_gather", kind="logits") != []
 
+    @pytest.mark.parametrize(
+        ("how", "algorithm", "factor"),
+        [
+            ((), "two_shot", 1.5),
+            (("--device", "cuda"), "ring", 1.5),
+            (("--transport", "nccl"), "ring", 1.5),
+            (("--device", "cpu", "--transport", "gloo"), "direct", 3),
+        ],
+    )
+    def test_sums_go_as_the_transport_takes_them(self, as_json, how, algorithm, factor):
+        """As many bytes leave a rank around a ring as in two shots."""
+        sums = rows_of(as_json("--tp", 4, *how), "headrace", phase="prefill", operation="all_reduce")
+        assert {row["algorithm"] for row in sums} == {algorithm}
+        assert sum(row["wire_bytes"] for row in sums) == factor * 64 * 128 * 8192
+
     def test_headrace_moves_no_embeddings_logits_or_second_tensors(self, as_json):
         found = as_json("--tp", 2, "--pp", 2)
         assert {row["kind"] for row in rows_of(found, "headrace")} == {"attention", "mlp", "boundary", "candidates"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from headrace.cli.options import add_model_options, engine_config, make_llm
 from headrace.cli.terminal import is_watched
-from headrace.config import EngineConfig
+from headrace.config import DeviceKind, EngineConfig, Transport
 from headrace.costs.exchanges import Layout, rules_of
 from headrace.costs.steps import RequestShape
 from headrace.errors import ConfigError
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             model=file.model,
             parallel=config.parallel,
             activation_bytes=file.activation_bytes(config.load.dtype),
-            rules=rules_of(config.parallel.transport),
+            rules=rules_of(_transport(config)),
         ),
         request=_request(args, config),
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
@@ -80,6 +80,13 @@ def run(args: argparse.Namespace) -> int:
         plot(report, args.plot)
     print(json.dumps(report.to_json()) if args.json else "\n".join(report.lines()))
     return 0
+
+
+def _transport(config: EngineConfig) -> Transport:
+    """Without a look at the machine: `auto` is what CPUs use, unless GPUs are asked for."""
+    if config.parallel.transport is Transport.AUTO and config.device.kind is DeviceKind.CUDA:
+        return Transport.NCCL
+    return config.parallel.transport
 
 
 def _measure(args: argparse.Namespace, request: RequestShape) -> "list[list[LedgerRow]]":

@@ -32,6 +32,13 @@ class _Place(NamedTuple):
 
 
 @dataclass(kw_only=True)
+class _Replays:
+    calls: Mapping[Call, int]
+    phase: Phase
+    times: int = 0
+
+
+@dataclass(kw_only=True)
 class _Entry:
     count: int = 0
     payload_bytes: int = 0
@@ -51,15 +58,14 @@ class ExchangeCounts:
         self.phase = Phase.PREFILL
         self._entries: dict[_Place, _Entry] = {}
         self._notes: Calls | None = None
+        self._replays: dict[tuple[int, Phase], _Replays] = {}
+        """By identity of what was captured: a step replays a hundred calls, and is over in a millisecond."""
 
-    def add(self, call: Call, times: int = 1) -> None:
-        if self._notes is not None:
-            self._notes[call] += times
-            return
-        entry = self._entry(call, self.phase)
-        entry.count += times
-        entry.payload_bytes += times * call.payload_bytes
-        entry.wire_bytes += times * call.wire_bytes
+    def add(self, call: Call) -> None:
+        if self._notes is None:
+            self._add(call, self.phase, 1)
+        else:
+            self._notes[call] += 1
 
     def add_time(self, call: Call, phase: Phase, transfer_s: float) -> None:
         """Of a call that was counted in a phase."""
@@ -77,10 +83,17 @@ class ExchangeCounts:
             self._notes = outer
 
     def count(self, calls: Mapping[Call, int]) -> None:
-        for call, times in calls.items():
-            self.add(call, times)
+        """Calls that were captured, which stay as they are from then on."""
+        if self._notes is not None:
+            self._notes.update(calls)
+            return
+        key = id(calls), self.phase
+        if key not in self._replays:
+            self._replays[key] = _Replays(calls=calls, phase=self.phase)
+        self._replays[key].times += 1
 
     def rows(self) -> list[LedgerRow]:
+        self._add_replays()
         return [
             LedgerRow(
                 operation=place.operation,
@@ -96,6 +109,18 @@ class ExchangeCounts:
             )
             for place, entry in self._entries.items()
         ]
+
+    def _add_replays(self) -> None:
+        replays, self._replays = self._replays, {}
+        for replayed in replays.values():
+            for call, times in replayed.calls.items():
+                self._add(call, replayed.phase, times * replayed.times)
+
+    def _add(self, call: Call, phase: Phase, times: int) -> None:
+        entry = self._entry(call, phase)
+        entry.count += times
+        entry.payload_bytes += times * call.payload_bytes
+        entry.wire_bytes += times * call.wire_bytes
 
     def _entry(self, call: Call, phase: Phase) -> _Entry:
         return self._entries.setdefault(_Place(call.operation, call.algorithm, call.site, phase), _Entry())

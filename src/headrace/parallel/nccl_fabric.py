@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -84,8 +85,9 @@ class NcclFabric:
 
     def close(self) -> None:
         self._is_over.set()
+        end_s = time.monotonic() + _CLOSE_S
         for thread in self._abort_groups():
-            thread.join(_CLOSE_S)
+            thread.join(max(0.0, end_s - time.monotonic()))
 
     def _connect(self, name: str, ranks: Sequence[int], device: torch.device) -> NcclGroup:
         store = group_store(self._store, name, ranks)
