@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from headrace.kernels import Kernels, Recording
+from headrace.kernels import KernelChoice, Kernels, Recording, resolve_kernels
 from headrace.kernels.ops import T
 
 NUM_WARM_UPS = 2
@@ -29,6 +29,11 @@ def record(forward: Callable[[], T]) -> tuple[T, Recording]:
 
 def with_recordings(kernels: Kernels) -> Kernels:
     return replace(kernels, record=record)
+
+
+def with_padded_recordings(kernels: Kernels) -> Kernels:
+    """Of a few sizes, made at start, as on a GPU. By the reference, which computes nothing for rows that pad a step."""
+    return replace(resolve_kernels(KernelChoice.REFERENCE), record=record, pads_steps=True)
 
 
 def without_recordings(kernels: Kernels) -> Kernels:

@@ -19,7 +19,7 @@ from layout_cases import (
     tokens_of,
 )
 from planned_run import assert_ledgers_as_predicted, record_plans
-from recorded_kernels import record, with_recordings
+from recorded_kernels import record, with_padded_recordings, with_recordings
 from thread_group import on_ranks, thread_groups
 from thread_world import thread_llm
 
@@ -177,6 +177,30 @@ def test_replayed_decode_steps_exchange_what_is_predicted(llama, layout, flags) 
             assert worker.decode_step._layers
             assert worker.decode_step.obstacle is None
             assert not worker.exchange_differences()
+
+
+@pytest.mark.parametrize(("layout", "num_stages"), [("tp2", 1), ("tp2-pp2", 2)])
+def test_padded_decode_steps_exchange_what_is_predicted(llama, layout, num_stages) -> None:
+    """Steps of 3 sequences run as 4, and exchange as much. What is recorded at start is nobody's request."""
+    settings = CROWDED | LAYOUTS[layout] | {"max_num_seqs": 4 * num_stages, "num_blocks": 48}
+    with closing(thread_llm(llama.folder, change_kernels=with_padded_recordings, **settings)) as llm:
+        workers = llm.engine.model.executor.workers
+        assert not any(worker.ledger_rows() for worker in workers)
+        plans = record_plans(llm)
+        llm.generate(as_prompts(PROMPTS * num_stages), GREEDY)
+        decoded = [plan.num_tokens for plan in plans if plan.num_decode_tokens == plan.num_tokens > 0]
+        assert 3 in decoded
+        sizes = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8}
+        for worker in workers:
+            assert not worker.exchange_differences()
+            sums = [
+                row
+                for row in worker.ledger_rows()
+                if row.operation == "all_reduce" and row.phase is Phase.DECODE and row.site.endswith(".mlp")
+            ]
+            hidden_size = llm.engine.model.config.hidden_size
+            assert {row.count for row in sums} == {len(decoded)}
+            assert {row.payload_bytes for row in sums} == {sum(sizes[n] for n in decoded) * 4 * hidden_size}
 
 
 def test_replayed_decode_steps_of_processes(llama, monkeypatch) -> None:

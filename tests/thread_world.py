@@ -118,8 +118,8 @@ def thread_llm(
             eos_token_ids=model.eos_token_ids,
         )
 
-    num_at_once = 1 if fabrics is None else len(fabrics)  # that wait for each other while they make their groups
-    with ThreadPoolExecutor(num_at_once) as pool:
+    # Ranks wait for each other where groups are made, and where steps are recorded.
+    with ThreadPoolExecutor(config.parallel.world_size) as pool:
         workers = list(pool.map(worker, range(config.parallel.world_size)))
     executor = ThreadExecutor(fabric, workers, config.parallel)
     llm.engine = Engine(replace(model, executor=executor))
