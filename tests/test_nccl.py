@@ -31,7 +31,7 @@ from headrace.config import AllReduceDtype, Device, EngineConfig, LoadConfig, Pa
 from headrace.costs.exchanges import rules_of
 from headrace.costs.sites import Phase
 from headrace.engine.devices import Gpu, GpuFacts
-from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.plan import NewSequence, ScheduledChunk, StepPlan, StepResult
 from headrace.engine.ranked_executor import RankedExecutor
 from headrace.engine.start import resolve_transport
 from headrace.errors import BackendUnavailable, EngineStopped, ParallelismError, RankError, ShapeError
@@ -462,6 +462,18 @@ def test_bytes_of_sums_in_another_type(llama, make_fabrics, dtype, sums) -> None
         num_bytes = 4 if dtype == "float32" else 2
         config = parallel_config(settings)
         assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, config, RULES, activation_bytes=num_bytes)
+
+
+def test_a_step_runs_on_the_ranks_own_gpu_in_whatever_thread(llama, monkeypatch) -> None:
+    """Triton and CUDA's events take the GPU that the thread is set to."""
+    worker = LLM(str(llama.folder), device="cpu", num_threads=1, max_model_len=64).engine.model.executor.worker
+    worker._device = torch.device("cuda", 3)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    new = NewSequence(seq_id=0, prompt_token_ids=(5, 6), params=GREEDY, seed=0)
+    chunk = ScheduledChunk(0, 0, 2, (0,), False, True)
+    worker.execute(StepPlan(step=0, sampled=(), new=(new,), finished=(), chunks=(chunk,), num_decode_tokens=0))
+    assert chosen == [torch.device("cuda", 3)]
 
 
 def test_sampled_requests(llama, make_fabrics) -> None:

@@ -73,6 +73,7 @@ class Worker:
         self._steps: list[StepEvent] | None = None
         """For a trace; None while there is none."""
         self._runner = runner
+        self._device = runner.kernels.device
         self._sampler = _make_sampler(tp_group, runner, gathers_logits)
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[int, _WorkerSequence] = {}
@@ -101,6 +102,9 @@ class Worker:
             self._sequences[new.seq_id] = self._sequence(new)
         if not plan.chunks:
             return StepResult(sampled=(), prompt_logprobs=(), failed={})
+        if self._device.type == "cuda":
+            # Each thread has a GPU of its own to launch on, the first one if it does not say, and callers are many.
+            torch.cuda.set_device(self._device)
         if self._steps is None:
             return self._run_checked(plan)
         start_ns = time.monotonic_ns()
