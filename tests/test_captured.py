@@ -1,6 +1,7 @@
 """Ledgers of passes that are recorded once and replayed often."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import recorded_rank
@@ -19,7 +20,7 @@ from layout_cases import (
     tokens_of,
 )
 from planned_run import assert_ledgers_as_predicted, record_plans
-from recorded_kernels import record, with_padded_recordings, with_recordings
+from recorded_kernels import record, with_padded_recordings, with_recordings, without_recordings
 from thread_group import on_ranks, thread_groups
 from thread_world import thread_llm
 
@@ -28,6 +29,7 @@ from headrace.config import Transport
 from headrace.costs.exchanges import rules_of
 from headrace.costs.sites import Phase
 from headrace.engine import load_rank, start
+from headrace.errors import BackendUnavailable
 from headrace.kernels import Recording
 from headrace.parallel.captured import captured, counting_record
 from headrace.parallel.exchange_counts import Call, ExchangeCounts
@@ -201,6 +203,16 @@ def test_padded_decode_steps_exchange_what_is_predicted(llama, layout, num_stage
             hidden_size = llm.engine.model.config.hidden_size
             assert {row.count for row in sums} == {len(decoded)}
             assert {row.payload_bytes for row in sums} == {sum(sizes[n] for n in decoded) * 4 * hidden_size}
+
+
+def test_ranks_record_their_steps_or_say_that_they_cannot(llama) -> None:
+    """One that exchanges op by op would wait for ever for one that replays."""
+
+    def unrecordable(kernels):
+        return replace(with_padded_recordings(kernels), record=without_recordings(kernels).record)
+
+    with pytest.raises(BackendUnavailable, match=r"cannot be recorded: every op is called; .* \(--no-graphs"):
+        thread_llm(llama.folder, change_kernels=unrecordable, **CROWDED | LAYOUTS["tp2"])
 
 
 def test_replayed_decode_steps_of_processes(llama, monkeypatch) -> None:

@@ -17,7 +17,7 @@ from headrace.engine.devices import resolve_device
 from headrace.engine.engine_plan import resolve_max_model_len
 from headrace.engine.exchange_check import ExchangeCheck
 from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, kv_cache_spec, resolve_kv_cache_format
-from headrace.engine.record_steps import record_steps
+from headrace.engine.record_steps import check_recorded, record_steps
 from headrace.engine.runner import ModelRunner
 from headrace.engine.softmax import ChosenSoftmax, resolve_softmax
 from headrace.engine.step_memory import measure_step_bytes
@@ -79,6 +79,8 @@ class LoadedRank:
         with captured(self.groups):  # no plan asks for what is exchanged here
             record_steps(runner.decode_step, budget_s, show_progress=config.load.show_progress)
         tp_group, gathers_logits = self.groups[0], self.parallel.gather_logits
+        if config.parallel.world_size > 1:
+            check_recorded(runner.decode_step)
         return Worker(
             runner,
             eos_token_ids,

@@ -4,6 +4,7 @@ import logging
 
 from headrace.engine.decode_step import DecodeStep
 from headrace.engine.tune import measuring_progress
+from headrace.errors import BackendUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -23,4 +24,18 @@ def record_steps(step: DecodeStep, budget_s: float, *, show_progress: bool) -> N
             "graph_budget_s (--graph-budget) to record them all at start",
             ", ".join(map(str, left)),
             budget_s,
+        )
+
+
+def check_recorded(step: DecodeStep) -> None:
+    """One of several ranks: what exchanges in a recording meets no rank that exchanges outside of one (NCCL's user
+    guide, "Using NCCL with CUDA Graphs"), so that one that cannot record its steps would keep the others waiting.
+
+    Raises:
+        BackendUnavailable: steps that should have been recorded at start are not.
+    """
+    if step.sizes.buckets and step.obstacle is not None:
+        raise BackendUnavailable(
+            f"decode steps cannot be recorded: {step.obstacle}; ranks record them all or none: switch recordings off "
+            "(--no-graphs, graphs=False)"
         )
