@@ -16,6 +16,7 @@ from headrace.kernels.kv_cache import (
 from headrace.kernels.ops import AttentionShare, AttentionSpec, MixtureSpec, NativeStream, Recording, SoftmaxSpec
 from headrace.kernels.weights import (
     QUANTIZATION_GROUP_SIZE,
+    BlockedWeight,
     DenseWeight,
     Experts,
     PackedWeight,
@@ -30,6 +31,7 @@ __all__ = [
     "QUANTIZATION_GROUP_SIZE",
     "AttentionShare",
     "AttentionSpec",
+    "BlockedWeight",
     "DenseKvCache",
     "DenseWeight",
     "Experts",

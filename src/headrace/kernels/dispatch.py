@@ -15,11 +15,11 @@ from headrace.config import SoftmaxScheme
 from headrace.errors import BackendUnavailable, ConfigError, nearest_name
 from headrace.kernels import ops, reference
 from headrace.kernels.dataflow import Dataflow
-from headrace.kernels.tuning import TuningKey
+from headrace.kernels.tuning import DeviceTuningKey, TuningKey
 from headrace.machine import cpu_name
 
 KERNELS_VARIABLE = "HEADRACE_KERNELS"
-TuningKeyMaker = Callable[[int], TuningKey]
+TuningKeyMaker = Callable[[int], TuningKey | DeviceTuningKey]
 """From a number of threads to what measurements with them hold for."""
 
 _CPU = torch.device("cpu")
@@ -209,7 +209,8 @@ def _triton_kernels(reason: str, instruction_set: str | None, device: torch.devi
         raise BackendUnavailable(f"{reason}, but Triton does not load: {error}") from None
     triton.check_device(device)
     implementations = _reference_ops(device)
-    own = triton.make_ops(device)
+    dataflow = Dataflow(triton.TritonMachine(device))
+    own = triton.make_ops(device, dataflow)
     choices = tuple(
         OpChoice(op=op, implementation="triton" if op in own else "reference", reason=reason) for op in _OPS
     )
@@ -221,6 +222,8 @@ def _triton_kernels(reason: str, instruction_set: str | None, device: torch.devi
         choices=choices,
         device=device,
         pads_steps="record" in own,
+        dataflow=dataflow,
+        tuning_key=lambda num_threads: triton.tuning_key(device),  # noqa: ARG005
     )
 
 

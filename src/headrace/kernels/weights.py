@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from headrace.config import WeightFormat
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 QUANTIZATION_GROUP_SIZE = 32
 """Consecutive entries along K that share one scale."""
+
+BLOCK_COLUMNS = 64
+"""Of a `BlockedWeight`: two groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,58 @@ class PackedWeight:
         return LinearShape(weight_format=self.weight_format, out_features=self.shape[0], in_features=self.shape[1])
 
 
-Weight = DenseWeight | QuantizedWeight | PackedWeight
+@dataclass(frozen=True, kw_only=True)
+class BlockedWeight:
+    """A quantized weight in the layout of the Triton kernels: BLOCK_COLUMNS columns of all rows, then the next ones.
+
+    w[n, k] is row_scales[n] * scales[b, n, g] * q with b = k // 64 and g = k % 64 // 32: `QuantizedWeight` with each
+    scale in float16 and a power of two for each row, which brings the largest of its scales into [1, 2). A scale is off
+    by at most 2^-11 of itself or 2^-25 of the row's largest one. K is filled up with zeros.
+
+    A block is what one step of a kernel multiplies, 32 or 64 bytes of a row beside those of the next row, so that a
+    warp reads whole lines. Four nibbles of a word lie 16 columns apart: all words' nibble p is a piece of 16 columns,
+    which tensor cores take at once, and unpacking needs no exchange between lanes.
+
+    Shapes:
+        values: int8: [blocks, N, 64] int8, entry j is column 64 b + j. int4: [blocks, N, 16] int16, nibble p (bits 4 p
+            and up) of word j is column 64 b + 16 p + j, stored as q + 8.
+        scales: [blocks, N, 2] float16
+        row_scales: [N] float32
+    """
+
+    weight_format: WeightFormat
+    in_features: int
+    values: Tensor
+    scales: Tensor
+    row_scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.row_scales.shape[0], self.in_features
+
+    @property
+    def num_bytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes + self.row_scales.nbytes
+
+    @property
+    def is_int4(self) -> bool:
+        return self.weight_format is WeightFormat.INT4
+
+    @property
+    def values_per_item(self) -> int:
+        return 4 if self.is_int4 else 1
+
+    @cached_property
+    def scale_pairs(self) -> Tensor:
+        """[blocks, N, 1] int32: both scales of a block as one word."""
+        return self.scales.view(torch.int32)
+
+    @cached_property
+    def linear_shape(self) -> LinearShape:
+        return LinearShape(weight_format=self.weight_format, out_features=self.shape[0], in_features=self.in_features)
+
+
+Weight = DenseWeight | QuantizedWeight | PackedWeight | BlockedWeight
 
 
 def quantized_columns(weight_format: WeightFormat, in_features: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from headrace.errors import KernelError, ShapeError
 from headrace.kernels.reference.quantize import dequantize, in_groups, quantize_activations, unpacked_values
-from headrace.kernels.weights import DenseWeight, PackedWeight, QuantizedWeight, Weight
+from headrace.kernels.weights import BlockedWeight, DenseWeight, PackedWeight, QuantizedWeight, Weight
 
 _EXPANDED_ELEMENTS = 2**19
 """Of a quantized weight expanded at once: a whole one would need many times the memory that quantizing saved."""
@@ -111,7 +111,7 @@ def _rows(weight: QuantizedWeight, rows: Tensor | slice) -> QuantizedWeight:
     )
 
 
-def _quantized(weight: QuantizedWeight | PackedWeight) -> QuantizedWeight:
-    if isinstance(weight, PackedWeight):
-        raise KernelError("the reference kernels cannot read a packed weight")
+def _quantized(weight: QuantizedWeight | PackedWeight | BlockedWeight) -> QuantizedWeight:
+    if not isinstance(weight, QuantizedWeight):
+        raise KernelError(f"the reference kernels cannot read a {type(weight).__name__}")
     return weight

@@ -12,10 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.triton.launch import is_interpreted
+from headrace.kernels.triton.limits import DeviceLimits
 from headrace.kernels.triton.split_k import SplitCounters, finish
+from headrace.kernels.triton.tiles import pipeline_stages
 from headrace.kernels.tuning import Tiles
 
-_MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 8, 64
+MAX_BLOCK_ROWS = 64
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -78,13 +80,20 @@ def flat_gemm_kernel(
 
 
 def launch_flat_gemm(
-    x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, tiles: Tiles, counters: SplitCounters
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    tiles: Tiles,
+    counters: SplitCounters,
+    limits: DeviceLimits,
 ) -> None:
     """
     Shapes: x [M, K], w [N, K], bias [N], out [M, N] contiguous; neighbouring columns of x and w lie together.
     """
     (num_rows, num_outputs), num_inputs = out.shape, w.shape[1]
-    block_m = block_rows(num_rows)
+    block_m = block_rows(num_rows, limits)
+    stage_bytes = (tiles.block_n + block_m) * tiles.block_k * w.element_size()
     k_per_split = triton.cdiv(triton.cdiv(num_inputs, tiles.num_splits), tiles.block_k) * tiles.block_k
     grid = (triton.cdiv(num_outputs, tiles.block_n), triton.cdiv(num_rows, block_m), tiles.num_splits)
     partial, num_arrived = split_workspace(grid, block_m * tiles.block_n, out, counters)
@@ -106,16 +115,16 @@ def launch_flat_gemm(
         BLOCK_M=block_m,
         BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
-        NUM_STAGES=tiles.num_stages,
+        NUM_STAGES=pipeline_stages(tiles, stage_bytes, limits),
         DOT_DTYPE=dot_dtype(x.dtype),
         num_warps=tiles.num_warps,
     )
 
 
-def block_rows(num_rows: int) -> int:
+def block_rows(num_rows: int, limits: DeviceLimits) -> int:
     """To how many rows a batch is filled up, or in how many rows at a time it is taken."""
     power = 1 << (num_rows - 1).bit_length()
-    return min(_MAX_BLOCK_ROWS, max(_MIN_BLOCK_ROWS, power))
+    return min(MAX_BLOCK_ROWS, max(limits.min_product_rows, power))
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

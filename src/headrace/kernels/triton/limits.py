@@ -9,13 +9,21 @@ from headrace.kernels.triton.launch import is_interpreted
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceLimits:
-    """program_shared_bytes: the most shared memory (LDS on AMD) of one program, shared_bytes of a multiprocessor."""
+    """
+    shared_bytes: shared memory (LDS on AMD) of a multiprocessor; program_shared_bytes: the most of one program.
+    lanes: of a warp.
+    """
 
     num_multiprocessors: int
     shared_bytes: int
     program_shared_bytes: int
     l2_bytes: int
     lanes: int
+
+    @property
+    def min_product_rows(self) -> int:
+        """The short side of a tensor core's product: 8 on NVIDIA's, 16 on AMD's, whose warps have 64 lanes."""
+        return 8 if self.lanes == 32 else 16
 
 
 H100 = DeviceLimits(

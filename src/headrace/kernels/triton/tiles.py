@@ -7,6 +7,7 @@ waited for as a whole).
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from math import ceil
 
 from headrace.config import WeightFormat
@@ -14,12 +15,13 @@ from headrace.kernels.triton.limits import DeviceLimits
 from headrace.kernels.tuning import Inflections, LinearArm, LinearShape, Tiles
 
 _ITEM_BYTES = {WeightFormat.FLOAT32: 4, WeightFormat.BFLOAT16: 2}
+_GEMV_COLUMNS = {WeightFormat.FLOAT32: 4, WeightFormat.BFLOAT16: 8, WeightFormat.INT8: 8, WeightFormat.INT4: 32}
 _USUAL_BLOCK_ROWS = 16
 _MAX_PROGRAMS = 3
 """Of a multiprocessor, that run together: with more, each has too few tiles in its pipeline."""
 
 _MAX_SPLITS = 16
-_MIN_SPLIT_COLUMNS = 512
+_MIN_SPLIT_COLUMNS, _MIN_BLOCKED_SPLIT_COLUMNS = 512, 1024
 _RESERVED_BYTES = 1024
 """Of shared memory, by the system, for each program."""
 
@@ -27,19 +29,18 @@ _RESERVED_BYTES = 1024
 def default_inflections(shape: LinearShape) -> Inflections:
     """Before anything was measured.
 
-    Dense: cuBLAS fills its tiles of 64 rows from there on. Integers: dequantizing first moves 4.5 bytes for each weight
-    (read 0.5, write 2, read 2) instead of 0.5, which pays once products, at half of the rate of cuBLAS, take longer.
-    Unpacking costs CUDA cores as much as multiplying one row, which tensor cores do beside it, so that int4 starts with
-    flat GEMM. float32 has no tensor cores: GEMM is cuBLAS from the first row that GEMV does not take.
+    Dense: cuBLAS fills its tiles of 64 rows from there on. Integers: tensor cores from the first row on, because they
+    leave the CUDA cores to unpack (4.0 instructions for a weight of int4 in flat GEMM, 5.2 in GEMV, counted on sm_90);
+    dequantizing first moves 4.5 bytes for each weight (read 0.5, write 2, read 2) instead of 0.5, which pays once
+    products, at half of the rate of cuBLAS, take longer. float32 has no tensor cores: GEMM is cuBLAS from the first row
+    that GEMV does not take.
     """
     match shape.weight_format:
         case WeightFormat.FLOAT32:
             return Inflections(flat_gemm_from=5, gemm_from=5)
         case WeightFormat.BFLOAT16:
             return Inflections(flat_gemm_from=2, gemm_from=65)
-        case WeightFormat.INT8:
-            return Inflections(flat_gemm_from=2, gemm_from=257)
-        case WeightFormat.INT4:
+        case WeightFormat.INT8 | WeightFormat.INT4:
             return Inflections(flat_gemm_from=1, gemm_from=257)
 
 
@@ -73,42 +74,70 @@ def _default_gemv(shape: LinearShape, limits: DeviceLimits) -> Tiles:
 
 
 def _gemv(shape: LinearShape, limits: DeviceLimits, *, block_n: int, num_warps: int) -> Tiles:
-    vector = 16 // _ITEM_BYTES[shape.weight_format]
-    return Tiles(block_n=block_n, block_k=vector * limits.lanes * num_warps, num_warps=num_warps)
+    """In one step each lane takes as many columns as its loads have: 16 bytes, or 8 bytes of int8."""
+    columns = _GEMV_COLUMNS[shape.weight_format]
+    return Tiles(block_n=block_n, block_k=columns * limits.lanes * num_warps, num_warps=num_warps)
 
 
 def _flat_gemm_choices(shape: LinearShape, limits: DeviceLimits) -> Iterator[Tiles]:
+    """The default, then blocks of other sizes, other splits, a deeper pipeline and more warps."""
     default = _default_flat_gemm(shape, limits)
     yield default
-    for block_n, block_k in ((16, 256), (32, 256), (64, 128), (128, 64), (128, 128)):
-        yield _flat_gemm(shape, limits, block_n=block_n, block_k=block_k)
-    for num_splits in (2, 4):
-        yield _flat_gemm(shape, limits, block_n=64, block_k=128, num_splits=num_splits)
+    if shape.weight_format in _ITEM_BYTES:
+        for block_n, block_k in ((16, 256), (32, 256), (64, 128), (128, 64), (128, 128)):
+            yield _flat_gemm(shape, limits, block_n=block_n, block_k=block_k)
+        for num_splits in (2, 4):
+            yield _flat_gemm(shape, limits, block_n=64, block_k=128, num_splits=num_splits)
+        yield replace(default, num_warps=8)
+    else:
+        for block_n, num_splits in product((32, 64), (1, 2, 4, 8)):
+            yield _blocked_flat_gemm(shape, block_n=block_n, num_splits=num_splits)
     yield replace(default, num_stages=default.num_stages + 2)
-    yield replace(default, num_warps=8)
 
 
 def _default_flat_gemm(shape: LinearShape, limits: DeviceLimits) -> Tiles:
+    if shape.weight_format not in _ITEM_BYTES:
+        return _default_blocked_flat_gemm(shape, limits)
+    return _default_dense_flat_gemm(shape, limits)
+
+
+def _default_dense_flat_gemm(shape: LinearShape, limits: DeviceLimits) -> Tiles:
     """The narrowest blocks of N that all run at once, since the last ones of a second wave would run alone; 64 where
     there are many waves. K is split where N is too small for all multiprocessors.
 
     On 132 multiprocessors [4096, 4096] is 128 programs of 32 rows, [12288, 4096] 384 of 32, [22016, 4096] 344 of 64,
-    [32000, 4096] 250 of 128.
+    [32000, 4096] 250 of 128. In flight on each multiprocessor are then 80 KiB (five stages of 16 KiB), 96 KiB (three
+    programs, two of 16), 96 KiB (three, two of 16) and 128 KiB (two, two of 32).
     """
     for block_n, block_k in ((32, 256), (64, 128), (128, 128)):
         num_programs = ceil(shape.out_features / block_n)
         if num_programs <= _MAX_PROGRAMS * limits.num_multiprocessors:
-            num_splits = _default_splits(shape, num_programs, limits)
+            num_splits = _splits(shape, num_programs, 0.75 * limits.num_multiprocessors, _MIN_SPLIT_COLUMNS)
             return _flat_gemm(shape, limits, block_n=block_n, block_k=block_k, num_splits=num_splits)
     return _flat_gemm(shape, limits, block_n=64, block_k=128)
 
 
-def _default_splits(shape: LinearShape, num_programs: int, limits: DeviceLimits) -> int:
-    """Twice as many while there are too few programs for half of what runs at once."""
+def _default_blocked_flat_gemm(shape: LinearShape, limits: DeviceLimits) -> Tiles:
+    """Unpacking keeps CUDA cores busy, so there are to be three programs of two warps for each multiprocessor, of 64
+    rows if that leaves enough of them: 4.0 instructions a weight (int4, counted on sm_90) instead of 4.5 with 32.
+
+    [12288, 4096] is 192 programs in 4 splits of K, [4096, 4096] 128 of 32 rows in 4, [32000, 4096] 500 in one.
+    """
+    wanted = _MAX_PROGRAMS * limits.num_multiprocessors
+    for block_n in (64, 32):
+        num_programs = ceil(shape.out_features / block_n)
+        num_splits = _splits(shape, num_programs, wanted, _MIN_BLOCKED_SPLIT_COLUMNS)
+        if num_programs * num_splits >= wanted:
+            break
+    return _blocked_flat_gemm(shape, block_n=block_n, num_splits=num_splits)
+
+
+def _splits(shape: LinearShape, num_programs: int, wanted: float, min_columns: int) -> int:
+    """Twice as many while there are fewer programs than wanted, and enough columns for each."""
     num_splits = 1
     while (
-        2 * num_splits * num_programs <= 1.5 * limits.num_multiprocessors
-        and shape.in_features >= 2 * num_splits * _MIN_SPLIT_COLUMNS
+        num_splits * num_programs < wanted
+        and shape.in_features >= 2 * num_splits * min_columns
         and num_splits < _MAX_SPLITS
     ):
         num_splits *= 2
@@ -124,3 +153,8 @@ def _flat_gemm(shape: LinearShape, limits: DeviceLimits, *, block_n: int, block_
     # Below 64 rows tensor cores read registers, which saves the pipeline one buffer.
     num_stages = max(2, room // stage_bytes) + (1 if block_n < 64 else 0)
     return Tiles(block_n=block_n, block_k=block_k, num_splits=num_splits, num_stages=min(6, num_stages))
+
+
+def _blocked_flat_gemm(shape: LinearShape, *, block_n: int, num_splits: int) -> Tiles:
+    block_k = 256 if shape.weight_format is WeightFormat.INT4 else 128
+    return Tiles(block_n=block_n, block_k=block_k, num_splits=num_splits, num_warps=2, num_stages=4)
