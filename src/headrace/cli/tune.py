@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "GEMV takes one row at a time, flat GEMM all rows at each pass over the weights, GEMM blocks of rows. For\n"
         "each shape of the model all three are timed over M, the number of rows, in turn and several times; the best\n"
         "times give the two points where one is overtaken by the next. Attention of one new token is timed over the\n"
-        "length of the context, by softmax scheme and by the number of pieces that threads share. All is kept in the\n"
-        "user's cache for this CPU, number of threads and build of the kernels, and later starts use it. Close other\n"
-        "programs first."
+        "length of the context, by softmax scheme and by the number of pieces that threads share. On a GPU each\n"
+        "implementation first finds the best of its tiles, and launches are timed in a CUDA graph. All is kept in the\n"
+        "user's cache for this CPU and number of threads, or this GPU, and this build of the kernels, and later\n"
+        "starts use it. Close other programs first."
     )
     parser.add_argument(
         "--rounds",
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     show_progress = is_watched() and not args.json
     model = make_llm(args, show_progress=show_progress, require_tokenizer=False).engine.model
     if model.kernels.tuning_key is None:
-        raise ConfigError("there is nothing to tune: linear layers have one implementation only without native kernels")
+        raise ConfigError("there is nothing to tune: the reference has one implementation of linear layers only")
     cache = TuningCache(model.kernels.tuning_key(model.plan.num_threads))
     shapes = model.linear_weights.by_shape
     tuned = dict(
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
             rows=FULL_ROWS,
             rounds=args.rounds,
             show_progress=show_progress,
+            compares_tiles=True,
         )
     )
     is_kept = keep(cache, tuned)
@@ -117,6 +120,16 @@ def _table(tuned: "Mapping[LinearShape, TunedShape]") -> Iterator[str]:
     yield from aligned(rows)
     yield ""
     yield "GEMV below M1 rows, flat GEMM from M1 and below M2, GEMM from M2. Times in ms; - was given up as hopeless."
+    if any(result.tiles for result in tuned.values()):
+        yield ""
+        yield from aligned([("tiles", *(arm.value for arm in LinearArm)), *map(_tiles_row, tuned.items())])
+
+
+def _tiles_row(item: "tuple[LinearShape, TunedShape]") -> tuple[str, ...]:
+    from headrace.kernels.tuning import LinearArm
+
+    shape, result = item
+    return str(shape), *(str(result.tiles.get(arm, "of the library")) for arm in LinearArm)
 
 
 def _attention_table(shape: "AttentionShape", tuned: "TunedAttention | None") -> Iterator[str]:
@@ -145,4 +158,5 @@ def _json(item: "tuple[LinearShape, TunedShape]") -> dict[str, Any]:
         "flat_gemm_from": result.inflections.flat_gemm_from,
         "gemm_from": result.inflections.gemm_from,
         "seconds": {arm.value: dict(seconds) for arm, seconds in result.times.items()},
+        "tiles": {arm.value: asdict(tiles) for arm, tiles in result.tiles.items()},
     }

@@ -9,13 +9,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from headrace.config import DataflowChoice
-from headrace.kernels import Kernels, PackedWeight, Weight
+from headrace.kernels import Kernels, QuantizedWeight, Weight
 from headrace.kernels.tuning import LinearArm, LinearShape, TunedShape, TuningCache
 
 _MIN_WEIGHT_BYTES = 64 * 2**20
 """A smaller model answers before it could be measured, and hardly depends on it."""
 
-_QUICK_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _QUICK_ROUNDS = 3
 FULL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 FULL_ROUNDS = 12
@@ -32,7 +31,7 @@ class LinearWeights:
     def of(cls, weights: Iterable[Weight], dtype: torch.dtype) -> "LinearWeights":
         by_shape: dict[LinearShape, list[Weight]] = {}
         for weight in weights:
-            if isinstance(weight, PackedWeight):
+            if not isinstance(weight, QuantizedWeight):
                 by_shape.setdefault(weight.linear_shape, []).append(weight)
         return cls(by_shape=by_shape, dtype=dtype)
 
@@ -78,7 +77,7 @@ def prepare_dataflow(
     if missing and weights.num_bytes >= min_weight_bytes:
         measured = dict(
             measure_shapes(
-                kernels, weights, missing, rows=_QUICK_ROWS, rounds=_QUICK_ROUNDS, show_progress=show_progress
+                kernels, weights, missing, rows=dataflow.quick_rows, rounds=_QUICK_ROUNDS, show_progress=show_progress
             )
         )
         dataflow.tuned.update(measured)
@@ -93,8 +92,12 @@ def measure_shapes(
     rows: Iterable[int],
     rounds: int,
     show_progress: bool,
+    compares_tiles: bool = False,
 ) -> Iterator[tuple[LinearShape, TunedShape]]:
-    """Each shape as it is measured. Ctrl-C ends it there, with what has been measured so far."""
+    """Each shape as it is measured. Ctrl-C ends it there, with what has been measured so far.
+
+    compares_tiles: also of each implementation's tiles the best, where it has a choice; see `Dataflow.measure`.
+    """
     assert kernels.dataflow is not None, "there is nothing to choose"
     shapes, rows = list(shapes), tuple(rows)
     title = "measuring linear layers, once for this machine (Ctrl-C skips)"
@@ -109,6 +112,7 @@ def measure_shapes(
                     dtype=weights.dtype,
                     num_rows=rows,
                     num_rounds=rounds,
+                    compares_tiles=compares_tiles,
                 )
             except KeyboardInterrupt:
                 return

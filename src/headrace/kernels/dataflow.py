@@ -63,6 +63,11 @@ class LinearMachine(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def quick_rows(self) -> Sequence[int]:
+        """Numbers of rows that are measured before a first use."""
+        ...
+
     def default_inflections(self, shape: LinearShape) -> Inflections: ...
 
     def tiles(self, shape: LinearShape, arm: LinearArm) -> Sequence[Tiles]:
@@ -76,6 +81,7 @@ class CpuMachine:
     """A CPU: implementations time themselves by being called, and cut their work up by themselves."""
 
     device = torch.device("cpu")
+    quick_rows = (1, 2, 4, 8, 16, 32, 64, 128)
 
     def default_inflections(self, shape: LinearShape) -> Inflections:  # noqa: ARG002
         return DEFAULT_INFLECTIONS
@@ -107,6 +113,10 @@ class Dataflow:
         self._forced: LinearArm | None = None
         self._tried: Tiles | None = None
         self._default_tiles: dict[tuple[LinearShape, LinearArm], Tiles] = {}
+
+    @property
+    def quick_rows(self) -> Sequence[int]:
+        return self._machine.quick_rows
 
     def arm(self, shape: LinearShape, num_rows: int) -> LinearArm:
         return self.inflections(shape).arm(num_rows) if self._forced is None else self._forced

@@ -34,6 +34,16 @@ class DenseWeight:
     def num_bytes(self) -> int:
         return self.data.nbytes
 
+    @cached_property
+    def linear_shape(self) -> LinearShape:
+        """float16, which has no format of its own, counts as bfloat16."""
+        is_wide = self.data.dtype == torch.float32
+        return LinearShape(
+            weight_format=WeightFormat.FLOAT32 if is_wide else WeightFormat.BFLOAT16,
+            out_features=self.shape[0],
+            in_features=self.shape[1],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedWeight:

@@ -27,6 +27,9 @@ _L2_SIZES = 3
 class TritonMachine:
     """A GPU, or the CPU that the interpreter runs on."""
 
+    quick_rows = (1, 2, 8, 16, 64, 128)
+    """Few of the sizes that batches are filled up to, as each is compiled before it is first run."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._limits = device_limits(device)

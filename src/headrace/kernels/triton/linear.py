@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.config import WeightFormat
 from headrace.errors import KernelError, ShapeError
 from headrace.kernels.dataflow import Dataflow
 from headrace.kernels.triton.blocked_flat_gemm import launch_blocked_flat_gemm
@@ -17,7 +16,7 @@ from headrace.kernels.triton.gemv import launch_gemv
 from headrace.kernels.triton.limits import device_limits
 from headrace.kernels.triton.split_k import SplitCounters
 from headrace.kernels.triton.weights import blocked
-from headrace.kernels.tuning import LinearArm, LinearShape, Tiles
+from headrace.kernels.tuning import LinearArm, Tiles
 from headrace.kernels.weights import BlockedWeight, DenseWeight, Weight
 
 DEQUANTIZED_BYTES = 32 * 2**20
@@ -65,7 +64,7 @@ class Linear:
         if rows.stride(1) != 1 and rows.shape[1] > 1:
             rows = rows.contiguous()
         bias = None if bias is None else bias.contiguous()
-        shape = _linear_shape(weight)
+        shape = (weight if isinstance(weight, DenseWeight) else blocked(weight)).linear_shape
         if len(rows) == 0 or shape.out_features == 0:
             return x.new_empty(*x.shape[:-1], shape.out_features, dtype=out_dtype)
         arm = arm or self._dataflow.arm(shape, len(rows))
@@ -88,14 +87,6 @@ class Linear:
             launch_blocked_gemv(x, blocked(weight), bias, out, tiles)
         else:
             launch_blocked_flat_gemm(x, blocked(weight), bias, out, tiles, self._counters, self._limits)
-
-
-def _linear_shape(weight: Weight) -> LinearShape:
-    if not isinstance(weight, DenseWeight):
-        return blocked(weight).linear_shape
-    # float16, which has no format of its own, is tiled like bfloat16.
-    weight_format = WeightFormat.FLOAT32 if weight.data.dtype == torch.float32 else WeightFormat.BFLOAT16
-    return LinearShape(weight_format=weight_format, out_features=weight.shape[0], in_features=weight.shape[1])
 
 
 def _library_gemm(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
