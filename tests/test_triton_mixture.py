@@ -16,6 +16,7 @@ from triton_device import DEVICE, DTYPES
 
 from headrace.kernels.triton import make_ops, mixture, routing
 from headrace.kernels.triton.mixture import Mixture
+from headrace.kernels.triton.weights import as_quantized, make_weight_builder
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 70, 37
 SPEC = MixtureSpec(num_experts_per_token=2, renormalize=True, activation=Activation.SILU)
@@ -39,7 +40,7 @@ def make_experts(num_experts: int, weight_format: WeightFormat | torch.dtype, si
         values = torch.randn(rows, columns, generator=generator) / columns**0.5
         if isinstance(weight_format, torch.dtype):
             return DenseWeight(data=values.to(DEVICE, weight_format))
-        builder = reference.make_weight_builder(weight_format, rows, columns)
+        builder = make_weight_builder(weight_format, rows, columns, device=DEVICE)
         builder.write(0, values)
         return builder.build()
 
@@ -61,7 +62,17 @@ def assert_is_definition(x: Tensor, logits: Tensor, experts: Experts, spec: Mixt
     out = Mixture()(x, logits, experts, spec)
     assert out.dtype == x.dtype
     rounding = {torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}[x.dtype]
-    torch.testing.assert_close(out, reference.mixture(x, logits, experts, spec), rtol=rounding, atol=rounding)
+    wanted = reference.mixture(x, logits, as_reference(experts), spec)
+    torch.testing.assert_close(out, wanted, rtol=rounding, atol=rounding)
+
+
+def as_reference(experts: Experts) -> Experts:
+    """The same weights as the definition reads them."""
+    up, down = (
+        tuple(weight if isinstance(weight, DenseWeight) else as_quantized(weight) for weight in weights)
+        for weights in (experts.up, experts.down)
+    )
+    return Experts(up=up, down=down)
 
 
 @pytest.mark.parametrize("renormalize", [False, True], ids=["raw", "renormalized"])

@@ -12,6 +12,7 @@ _TYPES = {
     "x_ptr": "*bf16",
     "values_ptr": "*i64",
     "scales_ptr": "*i64",
+    "row_scales_ptr": "*i64",
     "pairs_ptr": "*i32",
     "starts_ptr": "*i32",
     "experts_ptr": "*i32",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headrace.config import WeightFormat
 from headrace.errors import KernelError
-from headrace.kernels.weights import DenseWeight, Experts, QuantizedWeight, Weight
+from headrace.kernels.weights import BlockedWeight, DenseWeight, Experts, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class WeightTable:
     num_bits: of an entry: 0 for floating point, 8 or 4 for integers with scales.
     shape: [N, K] of each.
 
-    Shapes: values, scales: [num_experts] int64, addresses; no scales for floating point
+    Shapes: values, scales, row_scales: [num_experts] int64, addresses; those of values where there are no scales
     """
 
     shape: tuple[int, int]
@@ -29,12 +29,14 @@ class WeightTable:
     is_aligned: bool
     values: Tensor
     scales: Tensor
+    row_scales: Tensor
 
 
 @triton.jit
 def load_weight_tile(
     values_address,
     scales_address,
+    row_scales_address,
     rows,
     columns_begin,
     num_rows,
@@ -59,29 +61,24 @@ def load_weight_tile(
         is_inside = is_row & (columns < num_columns)[None, :]
         weights = tl.load(dense_ptr + row * num_columns + columns[None, :], mask=is_inside, other=0.0)
     else:
+        # Blocks of 64 columns (`BlockedWeight`) are whole, and a step is one or half of one.
+        block = (columns // 64).to(tl.int64)[None, :] * num_rows + row
         if NUM_BITS == 8:
             bytes_ptr = values_address.to(tl.pointer_type(tl.int8))
             if IS_ALIGNED:
                 bytes_ptr = tl.multiple_of(bytes_ptr, 16)
-            is_inside = is_row & (columns < num_columns)[None, :]
-            q = tl.load(bytes_ptr + row * num_columns + columns[None, :], mask=is_inside, other=0)
+            q = tl.load(bytes_ptr + block * 64 + (columns % 64)[None, :], mask=is_row, other=0).to(tl.int32)
         else:
-            nibbles_ptr = values_address.to(tl.pointer_type(tl.uint8))
+            words_ptr = values_address.to(tl.pointer_type(tl.int16))
             if IS_ALIGNED:
-                nibbles_ptr = tl.multiple_of(nibbles_ptr, 16)
-            row_bytes = (num_columns + 1) // 2
-            places = columns_begin // 2 + tl.arange(0, BLOCK_K // 2)
-            is_inside = is_row & (places < row_bytes)[None, :]
-            packed = tl.load(nibbles_ptr + row * row_bytes + places[None, :], mask=is_inside, other=0x88)
-            low = (packed & 15).to(tl.int8) - 8
-            high = (packed >> 4).to(tl.int8) - 8
-            q = tl.reshape(tl.join(low, high), (rows.shape[0], BLOCK_K))
-        num_groups = (num_columns + GROUP - 1) // GROUP
+                words_ptr = tl.multiple_of(words_ptr, 16)
+            words = tl.load(words_ptr + block * 16 + (columns % 16)[None, :], mask=is_row, other=0).to(tl.int32)
+            q = ((words >> (columns // 16 % 4 * 4)[None, :]) & 15) - 8
         groups = columns_begin // GROUP + tl.arange(0, BLOCK_K // GROUP)
-        scale_ptr = scales_address.to(tl.pointer_type(tl.float32))
-        scales = tl.load(
-            scale_ptr + row * num_groups + groups[None, :], mask=is_row & (groups < num_groups)[None, :], other=0.0
-        )
+        scale_ptr = scales_address.to(tl.pointer_type(tl.float16))
+        places = ((groups // 2).to(tl.int64)[None, :] * num_rows + row) * 2 + (groups % 2)[None, :]
+        row_scales = tl.load(row_scales_address.to(tl.pointer_type(tl.float32)) + row, mask=is_row, other=0.0)
+        scales = tl.load(scale_ptr + places, mask=is_row, other=0.0).to(tl.float32) * row_scales
         grouped = tl.reshape(q, (rows.shape[0], BLOCK_K // GROUP, GROUP)).to(tl.float32) * scales[:, :, None]
         weights = tl.reshape(grouped, (rows.shape[0], BLOCK_K)).to(DTYPE)
     return weights
@@ -110,10 +107,11 @@ def make_weight_table(weights: tuple[Weight, ...]) -> WeightTable:
         raise KernelError(f"experts differ in format or shape: {sorted(map(str, kinds))}; all must be alike")
     ((num_bits, shape, dtype),) = kinds
     values = [_values(weight) for weight in weights]
-    scales = [weight.scales for weight in weights if isinstance(weight, QuantizedWeight)]
-    if not all(part.is_contiguous() for part in values + scales):
+    blocked = [weight for weight in weights if isinstance(weight, BlockedWeight)]
+    scales, row_scales = [weight.scales for weight in blocked], [weight.row_scales for weight in blocked]
+    if not all(part.is_contiguous() for part in values + scales + row_scales):
         raise KernelError("an expert's weight is not contiguous")
-    row_bytes = values[0].shape[1] * values[0].element_size()
+    row_bytes = values[0].shape[-1] * values[0].element_size()
     return WeightTable(
         shape=shape,
         dtype=dtype,
@@ -121,6 +119,7 @@ def make_weight_table(weights: tuple[Weight, ...]) -> WeightTable:
         is_aligned=row_bytes % 16 == 0 and all(part.data_ptr() % 16 == 0 for part in values),
         values=_addresses(values),
         scales=_addresses(scales or values),
+        row_scales=_addresses(row_scales or values),
     )
 
 
@@ -132,9 +131,9 @@ def _num_bits(weight: Weight) -> int:
     match weight:
         case DenseWeight():
             return 0
-        case QuantizedWeight(weight_format=WeightFormat.INT8):
+        case BlockedWeight(weight_format=WeightFormat.INT8):
             return 8
-        case QuantizedWeight(weight_format=WeightFormat.INT4):
+        case BlockedWeight(weight_format=WeightFormat.INT4):
             return 4
         case _:
             raise KernelError(f"Triton's mixtures cannot read a {type(weight).__name__}")
@@ -143,5 +142,5 @@ def _num_bits(weight: Weight) -> int:
 def _values(weight: Weight) -> Tensor:
     if isinstance(weight, DenseWeight):
         return weight.data
-    assert isinstance(weight, QuantizedWeight), "checked by _num_bits"
-    return weight.qweight
+    assert isinstance(weight, BlockedWeight), "checked by _num_bits"
+    return weight.values

@@ -55,6 +55,7 @@ def experts_up_kernel(
     x_ptr,
     values_ptr,
     scales_ptr,
+    row_scales_ptr,
     pairs_ptr,
     starts_ptr,
     out_ptr,
@@ -87,6 +88,7 @@ def experts_up_kernel(
         return
     values_address = tl.load(values_ptr + expert)
     scales_address = tl.load(scales_ptr + expert)
+    row_scales_address = tl.load(row_scales_ptr + expert)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = begin + tl.arange(0, BLOCK_M)
     pairs = tl.load(pairs_ptr + m, mask=m < end, other=0)
@@ -102,6 +104,7 @@ def experts_up_kernel(
         gate_w = load_weight_tile(
             values_address,
             scales_address,
+            row_scales_address,
             gate_rows,
             begin_k,
             2 * num_outputs,
@@ -115,6 +118,7 @@ def experts_up_kernel(
         up_w = load_weight_tile(
             values_address,
             scales_address,
+            row_scales_address,
             up_rows,
             begin_k,
             2 * num_outputs,
@@ -139,6 +143,7 @@ def experts_down_kernel(
     x_ptr,
     values_ptr,
     scales_ptr,
+    row_scales_ptr,
     pairs_ptr,
     starts_ptr,
     out_ptr,
@@ -165,6 +170,7 @@ def experts_down_kernel(
         return
     values_address = tl.load(values_ptr + expert)
     scales_address = tl.load(scales_ptr + expert)
+    row_scales_address = tl.load(row_scales_ptr + expert)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = begin + tl.arange(0, BLOCK_M)
     x_ptrs = x_ptr + m.to(tl.int64)[None, :] * num_inputs
@@ -175,6 +181,7 @@ def experts_down_kernel(
         w = load_weight_tile(
             values_address,
             scales_address,
+            row_scales_address,
             n,
             begin_k,
             num_outputs,
@@ -261,6 +268,7 @@ def _launch_up(x: Tensor, up: WeightTable, routing: Routing, k: int, kind: Activ
         x,
         up.values,
         up.scales,
+        up.row_scales,
         routing.pairs,
         routing.starts,
         out,
@@ -282,6 +290,7 @@ def _launch_down(x: Tensor, down: WeightTable, routing: Routing, out: Tensor) ->
         x,
         down.values,
         down.scales,
+        down.row_scales,
         routing.pairs,
         routing.starts,
         out,
