@@ -12,6 +12,7 @@ class DeviceLimits:
     """
     shared_bytes: shared memory (LDS on AMD) of a multiprocessor; program_shared_bytes: the most of one program.
     lanes: of a warp.
+    gemv_rows: rows of W for one program of GEMV, whose registers hold as many loads.
     """
 
     num_multiprocessors: int
@@ -19,6 +20,7 @@ class DeviceLimits:
     program_shared_bytes: int
     l2_bytes: int
     lanes: int
+    gemv_rows: int = 8
 
     @property
     def min_product_rows(self) -> int:
@@ -35,7 +37,7 @@ H100 = DeviceLimits(
 )
 """NVIDIA H100 SXM, as its data sheet has it."""
 
-INTERPRETER = replace(H100, num_multiprocessors=2)
+INTERPRETER = replace(H100, num_multiprocessors=1, gemv_rows=64)
 """Programs run one after another, each of them slowly, so that few large ones are best."""
 
 

@@ -66,8 +66,8 @@ def _gemv_choices(shape: LinearShape, limits: DeviceLimits) -> Iterator[Tiles]:
 
 
 def _default_gemv(shape: LinearShape, limits: DeviceLimits) -> Tiles:
-    """Eight rows for each program, fewer where multiprocessors would be left without."""
-    block_n = 8
+    """As many rows for each program as its registers hold, fewer where multiprocessors would be left without."""
+    block_n = limits.gemv_rows
     while block_n > 1 and ceil(shape.out_features / block_n) < 2 * limits.num_multiprocessors:
         block_n //= 2
     return _gemv(shape, limits, block_n=block_n, num_warps=4)
