@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from headrace.config import KvCacheFormat
 from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, split_kernel
 from headrace.kernels.triton.attention_prefill import prefill_kernel
 from headrace.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
@@ -40,7 +41,10 @@ def _heads(
     **constants: Any,
 ) -> Variant:
     shape = DecodeShape.of(group)
-    tiles = (prefill_tiles if kernel is prefill_kernel else decode_tiles)(query, head_dim)
+    if kernel is prefill_kernel:
+        tiles = prefill_tiles(query, head_dim)
+    else:
+        tiles = decode_tiles(query, head_dim, KvCacheFormat.INT8 if cache == "i8" else KvCacheFormat.BFLOAT16)
     known = {
         "SEQS": 16,
         "NUM_KV_HEADS": num_kv_heads,

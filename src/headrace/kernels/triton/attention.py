@@ -107,7 +107,7 @@ class Attention:
         num_rows = call.num_seqs * token_slots * call.num_heads
         partials = torch.empty(num_rows, max_splits, call.head_dim, dtype=torch.float32, device=out.device)
         states = torch.empty(num_rows, max_splits, 2, dtype=torch.float32, device=out.device)
-        tiles = decode_tiles(call.query.dtype, call.head_dim)
+        tiles = decode_tiles(call.query.dtype, call.head_dim, call.cache.spec.cache_format)
         constants = constants | {
             "BLOCK_M": shape.block_m,
             "BLOCK_N": tiles.block_n,

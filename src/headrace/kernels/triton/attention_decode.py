@@ -242,9 +242,10 @@ def attend_split(
         HAS_CAP,
         IS_STRICT,
         True,
+        False,
         STAGES,
     )
-    is_stored = is_row & ((only_row < 0) | (rows == only_row))
+    is_stored = is_row & (rows == tl.where(only_row < 0, rows, only_row))
     row = (seq.to(tl.int64) * TOKEN_SLOTS + tokens) * (NUM_KV_HEADS * GROUP) + heads
     to = row * max_splits + split
     d = tl.arange(0, BLOCK_D)

@@ -200,7 +200,7 @@ def _attend_tile(
 ):
     """References, denominators [rows] and numerators [rows, BLOCK_D] over all that the rows see."""
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sums = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin = tl.min(row_start, axis=0) // BLOCK_N * BLOCK_N
     end = tl.max(row_stop, axis=0)
@@ -241,9 +241,10 @@ def _attend_tile(
                 HAS_CAP,
                 IS_STRICT,
                 part != 1,
+                True,
                 STAGES,
             )
-    return m, tl.sum(sums, axis=1), acc
+    return m, sums, acc
 
 
 @triton.jit

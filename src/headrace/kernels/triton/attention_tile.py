@@ -55,10 +55,14 @@ def attend(
     HAS_CAP: tl.constexpr,
     IS_STRICT: tl.constexpr,
     IS_MASKED: tl.constexpr,
+    SUMS_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Adds positions begin to end to the rows' state: references m [rows], sums of p [rows, BLOCK_N], each over one
-    place of all tiles, and numerators acc [rows, BLOCK_D].
+    """Adds positions begin to end to the rows' state: references m [rows], sums of p, and numerators acc
+    [rows, BLOCK_D].
+
+    sums are [rows, BLOCK_N], each over one place of all tiles, which takes registers but no exchange between threads
+    for each tile; or [rows] with SUMS_ROWS.
 
     Row r sees positions row_start[r] to row_stop[r]. begin is a multiple of BLOCK_N; without IS_MASKED so is end, and
     every row sees all. Positions that no row sees are not read.
@@ -89,16 +93,17 @@ def attend(
             t = tl.where(is_seen, t, float("-inf"))
         if SCHEME == ASYNCHRONIZED:
             p = tl.exp2(t - unified_max2)
+            summed = p
             if IS_STRICT:
                 # NaN in a sum is what `is_sound` notices.
-                sums += tl.where(is_outside(t, unified_max2, least2, largest2), float("nan"), p)
-            else:
-                sums += p
+                summed = tl.where(is_outside(t, unified_max2, least2, largest2), float("nan"), p)
         else:
             m, factor = raised(m, t, SCHEME)
             p = tl.exp2(t - reference_of(m)[:, None])
-            sums = sums * factor[:, None] + p
-            acc = acc * factor[:, None]
+            summed = p
+            sums *= factor if SUMS_ROWS else factor[:, None]
+            acc *= factor[:, None]
+        sums += tl.sum(summed, axis=1) if SUMS_ROWS else summed
         v = tl.load(values_ptr + at, mask=entry_mask, other=0).to(q.dtype)
         if IS_INT8:
             p *= tl.load(value_scales_ptr + slots, mask=is_read, other=0.0)[None, :]

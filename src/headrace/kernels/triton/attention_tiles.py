@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from headrace.config import KvCacheFormat
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
@@ -19,25 +21,24 @@ class Tiles:
     num_warps: int
 
 
-def decode_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
+def decode_tiles(dtype: torch.dtype, head_dim: int, cache_format: KvCacheFormat) -> Tiles:
     """64 positions of 128 in bfloat16 are 32 KiB, and two such tiles on their way leave room for three programs an SM.
 
-    Rows are as many as heads share a KV head, see `DecodeShape`.
+    int8 becomes the queries' type in registers, which half as many positions leave room for; three tiles are on their
+    way then. Rows are as many as heads share a KV head, see `DecodeShape`.
     """
+    if cache_format is KvCacheFormat.INT8:
+        return Tiles(block_m=16, block_n=32, stages=4, num_warps=4)
     block_n = 64 if head_dim * dtype.itemsize <= 256 else 32
-    return Tiles(block_m=16, block_n=block_n, stages=_stages(block_n * head_dim * dtype.itemsize), num_warps=4)
+    is_large = block_n * head_dim * dtype.itemsize > 8 * 2**10
+    return Tiles(block_m=16, block_n=block_n, stages=2 if torch.version.hip and is_large else 3, num_warps=4)
 
 
 def prefill_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
     """128 rows of bfloat16, a warpgroup's 64 for each four warps; fewer where accumulators are wide or float32 is
     multiplied without tensor cores."""
     if dtype is torch.float32:
-        return Tiles(block_m=32, block_n=32, stages=2, num_warps=4)
+        return Tiles(block_m=32, block_n=32, stages=2, num_warps=8)
     if head_dim > 128:
-        return Tiles(block_m=64, block_n=32, stages=2 if torch.version.hip else 3, num_warps=4)
+        return Tiles(block_m=64, block_n=32, stages=2 if torch.version.hip else 3, num_warps=8)
     return Tiles(block_m=128, block_n=64, stages=2 if torch.version.hip else 3, num_warps=8)
-
-
-def _stages(tile_bytes: int) -> int:
-    """tile_bytes: of keys, or of values."""
-    return 2 if torch.version.hip and tile_bytes > 8 * 2**10 else 3
