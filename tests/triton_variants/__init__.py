@@ -20,6 +20,7 @@ class Variant:
     constexprs: the values of all others.
     indivisible: pointers that need not be multiples of 16 bytes, and so are read by single entries.
     divisible: integers that are multiples of 16, as launches find out by themselves.
+    targets: where it is launched so, if not everywhere.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Variant:
     num_stages: int = 3
     indivisible: tuple[str, ...] = ()
     divisible: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ("sm_90", "sm_80", "gfx942")
 
     @property
     def multiples_of_16(self) -> list[int]:

@@ -37,7 +37,7 @@ def main() -> None:
     part, num_parts = map(int, options.part.split("/"))
     for name, variant in list(all_variants().items())[part::num_parts]:
         if options.only in name:
-            for target in TARGETS:
+            for target in variant.targets:
                 print(json.dumps({"variant": name, "target": target} | report(name, variant, target, options.keep)))
 
 
