@@ -14,6 +14,7 @@ from headrace.config import KvCacheFormat, SoftmaxScheme
 from headrace.errors import KernelError, ShapeError
 from headrace.kernels import reference
 from headrace.kernels.triton.attention import Attention
+from headrace.kernels.triton.context_share import weigh_share
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero|All-NaN):RuntimeWarning")
 """numpy's, in the interpreter, where a GPU gives infinity and NaN without a word."""
@@ -198,9 +199,10 @@ class TestShares:
         expected = Attention(DEVICE)(*whole.arguments(), spec)
         shares = [share_of(whole, rank, 2, spec) for rank in range(2)]
         normalizers = [share.normalizers for share in shares]
-        total = sum(
-            reference.weigh_share(share, normalizers, rank, dtype=torch.float32)[0] for rank, share in enumerate(shares)
-        )
+        parts = [
+            weigh_share(share, normalizers, rank, dtype=torch.float32, num_parts=2) for rank, share in enumerate(shares)
+        ]
+        total = sum(parts).transpose(0, 1).reshape(expected.shape)
         assert (total - expected).abs().max() < 2e-5
         # The short context lies on the first rank alone.
         assert torch.equal(shares[1].normalizers[-1, :, 0].cpu(), torch.zeros(4))

@@ -9,6 +9,7 @@ from headrace.config import KvCacheFormat
 from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, split_kernel
 from headrace.kernels.triton.attention_prefill import prefill_kernel
 from headrace.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
+from headrace.kernels.triton.context_share import weigh_share_kernel
 from headrace.kernels.triton.rotary import rotary_store_kernel, rotary_table_kernel
 from headrace.kernels.triton.softmax import ASYNCHRONIZED, LAZY, SYNCHRONIZED
 from triton_variants import Variant
@@ -38,6 +39,7 @@ def _heads(
     head_dim: int,
     *,
     query: torch.dtype = torch.bfloat16,
+    targets: tuple[str, ...] = ("sm_90", "sm_80", "gfx942"),
     **constants: Any,
 ) -> Variant:
     shape = DecodeShape.of(group)
@@ -73,6 +75,7 @@ def _heads(
         constexprs={key: value for key, value in known.items() if key in kernel.arg_names},
         num_warps=tiles.num_warps,
         divisible=_DIVISIBLE,
+        targets=targets,
     )
 
 
@@ -98,29 +101,40 @@ def _store(cache: str, half: int, head_dim: int, *, interleaved: bool = False) -
 
 _ASYNCHRONIZED, _LAZY = ASYNCHRONIZED.value, LAZY.value
 
+_NVIDIA, _HOPPER, _AMD = ("sm_90", "sm_80"), ("sm_90",), ("gfx942",)
+
 VARIANTS = [
     _heads(split_kernel, "split", "bf16", 32, 1, 128),
-    _heads(split_kernel, "split", "bf16", 8, 4, 128),
-    _heads(split_kernel, "split", "i8", 8, 4, 128),
-    _heads(split_kernel, "split", "fp32", 8, 4, 128, query=torch.float32),
-    _heads(split_kernel, "split-capped", "bf16", 8, 2, 256, HAS_CAP=True),
-    _heads(split_kernel, "split-asynchronized", "bf16", 32, 1, 80, SCHEME=_ASYNCHRONIZED),
-    _heads(split_kernel, "split-strict", "i8", 4, 8, 64, SCHEME=_ASYNCHRONIZED, IS_STRICT=True),
-    _heads(split_kernel, "split-lazy", "bf16", 8, 4, 128, SCHEME=_LAZY),
+    _heads(split_kernel, "split-lazy", "bf16", 8, 4, 128, SCHEME=_LAZY, targets=_HOPPER),
+    _heads(split_kernel, "split", "i8", 8, 4, 128, targets=_NVIDIA),
+    _heads(split_kernel, "split-by-one-stage", "i8", 8, 4, 128, STAGES=1, targets=_AMD),
+    _heads(split_kernel, "split", "fp32", 8, 4, 128, query=torch.float32, targets=_NVIDIA),
+    _heads(split_kernel, "split-capped", "bf16", 8, 2, 256, HAS_CAP=True, targets=_HOPPER),
+    _heads(split_kernel, "split-strict", "bf16", 32, 1, 80, SCHEME=_ASYNCHRONIZED, IS_STRICT=True, targets=_HOPPER),
     _heads(merge_kernel, "merge", "bf16", 8, 4, 128),
     _heads(merge_kernel, "merge-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
-    _heads(merge_kernel, "merge-asynchronized", "i8", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
-    _heads(prefill_kernel, "prefill", "bf16", 32, 1, 128),
-    _heads(prefill_kernel, "prefill-lazy", "bf16", 8, 4, 128, SCHEME=_LAZY),
-    _heads(prefill_kernel, "prefill", "i8", 8, 4, 128),
-    _heads(prefill_kernel, "prefill", "fp32", 8, 4, 128, query=torch.float32),
-    _heads(prefill_kernel, "prefill-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
-    _heads(prefill_kernel, "prefill-gemma", "bf16", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True),
-    _heads(prefill_kernel, "prefill-share", "bf16", 1, 8, 128, IS_SHARE=True),
+    _heads(prefill_kernel, "prefill", "bf16", 32, 1, 128, targets=_NVIDIA),
+    _heads(prefill_kernel, "prefill-by-two-stages", "bf16", 32, 1, 128, STAGES=2, targets=_AMD),
+    _heads(prefill_kernel, "prefill-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED, targets=_HOPPER),
+    _heads(prefill_kernel, "prefill-capped", "bf16", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True, targets=_HOPPER),
+    _heads(prefill_kernel, "prefill-share", "bf16", 1, 8, 128, IS_SHARE=True, targets=_HOPPER),
     _store("bf16", 64, 128),
-    _store("i8", 32, 128, interleaved=True),
-    _store("i8", 40, 80),
-    _store("bf16", 0, 64),
+    _store("i8", 40, 80, interleaved=True),
+    Variant(
+        name="weigh-share",
+        kernel=weigh_share_kernel,
+        signature={"numerators_ptr": "*fp32", "normalizers_ptr": "*fp32", "out_ptr": "*bf16"}
+        | dict.fromkeys(("rank", "num_tokens"), "i32"),
+        constexprs={
+            "NUM_RANKS": 3,
+            "RANKS": 4,
+            "NUM_HEADS": 12,
+            "PART_HEADS": 4,
+            "HEADS": 8,
+            "HEAD_DIM": 128,
+            "BLOCK_D": 128,
+        },
+    ),
     Variant(
         name="rotary-table",
         kernel=rotary_table_kernel,

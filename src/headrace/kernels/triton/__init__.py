@@ -12,6 +12,7 @@ import torch
 from headrace.kernels.dataflow import Dataflow
 from headrace.kernels.triton.activation import activation, gated_activation
 from headrace.kernels.triton.attention import Attention
+from headrace.kernels.triton.context_share import weigh_share
 from headrace.kernels.triton.dataflow import TritonMachine, tuning_key
 from headrace.kernels.triton.gather import embedding
 from headrace.kernels.triton.graphs import GraphRecorder
@@ -44,6 +45,7 @@ def make_ops(device: torch.device, dataflow: Dataflow | None = None) -> dict[str
         "mixture": Mixture(),
         "rms_norm": rms_norm,
         "top_k": top_k,
+        "weigh_share": weigh_share,
         "attention": attention,
         "attention_share": attention.share,
         "kv_cache_num_bytes": kv_cache_num_bytes,

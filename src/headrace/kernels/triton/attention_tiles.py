@@ -25,13 +25,14 @@ def decode_tiles(dtype: torch.dtype, head_dim: int, cache_format: KvCacheFormat)
     """64 positions of 128 in bfloat16 are 32 KiB, and two such tiles on their way leave room for three programs an SM.
 
     int8 becomes the queries' type in registers, which half as many positions leave room for; three tiles are on their
-    way then. Rows are as many as heads share a KV head, see `DecodeShape`.
+    way then, but none for AMD, whose pipeliner in Triton 3.6 fails at the scales. Rows are as many as heads share a KV
+    head, see `DecodeShape`.
     """
     if cache_format is KvCacheFormat.INT8:
-        return Tiles(block_m=16, block_n=32, stages=4, num_warps=4)
-    block_n = 64 if head_dim * dtype.itemsize <= 256 else 32
-    is_large = block_n * head_dim * dtype.itemsize > 8 * 2**10
-    return Tiles(block_m=16, block_n=block_n, stages=2 if torch.version.hip and is_large else 3, num_warps=4)
+        return Tiles(block_m=16, block_n=32, stages=1 if torch.version.hip else 4, num_warps=4)
+    is_wide = head_dim * dtype.itemsize > 256
+    num_warps = 8 if dtype is torch.float32 else 4
+    return Tiles(block_m=16, block_n=32 if is_wide else 64, stages=2 if torch.version.hip else 3, num_warps=num_warps)
 
 
 def prefill_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
