@@ -13,6 +13,7 @@ from triton_device import DEVICE
 from headrace.config import KvCacheFormat, SoftmaxScheme
 from headrace.errors import KernelError, ShapeError
 from headrace.kernels import reference
+from headrace.kernels.dataflow import Dataflow
 from headrace.kernels.triton.attention import Attention
 from headrace.kernels.triton.context_share import weigh_share
 
@@ -36,7 +37,9 @@ def _poisoned_memory():
 
 
 def run(problem: Problem, spec, *, num_programs: int | None = None):
-    return Attention(DEVICE, num_programs=num_programs)(*problem.arguments(), spec)
+    dataflow = Dataflow()
+    dataflow.max_pieces = num_programs
+    return Attention(DEVICE, dataflow)(*problem.arguments(), spec)
 
 
 class TestResults:

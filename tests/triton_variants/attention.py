@@ -8,13 +8,15 @@ import torch
 from headrace.config import KvCacheFormat
 from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, split_kernel
 from headrace.kernels.triton.attention_prefill import prefill_kernel
+from headrace.kernels.triton.attention_rows import UNALIGNED
 from headrace.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
 from headrace.kernels.triton.context_share import weigh_share_kernel
 from headrace.kernels.triton.rotary import rotary_store_kernel, rotary_table_kernel
 from headrace.kernels.triton.softmax import ASYNCHRONIZED, LAZY, SYNCHRONIZED
 from triton_variants import Variant
 
-_DIVISIBLE = ("query_stride", "table_stride", "query_token_stride", "key_token_stride", "value_token_stride")
+_DIVISIBLE = ("query_stride", "query_token_stride", "key_token_stride", "value_token_stride")
+_UNALIGNED = (*UNALIGNED, "slots_ptr", "positions_ptr")
 _FLOATS = ("scale2", "cap2", "unified_max2", "least2", "largest2", "amplitude")
 
 
@@ -48,7 +50,7 @@ def _heads(
     else:
         tiles = decode_tiles(query, head_dim, KvCacheFormat.INT8 if cache == "i8" else KvCacheFormat.BFLOAT16)
     known = {
-        "SEQS": 16,
+        "SEQS": 64,
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
         "HEAD_DIM": head_dim,
@@ -75,6 +77,7 @@ def _heads(
         constexprs={key: value for key, value in known.items() if key in kernel.arg_names},
         num_warps=tiles.num_warps,
         divisible=_DIVISIBLE,
+        indivisible=_UNALIGNED,
         targets=targets,
     )
 
@@ -96,6 +99,7 @@ def _store(cache: str, half: int, head_dim: int, *, interleaved: bool = False) -
             "HEADS": 8,
         },
         divisible=_DIVISIBLE,
+        indivisible=_UNALIGNED,
     )
 
 

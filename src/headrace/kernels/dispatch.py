@@ -218,7 +218,7 @@ def _triton_kernels(reason: str, instruction_set: str | None, device: torch.devi
         **(implementations | own),
         machine=triton.MachineOps(device),
         set_num_threads=torch.set_num_threads,
-        softmax_schemes=(SoftmaxScheme.SYNCHRONIZED,),
+        softmax_schemes=tuple(SoftmaxScheme),
         choices=choices,
         device=device,
         pads_steps="record" in own,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headrace.config import KvCacheFormat, SoftmaxScheme
 from headrace.errors import KernelError, ShapeError
+from headrace.kernels.dataflow import Dataflow
 from headrace.kernels.kv_cache import GpuKvCache, KvCache
 from headrace.kernels.ops import AttentionShare, AttentionSpec
 from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, split_kernel
@@ -35,11 +36,13 @@ class Attention:
     on how many programs share the work.
 
     device: where tensors lie.
-    num_programs: of a decode launch, at most; None takes as many as fill the device.
+    dataflow: asked for the number of programs of a decode launch, its `max_pieces`; without an answer, as many as fill
+        the device.
     """
 
-    def __init__(self, device: torch.device, *, num_programs: int | None = None) -> None:
-        self.num_programs = num_programs or _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
+    def __init__(self, device: torch.device, dataflow: Dataflow | None = None) -> None:
+        self._dataflow = dataflow
+        self._default_programs = _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
 
     def __call__(
         self,
@@ -102,7 +105,7 @@ class Attention:
 
     def _decode(self, call: "_Call", out: Tensor, normalizers: Tensor, constants: dict[str, Any]) -> None:
         shape = DecodeShape.of(call.group)
-        token_slots = min(shape.max_tokens, call.num_tokens - call.num_seqs + 1)
+        token_slots = 1 if call.num_tokens == call.num_seqs else shape.max_tokens
         max_splits = max_num_splits(call.max_context_len, call.unit)
         num_rows = call.num_seqs * token_slots * call.num_heads
         partials = torch.empty(num_rows, max_splits, call.head_dim, dtype=torch.float32, device=out.device)
@@ -116,7 +119,8 @@ class Attention:
             "UNIT": call.unit,
         }
         num_pieces = call.num_seqs * max_splits * call.num_kv_heads * shape.row_tiles
-        split_kernel[(min(self.num_programs, num_pieces),)](
+        num_programs = (self._dataflow and self._dataflow.max_pieces) or self._default_programs
+        split_kernel[(min(num_programs, num_pieces),)](
             *call.tensors(),
             partials,
             states,
@@ -125,7 +129,7 @@ class Attention:
             max_splits,
             *call.numbers(),
             **constants,
-            SEQS=triton.next_power_of_2(call.num_seqs),
+            SEQS=_seqs(call.num_seqs),
             ROW_TILES=shape.row_tiles,
             STAGES=tiles.stages,
             num_warps=tiles.num_warps,
@@ -155,7 +159,7 @@ class Attention:
             *call.strides(),
             *call.numbers(),
             **constants,
-            SEQS=triton.next_power_of_2(call.num_seqs),
+            SEQS=_seqs(call.num_seqs),
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
             MAX_TOKENS=DecodeShape.of(call.group).max_tokens,
@@ -270,6 +274,11 @@ def _as_computed(query: Tensor, scheme: SoftmaxScheme) -> Tensor:
     if is_unsuited or (query.dtype is torch.bfloat16 and is_interpreted()):
         return query.float()
     return query
+
+
+def _seqs(num_seqs: int) -> int:
+    """One kernel for all batches of up to 64, and few for larger ones."""
+    return max(64, int(triton.next_power_of_2(num_seqs)))
 
 
 def _by_row(x: Tensor) -> Tensor:

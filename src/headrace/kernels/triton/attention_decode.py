@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from headrace.kernels.triton.attention_rows import row_ranges, visible_positions
+from headrace.kernels.triton.attention_rows import UNALIGNED, UNSPECIALIZED, row_ranges, visible_positions
 from headrace.kernels.triton.attention_tile import attend, load_queries
 from headrace.kernels.triton.softmax import ASYNCHRONIZED, SYNCHRONIZED, is_sound, reference_of
 from headrace.kernels.triton.splits import split_begin, split_of
@@ -30,7 +30,7 @@ _MERGED_AT_ONCE: tl.constexpr = tl.constexpr(16)
 """Splits that are summed as one: always so many, since how a sum is formed shows in its last bit."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def split_kernel(
     query_ptr,
     tables_ptr,
@@ -303,7 +303,7 @@ def merged(
     return numerators, denominator, m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def merge_kernel(
     query_ptr,
     tables_ptr,

@@ -11,12 +11,12 @@ synchronized, by the same program; rows that were sound keep what they had.
 import triton
 import triton.language as tl
 
-from headrace.kernels.triton.attention_rows import visible_positions
+from headrace.kernels.triton.attention_rows import UNALIGNED, UNSPECIALIZED, visible_positions
 from headrace.kernels.triton.attention_tile import attend, load_queries
 from headrace.kernels.triton.softmax import ASYNCHRONIZED, SYNCHRONIZED, is_sound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def prefill_kernel(
     query_ptr,
     tables_ptr,

@@ -6,6 +6,10 @@ import triton.language as tl
 NO_WINDOW = 2**30
 """A window longer than any context; positions less it still fit an int32."""
 
+UNSPECIALIZED = ("num_seqs", "table_stride", "owned_stride", "max_splits", "window")
+UNALIGNED = ("tables_ptr", "context_lens_ptr", "bounds_ptr", "owned_ptr")
+"""What differs from batch to batch, for which no kernel shall be compiled anew while requests wait."""
+
 _NEVER: tl.constexpr = tl.constexpr(2**30)
 
 

@@ -53,7 +53,7 @@ def weigh_share(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rank", "num_tokens"))
 def weigh_share_kernel(
     numerators_ptr,
     normalizers_ptr,

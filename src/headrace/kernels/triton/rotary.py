@@ -44,7 +44,7 @@ def rotary_table(positions: Tensor, inv_freq: Tensor, amplitude: float) -> tuple
     return cos, sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("positions_ptr",))
 def rotary_table_kernel(
     positions_ptr, inv_freq_ptr, amplitude, cos_ptr, sin_ptr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr
 ):
@@ -116,7 +116,7 @@ def rotary_store_kv_(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("slots_ptr",))
 def rotary_store_kernel(
     query_ptr,
     key_ptr,
@@ -179,7 +179,7 @@ def rotary_store_kernel(
 @triton.jit
 def _rotated(row, is_head, cos_ptr, sin_ptr, token, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The pairs of some heads, rotated, in float32; where in a head they lie; and which there are."""
-    i = tl.arange(0, _power_of_2(HALF))[None, :]
+    i = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
     at_a = 2 * i if INTERLEAVED else i
     at_b = 2 * i + 1 if INTERLEAVED else i + HALF
     is_pair = is_head & (i < HALF)
@@ -215,7 +215,7 @@ def _store_kv(
     entry = (slot // BLOCK_SIZE * NUM_KV_HEADS + heads) * BLOCK_SIZE + slot % BLOCK_SIZE
     to = key_cache_ptr + entry[:, None] * HEAD_DIM
     row = key_ptr + heads[:, None] * HEAD_DIM
-    d = tl.arange(0, _power_of_2(HEAD_DIM))[None, :]
+    d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))[None, :]
     is_value = is_head[:, None] & (d < HEAD_DIM)
     value = tl.load(value_ptr + heads[:, None] * HEAD_DIM + d, mask=is_value, other=0.0).to(tl.float32)
     largest = tl.zeros(heads.shape, tl.float32)
@@ -225,7 +225,7 @@ def _store_kv(
         is_bad |= _is_bad(a, key_cache_ptr, IS_INT8) | _is_bad(b, key_cache_ptr, IS_INT8)
         largest = tl.maximum(tl.max(tl.abs(a), axis=1), tl.max(tl.abs(b), axis=1))
     if REST > 0:
-        at_rest = 2 * HALF + tl.arange(0, _power_of_2(REST))[None, :]
+        at_rest = 2 * HALF + tl.arange(0, triton.next_power_of_2(REST))[None, :]
         is_rest = is_head[:, None] & (at_rest < HEAD_DIM)
         rest = tl.load(row + at_rest, mask=is_rest, other=0.0).to(tl.float32)
         is_bad |= _is_bad(rest, key_cache_ptr, IS_INT8)
@@ -276,11 +276,6 @@ def _quantized(x, inverse):
     """Zeros where the inverse is 0, of NaN and infinity too."""
     q = tl.where(inverse[:, None] > 0.0, x * inverse[:, None], 0.0)
     return ((q + _ROUND_TO_INTEGER) - _ROUND_TO_INTEGER).to(tl.int8)
-
-
-@triton.jit
-def _power_of_2(N: tl.constexpr):
-    return triton.next_power_of_2(N)
 
 
 def is_by_token(x: Tensor) -> bool:
