@@ -14,7 +14,7 @@ from headrace.cli.main import main
 from headrace.config import DataflowChoice, KvCacheFormat, Softmax, SoftmaxScheme, WeightFormat
 from headrace.engine import tune_attention
 from headrace.engine.softmax import resolve_softmax
-from headrace.engine.tune_attention import candidates, contexts_of, look_up_attention, measure_attention
+from headrace.engine.tune_attention import candidates, contexts_of, look_up_attention, measure_attention, measure_queued
 from headrace.errors import ConfigError
 from headrace.kernels import KernelChoice, resolve_kernels
 from headrace.kernels.attention_tuning import (
@@ -127,6 +127,15 @@ def test_the_best_round_counts_and_all_choices_take_turns():
     for choice, seconds in found.times.items():
         assert seconds == pytest.approx({n: seconds_of(choice, n) for n in CONTEXTS}, abs=1e-3)
     assert found.choice(SCHEMES) == AttentionChoice(scheme=LAZY)
+
+
+def test_queued_calls_are_timed_for_every_choice():
+    """As on a GPU, but that the calls of a CPU are over when they return."""
+    everyone = candidates(SCHEMES, 2, (1, 3))
+    assert [choice.max_pieces for choice in everyone[:3]] == [None, 2, 6]
+    found = measure_queued(resolve_kernels(KernelChoice.CPU), SHAPE, everyone, (40, 100), num_rounds=2)
+    assert list(found.times) == everyone
+    assert all(set(seconds) == {40, 100} and min(seconds.values()) > 0 for seconds in found.times.values())
 
 
 def test_ctrl_c_ends_a_measurement_without_a_result():

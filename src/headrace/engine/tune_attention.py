@@ -12,12 +12,19 @@ from headrace.engine.kv_cache_spec import RankShape
 from headrace.engine.tune import measuring_progress
 from headrace.kernels import AttentionSpec, Kernels, KvCacheSpec, SoftmaxSpec
 from headrace.kernels.attention_tuning import AttentionChoice, AttentionShape, TunedAttention, load_attention
+from headrace.kernels.timing import time_calls
 from headrace.kernels.tuning import TuningCache
 
 CONTEXTS = (128, 512, 2048, 8192, 32768)
 
 _WORKING_SET_BYTES = 128 * 2**20
 """More than caches hold: a model reads every layer's keys and values, and its weights, before it meets one again."""
+
+_PIECES_PER_THREAD = (1, 2, 8)
+_PROGRAMS_PER_MULTIPROCESSOR = (1, 3, 4)
+"""Beside the kernels' own number, which is 2."""
+
+_MAX_CAPTURED_CALLS = 64
 
 _BLOCK_SIZE = 16
 _FILL_TOKENS = 1024
@@ -41,9 +48,11 @@ def look_up_attention(
     return load_attention(TuningCache(kernels.tuning_key(num_threads))).get(shape)
 
 
-def candidates(schemes: Sequence[SoftmaxScheme], num_threads: int) -> list[AttentionChoice]:
-    """The default first, then what differs from it more and more. One thread takes a context in one piece anyway."""
-    pieces = (None, num_threads, 2 * num_threads, 8 * num_threads) if num_threads > 1 else (None,)
+def candidates(
+    schemes: Sequence[SoftmaxScheme], num_workers: int, multiples: Sequence[int] = _PIECES_PER_THREAD
+) -> list[AttentionChoice]:
+    """The default first, then what differs from it more and more. One worker takes a context in one piece anyway."""
+    pieces = (None, *(n * num_workers for n in multiples)) if num_workers > 1 else (None,)
     order = (SoftmaxScheme.SYNCHRONIZED, SoftmaxScheme.LAZY, SoftmaxScheme.ASYNCHRONIZED)
     return [AttentionChoice(scheme=scheme, max_pieces=most) for scheme in order if scheme in schemes for most in pieces]
 
@@ -67,10 +76,14 @@ def measure_attention(
     """Time every choice for each length of the context; None if Ctrl-C ends it.
 
     As with linear layers, rounds go through the choices in turn, so that a busy moment of the machine falls on all of
-    them, and each one's best round counts.
+    them, and each one's best round counts. A GPU's calls are timed by its own clock, in a graph for each choice.
 
     make_run: what runs one token's attention; None takes the kernels, over a cache that outgrows the machine's.
     """
+    if kernels.device.type == "cuda" and make_run is None:
+        num_workers = torch.cuda.get_device_properties(kernels.device).multi_processor_count
+        choices = candidates(kernels.softmax_schemes, num_workers, _PROGRAMS_PER_MULTIPROCESSOR)
+        return measure_queued(kernels, shape, choices, contexts, num_rounds=num_rounds, show_progress=show_progress)
     choices = candidates(kernels.softmax_schemes, num_threads)
     times: dict[AttentionChoice, dict[int, float]] = {choice: {} for choice in choices}
     try:
@@ -88,41 +101,89 @@ def measure_attention(
     return TunedAttention(measured_on=date.today().isoformat(), times=times)
 
 
+def measure_queued(
+    kernels: Kernels,
+    shape: AttentionShape,
+    choices: Sequence[AttentionChoice],
+    contexts: Sequence[int],
+    *,
+    num_rounds: int,
+    show_progress: bool = False,
+) -> TunedAttention | None:
+    """As `measure_attention`, where calls are queued: several in turn, over more than a GPU's cache holds."""
+    times: dict[AttentionChoice, dict[int, float]] = {choice: {} for choice in choices}
+    try:
+        prepared = _Contexts(kernels, shape, max(contexts))
+        with measuring_progress("measuring attention (Ctrl-C skips)", len(contexts), show_progress) as on_start:
+            for context_len in contexts:
+                on_start(f"{context_len} tokens")
+                num_calls = min(_MAX_CAPTURED_CALLS, prepared.num_contexts(context_len))
+                timed = {
+                    choice: time_calls(
+                        [prepared.call(choice, context_len) for _ in range(num_calls)], device=kernels.device
+                    )
+                    for choice in choices
+                }
+                for choice in [*choices] * num_rounds:
+                    seconds = timed[choice].best_s(min_calls=1, min_s=0.0)
+                    times[choice][context_len] = min(seconds, times[choice].get(context_len, seconds))
+    except KeyboardInterrupt:
+        return None
+    return TunedAttention(measured_on=date.today().isoformat(), times=times)
+
+
 Run = Callable[[AttentionChoice, int], object]
 MakeRun = Callable[[Kernels, AttentionShape, int], Run]
 
 
 def _make_run(kernels: Kernels, shape: AttentionShape, longest: int) -> Run:
-    """Contexts lie in one cache, each call's after the one before; blocks in no order, as in a busy engine."""
-    dtype = torch.float32 if shape.cache_format is KvCacheFormat.FLOAT32 else torch.bfloat16
-    spec = _cache_spec(kernels, shape, -(-longest // _BLOCK_SIZE))
-    cache = kernels.make_kv_cache(spec)
-    no_queries = torch.empty(_FILL_TOKENS, 0, shape.head_dim, dtype=dtype)
-    key, value = (torch.randn(_FILL_TOKENS, shape.num_kv_heads, shape.head_dim).to(dtype) for _ in range(2))
-    for slots in torch.split(torch.arange(spec.num_slots), _FILL_TOKENS):
-        n = len(slots)
-        kernels.rotary_store_kv_(no_queries[:n], key[:n], value[:n], cache, slots, None)
-    query = torch.randn(1, shape.num_heads, shape.head_dim).to(dtype)
-    order, bounds = torch.randperm(spec.num_blocks, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
-    attention_specs = {
-        scheme: AttentionSpec(softmax_scale=shape.head_dim**-0.5, softmax=SoftmaxSpec(scheme=scheme))
-        for scheme in kernels.softmax_schemes
-    }
-    calls = count()
+    prepared = _Contexts(kernels, shape, longest)
+    return lambda choice, context_len: prepared.call(choice, context_len)()
 
-    def run(choice: AttentionChoice, context_len: int) -> object:
-        assert kernels.dataflow is not None, "there is nothing to choose"
+
+class _Contexts:
+    """Contexts in one cache, each call's after the one before; blocks in no order, as in a busy engine."""
+
+    def __init__(self, kernels: Kernels, shape: AttentionShape, longest: int) -> None:
+        self._kernels, self._device = kernels, kernels.device
+        dtype = torch.float32 if shape.cache_format is KvCacheFormat.FLOAT32 else torch.bfloat16
+        self._spec = _cache_spec(kernels, shape, -(-longest // _BLOCK_SIZE))
+        self._cache = kernels.make_kv_cache(self._spec)
+        no_queries = torch.empty(_FILL_TOKENS, 0, shape.head_dim, dtype=dtype, device=self._device)
+        key, value = torch.randn(2, _FILL_TOKENS, shape.num_kv_heads, shape.head_dim).to(self._device, dtype)
+        for slots in torch.split(torch.arange(self._spec.num_slots, device=self._device), _FILL_TOKENS):
+            n = len(slots)
+            kernels.rotary_store_kv_(no_queries[:n], key[:n], value[:n], self._cache, slots, None)
+        self._query = torch.randn(1, shape.num_heads, shape.head_dim).to(self._device, dtype)
+        self._order = torch.randperm(self._spec.num_blocks, dtype=torch.int32).to(self._device)
+        self._bounds = torch.tensor([0, 1], dtype=torch.int32, device=self._device)
+        self._attention_specs = {
+            scheme: AttentionSpec(softmax_scale=shape.head_dim**-0.5, softmax=SoftmaxSpec(scheme=scheme))
+            for scheme in kernels.softmax_schemes
+        }
+        self._calls = count()
+
+    def num_contexts(self, context_len: int) -> int:
+        return self._spec.num_blocks // -(-context_len // _BLOCK_SIZE)
+
+    def call(self, choice: AttentionChoice, context_len: int) -> Callable[[], object]:
+        """One token's attention over the next context of so many tokens."""
+        dataflow = self._kernels.dataflow
+        assert dataflow is not None, "there is nothing to choose"
         num_blocks = -(-context_len // _BLOCK_SIZE)
-        first = next(calls) % (spec.num_blocks // num_blocks) * num_blocks
-        table = order[first : first + num_blocks][None]
-        kernels.dataflow.max_pieces = choice.max_pieces
-        try:
-            lens = torch.tensor([context_len], dtype=torch.int32)
-            return kernels.attention(query, cache, table, lens, bounds, attention_specs[choice.scheme])
-        finally:
-            kernels.dataflow.max_pieces = None
+        first = next(self._calls) % self.num_contexts(context_len) * num_blocks
+        table = self._order[first : first + num_blocks][None]
+        lens = torch.tensor([context_len], dtype=torch.int32, device=self._device)
+        spec = self._attention_specs[choice.scheme]
 
-    return run
+        def run() -> object:
+            dataflow.max_pieces = choice.max_pieces
+            try:
+                return self._kernels.attention(self._query, self._cache, table, lens, self._bounds, spec)
+            finally:
+                dataflow.max_pieces = None
+
+        return run
 
 
 def _cache_spec(kernels: Kernels, shape: AttentionShape, num_blocks: int) -> KvCacheSpec:

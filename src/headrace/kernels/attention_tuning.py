@@ -28,7 +28,7 @@ class AttentionShape:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionChoice:
-    """max_pieces: of a context, for several threads; None leaves it to the kernel."""
+    """max_pieces: of a context, for several threads, or programs of a GPU's launch; None leaves it to the kernel."""
 
     scheme: SoftmaxScheme = SoftmaxScheme.SYNCHRONIZED
     max_pieces: int | None = None
