@@ -21,6 +21,8 @@ class Variant:
     indivisible: pointers that need not be multiples of 16 bytes, and so are read by single entries.
     divisible: integers that are multiples of 16, as launches find out by themselves.
     targets: where it is launched so, if not everywhere.
+    instructions: what its code for sm_90 must contain, by the start of the line in PTX; it may then spill no registers
+        there either.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Variant:
     indivisible: tuple[str, ...] = ()
     divisible: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("sm_90", "sm_80", "gfx942")
+    instructions: tuple[str, ...] = ()
 
     @property
     def multiples_of_16(self) -> list[int]:

@@ -48,6 +48,8 @@ def report(name: str, variant: Variant, target: str, keep: Path | None) -> dict[
     except Exception:
         return {"error": traceback.format_exc(limit=-3)}
     facts = {"seconds": round(time.monotonic() - start_s, 2), "shared_bytes": compiled.metadata.shared}
+    if target == "sm_90":
+        facts["missing"] = [text for text in variant.instructions if text not in compiled.asm["ptx"]]
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
         for kind in ("ttgir", "ptx", "amdgcn"):

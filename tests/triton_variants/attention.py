@@ -32,6 +32,14 @@ def _signature(kernel: Any, cache: str, query: str = "bf16") -> dict[str, str]:
     }
 
 
+_INSTRUCTIONS = {
+    split_kernel: ("cp.async.cg.shared.global", "mma.sync.aligned.m16n8k16"),
+    prefill_kernel: ("cp.async.cg.shared.global", "wgmma.mma_async"),
+    merge_kernel: ("ld.global.v4",),
+}
+"""Copies of 16 bytes past the registers, and tensor cores, for all but float32."""
+
+
 def _heads(
     kernel: Any,
     name: str,
@@ -79,6 +87,7 @@ def _heads(
         divisible=_DIVISIBLE,
         indivisible=_UNALIGNED,
         targets=targets,
+        instructions=() if query is torch.float32 else _INSTRUCTIONS[kernel],
     )
 
 
