@@ -48,8 +48,7 @@ def store_both(caches, heads, slots, cos_sin, num_kv_heads: int, *, interleaved:
 class TestRotaryStore:
     @each_format
     @pytest.mark.parametrize(
-        ("head_dim", "half", "interleaved"),
-        [(64, 32, False), (80, 40, False), (80, 20, True), (128, 0, False), (64, 32, True), (96, 8, False)],
+        ("head_dim", "half", "interleaved"), [(80, 40, False), (80, 20, True), (128, 0, False), (64, 32, True)]
     )
     def test_queries_keys_and_values(self, cache_format, head_dim, half, interleaved):
         caches = make_caches(cache_format, head_dim)
