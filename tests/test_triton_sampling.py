@@ -43,6 +43,7 @@ def test_argmax_is_that_of_numpy(vocab_size):
         with_ties(2, vocab_size, [-INF]),
         with_ties(2, vocab_size, [-3.5, -3.25, -INF]),
         with_ties(3, vocab_size, [-INF, 2.0, INF, NAN]),
+        with_ties(3, vocab_size, [2.0, INF, -NAN]),
         np.random.default_rng(0).normal(size=(3, vocab_size)).astype(np.float32),
     ):
         ids, values = OPS["argmax"](torch.from_numpy(logits).to(DEVICE))

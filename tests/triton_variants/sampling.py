@@ -25,7 +25,7 @@ _TYPES = {
     "num_tiles": "i32",
     "k": "i32",
 }
-_DIVISIBLE = ("row_stride", "vocab_size", "num_tiles", "k")
+_DIVISIBLE = ("row_stride", "vocab_size", "num_tiles")
 
 
 def _variant(name, kernel, num_warps=8, out="*fp32", **constexprs) -> Variant:
@@ -46,7 +46,7 @@ VARIANTS = [
     _variant("sums-of-tiles", tile_sum_kernel, TILE=4096),
     _variant("log-sum-exp", log_sum_exp_kernel, num_warps=1, BLOCK=32),
     _variant("first-digits", count_digits_kernel, DIGIT=0, TILE=4096),
-    _variant("last-digits-of-one", count_digits_kernel, k=1, DIGIT=3, TILE=4096),
+    _variant("last-digits", count_digits_kernel, DIGIT=3, TILE=4096),
     _variant("count-above", count_above_kernel, TILE=4096),
     _variant("collect", collect_kernel, TILE=4096, BLOCK=32),
     _variant("rank", rank_kernel, num_warps=4, out="*i64", RANKED=32, BLOCK=256),

@@ -43,7 +43,7 @@ def _norm(
 
 
 VARIANTS = [
-    _norm("rms-norm-of-hidden-states", 1, 4096, 16, residual=True, ones=("num_rows", "num_inner")),
+    _norm("rms-norm-of-hidden-states", 1, 4096, 16, residual=True, ones=("num_inner",)),
     _norm("rms-norm-of-heads", 8, 128, 4),
     _norm("layer-norm", 1, 16384, 16, layer=True, residual=True),
     Variant(

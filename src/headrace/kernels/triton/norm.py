@@ -14,7 +14,7 @@ _MIN_ELEMENTS = 1024
 _ADD_BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def norm_kernel(
     x_ptr,
     residual_ptr,

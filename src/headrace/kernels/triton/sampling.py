@@ -60,7 +60,7 @@ def log_sum_exp_kernel(largest_ptr, sums_ptr, out_ptr, num_tiles, BLOCK: tl.cons
     is_inside = tiles < num_tiles
     largest = tl.load(largest_ptr + row * num_tiles + tiles, mask=is_inside, other=float("-inf"))
     sums = tl.load(sums_ptr + row * num_tiles + tiles, mask=is_inside, other=0.0)
-    reference = finite_or_zero(tl.max(tl.where(sums < float("inf"), largest, float("-inf")), axis=0))
+    reference = finite_or_zero(tl.max(largest, axis=0))
     is_finite = (sums > 0.0) & (sums < float("inf"))
     scaled = tl.where(is_finite, sums * tl.exp(finite_or_zero(largest) - reference), sums)
     tl.store(out_ptr + row, reference + tl.log(tl.sum(scaled, axis=0)))

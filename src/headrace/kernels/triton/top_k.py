@@ -49,7 +49,7 @@ def leading_digits(counts_ptr, k, NUM_DIGITS: tl.constexpr):
     return prefix, remaining
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def count_digits_kernel(logits_ptr, counts_ptr, row_stride, vocab_size, k, DIGIT: tl.constexpr, TILE: tl.constexpr):
     """Grid: [num_rows, num_tiles]; counts: [num_rows, 4, 256], zero before the first pass."""
     row = tl.program_id(0).to(tl.int64)
@@ -67,7 +67,7 @@ def count_digits_kernel(logits_ptr, counts_ptr, row_stride, vocab_size, k, DIGIT
     tl.atomic_add(places, counts, mask=counts > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def count_above_kernel(
     logits_ptr, counts_ptr, above_ptr, equal_ptr, row_stride, vocab_size, num_tiles, k, TILE: tl.constexpr
 ):
@@ -81,7 +81,7 @@ def count_above_kernel(
     tl.store(equal_ptr + row * num_tiles + tile, tl.sum((is_inside & (keys == threshold)).to(tl.int32), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def collect_kernel(
     logits_ptr,
     counts_ptr,
@@ -118,7 +118,7 @@ def collect_kernel(
     tl.store(selected_ptr + row * k + places, order_keys(logits, ids), mask=is_selected)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def rank_kernel(selected_ptr, out_ptr, k, RANKED: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: [num_rows, ceil(k / RANKED)]; out: [num_rows, k] ids, largest key first."""
     row = tl.program_id(0).to(tl.int64)
