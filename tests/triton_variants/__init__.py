@@ -1,7 +1,7 @@
 """Triton kernels as they are launched on a GPU, to be compiled without one.
 
 Each module here has a list VARIANTS. A variant names the types and constants of one launch; `compile_variants` builds
-all of them for each target. A list is representative, not exhaustive: a compilation takes about half a second.
+them for each target. A list is representative, not exhaustive: a compilation takes half a second, or ten.
 """
 
 from collections.abc import Mapping
@@ -55,3 +55,16 @@ def all_variants() -> dict[str, Variant]:
                 raise ValueError(f"two variants are named {name}")
             found[name] = variant
     return found
+
+
+def representative(variants: Mapping[str, Variant]) -> list[tuple[str, str]]:
+    """Names and targets for every day: each kernel's first variant for all of its targets, the others for one,
+    in turn."""
+    seen: set[str] = set()
+    chosen = []
+    for i, (name, variant) in enumerate(variants.items()):
+        kernel = variant.kernel.fn.__qualname__
+        targets = [variant.targets[i % len(variant.targets)]] if kernel in seen else variant.targets
+        seen.add(kernel)
+        chosen += [(name, target) for target in targets]
+    return chosen

@@ -1,4 +1,4 @@
-"""Compile variants for GPUs that need not be here: python -m triton_variants [--part I/N] [--only TEXT] [--keep FOLDER]
+"""Compile variants for GPUs that need not be here: python -m triton_variants --all, in tests/
 
 Prints a line of JSON for each variant and target. A process of its own, since kernels are decorated when they are
 imported, for the interpreter or for the compiler.
@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from triton_variants import Variant, all_variants
+from triton_variants import Variant, all_variants, representative
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -30,15 +30,18 @@ TARGETS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--all", action="store_true", help="each variant for each of its targets")
     parser.add_argument("--part", default="0/1")
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="variants whose names hold this")
     parser.add_argument("--keep", type=Path, help="write assembly there, to be read")
     options = parser.parse_args()
     part, num_parts = map(int, options.part.split("/"))
-    for name, variant in list(all_variants().items())[part::num_parts]:
+    variants = all_variants()
+    every = [(name, target) for name, variant in variants.items() for target in variant.targets]
+    for name, target in (every if options.all else representative(variants))[part::num_parts]:
         if options.only in name:
-            for target in variant.targets:
-                print(json.dumps({"variant": name, "target": target} | report(name, variant, target, options.keep)))
+            facts = report(name, variants[name], target, options.keep)
+            print(json.dumps({"variant": name, "target": target} | facts), flush=True)
 
 
 def report(name: str, variant: Variant, target: str, keep: Path | None) -> dict[str, object]:
