@@ -147,7 +147,7 @@ def _chosen_units(options: argparse.Namespace) -> dict[str, Unit]:
     from scripts.gpu_check.scale import DRY, FULL
     from scripts.gpu_check.units import all_units
 
-    units = all_units((DRY if options.dry_run else FULL).formats)
+    units = all_units(DRY if options.dry_run else FULL)
     return {name: u for name, u in units.items() if u.stage in options.stages and options.units in name}
 
 

@@ -26,6 +26,20 @@ print(json.dumps(found))
 
 
 def collect(settings: Settings) -> dict[str, Any]:
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
+        "python": platform.python_version(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "is_dry": settings.is_dry,
+        **_device(settings),
+    }
+
+
+def _device(settings: Settings) -> dict[str, Any]:
+    if settings.is_dry:
+        return {"device": None}
     probe = subprocess.run(
         [sys.executable, "-c", _PROBE],
         check=False,
@@ -34,16 +48,7 @@ def collect(settings: Settings) -> dict[str, Any]:
         text=True,
         timeout=120,
     )
-    found = json.loads(probe.stdout) if probe.returncode == 0 else {"device": None, "error": probe.stderr[-500:]}
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
-        "python": platform.python_version(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "is_dry": settings.is_dry,
-        **found,
-    }
+    return json.loads(probe.stdout) if probe.returncode == 0 else {"device": None, "error": probe.stderr[-500:]}
 
 
 def _output(*command: str) -> str | None:

@@ -15,7 +15,7 @@ class Scale:
     max_cache_bytes: of one cache in attention; what would take more is left out.
     decode: (batch, context) pairs; flex: those for which FlexAttention is compiled, which takes seconds for each.
     min_s: of each measurement in each round.
-    formats: of weights, the one that they are not quantized to first.
+    formats, model_formats: of weights, the one that they are not quantized to first.
     num_threads: of the host; None leaves it as it is.
     """
 
@@ -40,6 +40,7 @@ class Scale:
     min_calls: int
     min_s: float
     formats: tuple[str, ...] = ("bfloat16", "int8", "int4")
+    model_formats: tuple[str, ...] = ("bfloat16", "int8", "int4")
     num_threads: int | None = None
     compile_backend: str = "inductor"
 
@@ -97,6 +98,7 @@ DRY = Scale(
     min_calls=1,
     min_s=0.0,
     formats=("float32", "int4"),
+    model_formats=("float32",),
     num_threads=1,
     compile_backend="eager",
 )

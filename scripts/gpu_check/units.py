@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from scripts.gpu_check.context import Context
 from scripts.gpu_check.figures import Figure
+from scripts.gpu_check.scale import Scale
 
 STAGES = ("limits", "linear", "attention", "model", "peers", "ablation")
 """Beside "tests", which is run by pytest and no unit."""
@@ -23,7 +24,7 @@ class Unit:
     has_kernels: bool = False
 
 
-def all_units(formats: tuple[str, ...]) -> dict[str, Unit]:
+def all_units(scale: Scale) -> dict[str, Unit]:
     """By name. Imports what measures only here, since that imports torch."""
     from scripts.gpu_check import ablation, attention, limits, linears, model, peers
 
@@ -37,7 +38,7 @@ def all_units(formats: tuple[str, ...]) -> dict[str, Unit]:
                 run=linears.measure(weight_format, layer),
                 has_kernels=True,
             )
-            for weight_format in formats
+            for weight_format in scale.formats
             for layer in linears.LAYERS
         ),
         *(
@@ -53,7 +54,7 @@ def all_units(formats: tuple[str, ...]) -> dict[str, Unit]:
         ),
         *(
             Unit(name=f"model {weight_format}", stage="model", limit_s=240, run=model.measure(weight_format))
-            for weight_format in formats
+            for weight_format in scale.model_formats
         ),
         *(
             Unit(name=f"transformers {kind}", stage="peers", limit_s=240, run=peers.measure(kind))

@@ -56,7 +56,7 @@ def work(job: Job) -> int:
             lines.write(json.dumps(entry) + "\n")
             lines.flush()
 
-        units = all_units(context.scale.formats)
+        units = all_units(context.scale)
         for unit in (units[name] for name in job.units):
             _run(context, unit, write)
             if not _is_alive(context):
