@@ -28,6 +28,8 @@ from scripts.gpu_check.supervisor import Settings, compile_units, run_units
 from scripts.gpu_check.targets import verdicts
 from scripts.gpu_check.units import STAGES, Unit
 from scripts.gpu_check.worker import lines_of
+from scripts.gpu_tables import main as write_tables
+from scripts.gpu_tables import resources
 
 ROOT = Path(__file__).parents[1]
 
@@ -303,3 +305,37 @@ def test_bad_options_are_refused(arguments, message, capsys) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+class TestTables:
+    """Of docs/gpu.md, from what the commands wrote."""
+
+    def test_resources_of_each_kernel_and_gpu(self) -> None:
+        report = {"variant": "gemv", "target": "sm_90", "registers": 40, "shared_bytes": 1536, "stack_bytes": 0}
+        table = resources(
+            [
+                report,
+                report | {"target": "gfx942", "stack_bytes": 8},
+                report | {"variant": "merge"},
+                {"variant": "merge", "target": "gfx942", "error": "ValueError"},
+            ]
+        )
+        assert table.splitlines()[0] == "| kernel | sm_90 | gfx942 |"
+        assert table.splitlines()[2:] == [
+            "| gemv | 40 / 1.5 KiB | 40 / 1.5 KiB, 8 B on the stack |",
+            "| merge | 40 / 1.5 KiB | does not compile |",
+        ]
+
+    def test_go_where_they_belong(self, tmp_path) -> None:
+        page, measured = tmp_path / "gpu.md", tmp_path / "measured.md"
+        kept = "before\n<!-- resources -->\nold\n<!-- /resources -->\n"
+        page.write_text(f"{kept}<!-- measured -->\n<!-- /measured -->\n")
+        measured.write_text("| fast |\n")
+        assert write_tables(page, compiled=tmp_path / "none", measured=measured) == 0
+        assert page.read_text() == f"{kept}<!-- measured -->\n\n| fast |\n\n<!-- /measured -->\n"
+
+    def test_the_page_has_both_places(self) -> None:
+        text = (ROOT / "docs" / "gpu.md").read_text()
+        for name in ("resources", "measured"):
+            assert f"<!-- {name} -->\n" in text
+            assert f"<!-- /{name} -->" in text
