@@ -1,5 +1,8 @@
 """What a GPU does at best: the kernel that reads, and the form of what is measured. No speed is asserted."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -51,6 +54,59 @@ def test_copies_are_called_in_turn() -> None:
     assert timed.best_s(min_calls=5, min_s=0.0) >= 0
     assert calls == [0, 1, 0, 1, 0]
     assert not timed.is_captured
+
+
+class FakeGpu:
+    """Stands for torch.cuda: a graph's replay takes 6 ms, and so do calls that are queued one by one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, can_capture: bool) -> None:
+        self.replays = self.records = 0
+        gpu = self
+
+        class Graph:
+            def replay(self) -> None:
+                gpu.replays += 1
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                gpu.records += 1
+
+            def synchronize(self) -> None: ...
+
+            def elapsed_time(self, end: object) -> float:
+                return 6.0
+
+        @contextmanager
+        def graph(_: Graph) -> Iterator[None]:
+            if not can_capture:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            yield
+
+        fakes = {"CUDAGraph": Graph, "Event": Event, "graph": graph, "synchronize": lambda *_: None}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_a_graph_takes_the_time_of_all_of_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, calls = FakeGpu(monkeypatch, can_capture=True), []
+    timed = time_calls([lambda i=i: calls.append(i) for i in range(5)], torch.device("cuda"))
+    # Each once to be compiled, and then as often as makes a graph of 24 or more.
+    assert calls == [0, 1, 2, 3, 4] + 5 * [0, 1, 2, 3, 4]
+    assert timed.is_captured
+    assert timed.best_s(min_calls=30, min_s=0.0) == pytest.approx(6e-3 / 25)
+    # The first replay of each measurement keeps the device busy until the second is asked for.
+    assert (gpu.replays, gpu.records, len(calls)) == (4, 4, 30)
+
+
+def test_calls_that_no_graph_takes_are_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, calls = FakeGpu(monkeypatch, can_capture=False), []
+    timed = time_calls([lambda: calls.append(0)], torch.device("cuda"))
+    assert not timed.is_captured
+    assert timed.best_s(min_calls=1, min_s=0.0) == pytest.approx(6e-3 / 24)
+    assert (gpu.replays, len(calls)) == (0, 1 + 2 * 24)
 
 
 @pytest.mark.gpu
