@@ -22,6 +22,8 @@ CHOSEN = "chosen"
 """By the dataflow, once it has measured this shape."""
 
 _TUNING_ROUNDS = 3
+_TOLERANCE_OF_SCALES = 1e-3
+"""A layout may round the scales of quantized weights to float16."""
 
 _MOST_ROWS = {LinearArm.GEMV: 8, LinearArm.FLAT_GEMM: 64}
 """Beyond these an implementation is far from what it was made for, and takes its time."""
@@ -36,6 +38,7 @@ def _measure(weight_format: WeightFormat, layer: str, context: Context) -> Itera
     matrix = context.randn(n, k)
     weights = _weights(context, weight_format, matrix)
     dense = [matrix.clone() for _ in range(context.num_copies(matrix.nbytes))]
+    scaled = weight_format in (WeightFormat.INT8, WeightFormat.INT4)
     multiplied = _as_multiplied(weight_format, matrix)
     _tune(context, weight_format, weights)
     for num_rows in context.scale.rows:
@@ -57,7 +60,7 @@ def _measure(weight_format: WeightFormat, layer: str, context: Context) -> Itera
                 num_bytes=num_bytes,
                 num_ops=2 * num_rows * n * k,
                 error=None if name == LIBRARY else errors[name],
-                tolerance=TOLERANCE[context.dtype],
+                tolerance=max(TOLERANCE[context.dtype], _TOLERANCE_OF_SCALES if scaled else 0.0),
                 is_captured=found.is_captured,
             )
 
