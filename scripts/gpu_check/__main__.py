@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from scripts.gpu_check.supervisor import Settings
+    from scripts.gpu_check.supervisor import Say, Settings
     from scripts.gpu_check.units import Unit
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -129,7 +129,7 @@ def _supervise(options: argparse.Namespace) -> int:
         save()
     units = _chosen_units(options)
     if not (options.no_compile_ahead or options.dry_run):
-        _compile_ahead(options, units, settings)
+        _compile_ahead(options, units, settings, say)
     run_units(units, results, settings, say, save)
     save()
     _copy_folder(tuning, options.out / "tuning")
@@ -151,13 +151,13 @@ def _chosen_units(options: argparse.Namespace) -> dict[str, Unit]:
     return {name: u for name, u in units.items() if u.stage in options.stages and options.units in name}
 
 
-def _compile_ahead(options: argparse.Namespace, units: Mapping[str, Unit], settings: Settings) -> None:
+def _compile_ahead(options: argparse.Namespace, units: Mapping[str, Unit], settings: Settings, say: Say) -> None:
     from scripts.gpu_check.supervisor import compile_units
 
     names = [name for name, unit in units.items() if unit.has_kernels]
     if names:
         limit_s = 60 * options.minutes * _COMPILE_SHARE
-        compile_units(names, settings, _NUM_COMPILERS, limit_s, lambda line: print(line, flush=True))
+        compile_units(names, settings, _NUM_COMPILERS, limit_s, say)
 
 
 def _has_failed(results: object) -> bool:

@@ -11,7 +11,7 @@ from scripts.gpu_check.suites import summary
 from scripts.gpu_check.targets import copy_bytes_per_s, verdicts
 
 _NUM_TROUBLES = 15
-_WIDTH = 150
+_WIDTH = 160
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class Table:
 
 
 def text(results: Results) -> str:
-    """For a terminal: what matters most last."""
+    """For a terminal: what matters most last, and not each implementation that was not chosen."""
     parts = []
-    for table in tables(results):
+    for table in tables(results, is_short=True):
         if not table.is_empty:
             parts += [table.title, *_aligned(table), ""]
     parts += [*_tests(results), *_troubles(results), "", headline(results), *_aligned(_verdicts(results))]
@@ -38,7 +38,7 @@ def text(results: Results) -> str:
 def markdown(results: Results) -> str:
     """The fragment that docs/gpu.md takes in."""
     parts = [headline(results), ""]
-    for table in (_verdicts(results), *tables(results)):
+    for table in (_verdicts(results), *tables(results, is_short=False)):
         if not table.is_empty:
             header, *rows = table.rows
             rule = ["---"] * table.num_left + ["---:"] * (len(header) - table.num_left)
@@ -56,9 +56,9 @@ def headline(results: Results) -> str:
     return f"{where}; {versions}; {str(facts.get('date', ''))[:10]}; commit {facts.get('commit') or 'unknown'}"
 
 
-def tables(results: Results) -> Iterator[Table]:
+def tables(results: Results, *, is_short: bool) -> Iterator[Table]:
     yield _limits(results)
-    yield from _linears(results)
+    yield from _linears(results, is_short=is_short)
     yield from _attention(results, "decode attention")
     yield from _attention(results, "prefill attention")
     yield _decode(results)
@@ -78,14 +78,15 @@ def _limits(results: Results) -> Table:
     return Table(title="limits", rows=rows)
 
 
-def _linears(results: Results) -> Iterator[Table]:
+def _linears(results: Results, *, is_short: bool) -> Iterator[Table]:
     """One table for each format: share of copy bandwidth over the weight, and how often faster than cuBLAS."""
     bandwidth = copy_bytes_per_s(results)
+    arms = [arm for arm in _values(results, "linear", "arm") if arm == "chosen" or not is_short]
     for weight_format in _values(results, "linear", "format"):
         all_rows = _values(results, "linear", "rows")
         table = [["layer", "by", *(f"M = {m}" for m in all_rows)]]
         for layer in _values(results, "linear", "layer"):
-            for arm in _values(results, "linear", "arm"):
+            for arm in arms:
                 cells = [_linear_cell(results, bandwidth, weight_format, layer, m, arm) for m in all_rows]
                 if any(cells):
                     table.append([str(layer), str(arm), *cells])
@@ -133,21 +134,22 @@ def _share(figure: Figure, group: str, bandwidth: float | None, product: Figure 
 
 def _decode(results: Results) -> Table:
     bandwidth = copy_bytes_per_s(results)
-    rows = [("decode", "format", "batch", "context", "ms a step", "tokens/s", "of weight-read floor")]
-    for figure in results.of("decode"):
-        floor = "" if bandwidth is None or not figure.num_bytes else f"{figure.bytes_per_s / bandwidth:.0%}"
-        rows.append(
-            (
-                str(figure.labels["by"]),
-                str(figure.labels["format"]),
-                str(figure.labels["batch"]),
-                str(figure.labels["context"]),
-                f"{figure.seconds * 1e3:.3f}",
-                f"{figure.num_tokens / figure.seconds:,.1f}",
-                floor + (" not replayed" if figure.note else ""),
-            )
-        )
-    return Table(title="decode, end to end", rows=rows, num_left=2)
+    cases = list(dict.fromkeys((f.labels["batch"], f.labels["context"]) for f in results.of("decode")))
+    rows = [("decode", "format", *(f"{batch} x {length}" for batch, length in cases))]
+    for name, weight_format in dict.fromkeys((f.labels["by"], f.labels["format"]) for f in results.of("decode")):
+        labels = {"by": name, "format": weight_format}
+        figures = [results.one("decode", batch=batch, context=length, **labels) for batch, length in cases]
+        note = " (not replayed)" if any(f.note for f in figures if f is not None) else ""
+        rows.append((str(name), f"{weight_format}{note}", *(_step_cell(f, bandwidth) for f in figures)))
+    title = "decode, end to end: ms a step for sequences x context (share of copy bandwidth over weights and cache)"
+    return Table(title=title, rows=rows, num_left=2)
+
+
+def _step_cell(figure: Figure | None, bandwidth: float | None) -> str:
+    if figure is None:
+        return ""
+    share = "" if bandwidth is None or not figure.num_bytes else f" ({figure.bytes_per_s / bandwidth:.0%})"
+    return f"{figure.seconds * 1e3:.2f}{share}"
 
 
 def _prefill(results: Results) -> Table:
