@@ -25,6 +25,7 @@ from scripts.gpu_check.context import Context
 from scripts.gpu_check.figures import Figure, Results, Trouble, figure_entry, merged, trouble_entry
 from scripts.gpu_check.linears import LAYERS
 from scripts.gpu_check.scale import DRY, FULL
+from scripts.gpu_check.suites import outcomes
 from scripts.gpu_check.suites import test_files as files_to_test
 from scripts.gpu_check.supervisor import Settings, compile_units, run_units
 from scripts.gpu_check.targets import verdicts
@@ -305,6 +306,19 @@ def test_kernels_and_what_is_marked_are_what_a_gpu_tests() -> None:
     assert "test_sampler.py" in marked
     assert not kernels & marked
     assert Path(__file__).name not in kernels | marked
+
+
+def test_of_tests_that_were_cut_off_the_log_tells() -> None:
+    log = """
+tests/test_a.py::test_b PASSED [  3%]
+[gw0] [  6%] PASSED tests/test_a.py::test_c[1]
+[gw1] [  9%] FAILED tests/test_a.py::test_d
+tests/test_a.py::test_e SKIPPED (no GPU) [ 12%]
+tests/test_a.py::test_f"""
+    found = outcomes(log)
+    assert (found["passed"], found["failed"], found["skipped"]) == (2, 1, 1)
+    assert [failure["test"] for failure in found["failures"]] == ["tests/test_a.py::test_d"]
+    assert outcomes("no module named pytest")["failures"][0]["message"] == "no module named pytest"
 
 
 def test_a_checkpoint_is_written_once_and_in_full(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ _TEST_LIMIT_S = 120
 _NOT_ON_A_GPU = {"test_triton_compiles.py", "test_gpu_check.py"}
 _DRY_FILE = "test_triton_machine_ops.py"
 _NUM_FAILURES_KEPT = 20
+_OUTCOME = re.compile(r"\b(PASSED|FAILED|SKIPPED|ERROR)\b")
 
 
 def run_suites(settings: Settings, limit_s: float, say: Say) -> dict[str, dict[str, Any]]:
@@ -53,7 +55,7 @@ def summary(found: dict[str, Any]) -> str:
 def _run(settings: Settings, name: str, files: Sequence[Path], arguments: list[str], limit_s: float) -> dict[str, Any]:
     report, log = settings.out / f"tests-{name}.xml", settings.out / f"tests-{name}.log"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, *map(str, files)]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments, *map(str, files)]
     # Which warnings are errors depends on the versions that the tests are made for.
     command += ["-o", "filterwarnings=default", "-o", "junit_family=xunit2", f"--junitxml={report}"]
     command += ["--continue-on-collection-errors", f"--timeout={_TEST_LIMIT_S}"]
@@ -77,10 +79,10 @@ def _run(settings: Settings, name: str, files: Sequence[Path], arguments: list[s
 
 
 def _read(report: Path, log: Path) -> dict[str, Any]:
+    """The report is written at the end; of tests that were cut off the log says how far they came."""
     found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
     if not report.exists():
-        found["failures"] = [{"test": "pytest", "message": log.read_text(errors="replace")[-1500:]}]
-        return found
+        return found | outcomes(log.read_text(errors="replace"))
     for case in ET.parse(report).getroot().iter("testcase"):
         problem = next((node for node in case if node.tag in ("failure", "error")), None)
         if problem is not None:
@@ -91,3 +93,18 @@ def _read(report: Path, log: Path) -> dict[str, Any]:
         else:
             found["skipped" if case.find("skipped") is not None else "passed"] += 1
     return found
+
+
+def outcomes(log: str) -> dict[str, Any]:
+    """From lines such as `tests/test_a.py::test_b PASSED [ 3%]`, or `[gw0] [ 3%] PASSED tests/test_a.py::test_b`."""
+    found = [(match[0], line) for line in log.splitlines() if "::" in line and (match := _OUTCOME.search(line))]
+    if not found:
+        return {"failures": [{"test": "pytest", "message": log[-1500:]}]}
+    failed = [line for outcome, line in found if outcome in ("FAILED", "ERROR")]
+    names = [next(word for word in line.split() if "::" in word) for line in failed]
+    return {
+        "passed": sum(outcome == "PASSED" for outcome, _ in found),
+        "failed": len(failed),
+        "skipped": sum(outcome == "SKIPPED" for outcome, _ in found),
+        "failures": [{"test": name, "message": "see the log"} for name in names[:_NUM_FAILURES_KEPT]],
+    }
