@@ -31,10 +31,10 @@ def run_suites(settings: Settings, limit_s: float, say: Say) -> dict[str, dict[s
         kernels, marked = [file for file in kernels if file.name == _DRY_FILE], []
     start = time.monotonic()
     found = {}
-    for name, files, arguments in (("kernels", kernels, []), ("gpu", marked, ["-m", "gpu"])):
+    for name, files, arguments, share in (("kernels", kernels, [], 0.7), ("gpu", marked, ["-m", "gpu"], 1.0)):
         if files:
             left_s = limit_s - (time.monotonic() - start)
-            found[name] = _run(settings, name, files, arguments, left_s)
+            found[name] = _run(settings, name, files, arguments, share * left_s)
             say(f"tests, {name}: {summary(found[name])}")
     return found
 
