@@ -23,7 +23,6 @@ from scripts.gpu_check.__main__ import main
 from scripts.gpu_check.checkpoint import random_checkpoint
 from scripts.gpu_check.context import Context
 from scripts.gpu_check.figures import Figure, Results, Trouble, figure_entry, merged, trouble_entry
-from scripts.gpu_check.linears import LAYERS
 from scripts.gpu_check.scale import DRY, FULL
 from scripts.gpu_check.suites import outcomes
 from scripts.gpu_check.suites import test_files as files_to_test
@@ -269,7 +268,7 @@ class TestTargets:
 
 def test_the_text_is_short_enough_to_be_the_end_of_a_log() -> None:
     """All that a full run can give, with figures as long as they get."""
-    labels = {"rows": FULL.rows, "layer": LAYERS, "format": FULL.formats}
+    labels = {"rows": FULL.rows, "layer": FULL.layers, "format": FULL.formats}
     found = [replace(figure("limit", 1e-3, name="copy"), num_bytes=10**9)]
     for rows, layer, weight_format in product(*labels.values()):
         for arm in ("chosen", "gemv", "flat_gemm", "gemm", "cuBLAS"):

@@ -16,7 +16,6 @@ from headrace.machine import cpu_limits
 from scripts.gpu_check.context import TOLERANCE, Context
 from scripts.gpu_check.figures import Figure
 
-LAYERS = ("qkv", "o", "gate_up", "down", "lm_head")
 LIBRARY = "cuBLAS"
 CHOSEN = "chosen"
 """By the dataflow, once it has measured this shape."""
@@ -83,7 +82,7 @@ def _tune(context: Context, weight_format: WeightFormat, weights: list[Weight]) 
         shape,
         dtype=context.dtype,
         num_rows=context.scale.rows,
-        num_rounds=1 if context.compiles_only else _TUNING_ROUNDS,
+        num_rounds=1 if context.compiles_only else min(_TUNING_ROUNDS, context.scale.num_rounds),
         compares_tiles=True,
     )
     if not context.compiles_only:

@@ -22,6 +22,7 @@ class Scale:
     shape: ModelShape
     grouped: ModelShape
     num_layers: int
+    layers: tuple[str, ...]
     rows: tuple[int, ...]
     decode: tuple[tuple[int, int], ...]
     flex: tuple[tuple[int, int], ...]
@@ -51,6 +52,7 @@ FULL = Scale(
     shape=SHAPES["llama2-7b"],
     grouped=_GROUPED,
     num_layers=32,
+    layers=("qkv", "o", "gate_up", "down", "lm_head"),
     rows=(1, 2, 4, 8, 16, 32, 64, 128),
     decode=(
         *((1, n) for n in (512, 1024, 2048, 4096, 8192, 16384, 32768)),
@@ -80,6 +82,7 @@ DRY = Scale(
     shape=_TINY,
     grouped=ModelShape(hidden_size=32, intermediate_size=48, num_heads=2, num_kv_heads=1, vocab_size=160),
     num_layers=1,
+    layers=("down",),
     rows=(1, 2),
     decode=((2, 19),),
     flex=((2, 19), (1, 19)),

@@ -39,7 +39,7 @@ def all_units(scale: Scale) -> dict[str, Unit]:
                 has_kernels=True,
             )
             for weight_format in scale.formats
-            for layer in linears.LAYERS
+            for layer in scale.layers
         ),
         *(
             Unit(
