@@ -24,8 +24,8 @@ def measure(context: Context) -> Iterator[Figure]:
             ),
             cache=CacheConfig(kv_cache_bytes=scale.kv_cache_bytes),
             scheduler=SchedulerConfig(
-                max_num_seqs=max(scale.ablation_batches),
-                max_num_batched_tokens=max(*scale.ablation_contexts, 64),
+                max_num_seqs=max([1, *scale.ablation_batches]),
+                max_num_batched_tokens=max([*scale.ablation_contexts, 64]),
                 max_model_len=max(scale.ablation_contexts) + 1024,
             ),
             device=Device.parse(str(context.device)),

@@ -21,7 +21,7 @@ BATCH_CONTEXT = 16
 """Tokens of context of each sequence of a batch: few, so that a step's time goes into the weights."""
 
 NUM_LOGPROBS = 20
-_CHECK_TOKENS = 48
+_CHECK_TOKENS = 16
 
 
 def measure(weight_format: str) -> Callable[[Context], Iterator[Figure]]:
@@ -40,13 +40,13 @@ def logprobs_file(folder: Path) -> Path:
 
 def load(context: Context, weight_format: str) -> LLM:
     folder, scale = random_checkpoint(context), context.scale
-    longest = max(*scale.model_prefill, *scale.model_contexts, *scale.ablation_contexts)
+    longest = max(*scale.model_prefill, *scale.model_contexts)
     return LLM(
         folder,
         dtype=str(context.dtype).removeprefix("torch."),
         quantize=None if weight_format == scale.formats[0] else weight_format,
         device=str(context.device),
-        max_num_seqs=max(*scale.model_batches, *scale.ablation_batches),
+        max_num_seqs=max([1, *scale.model_batches]),
         max_num_batched_tokens=max(longest, 64),
         max_model_len=longest + 1024,
         kv_cache_bytes=scale.kv_cache_bytes,

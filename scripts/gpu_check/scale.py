@@ -43,6 +43,7 @@ class Scale:
     formats: tuple[str, ...] = ("bfloat16", "int8", "int4")
     model_formats: tuple[str, ...] = ("bfloat16", "int8", "int4")
     num_threads: int | None = None
+    heads: tuple[str, ...] = ("alike", "grouped")
     compile_backend: str = "inductor"
 
 
@@ -89,10 +90,10 @@ DRY = Scale(
     prefill=((1, 19),),
     model_prefill=(9,),
     model_contexts=(9,),
-    model_batches=(2,),
+    model_batches=(),
     model_steps=1,
     ablation_contexts=(9,),
-    ablation_batches=(2,),
+    ablation_batches=(),
     working_set_bytes=1,
     read_buffer_bytes=2**16,
     max_cache_bytes=2**20,
@@ -103,5 +104,6 @@ DRY = Scale(
     formats=("float32", "int4"),
     model_formats=("float32",),
     num_threads=1,
+    heads=("grouped",),
     compile_backend="eager",
 )

@@ -50,7 +50,7 @@ def all_units(scale: Scale) -> dict[str, Unit]:
                 has_kernels=True,
             )
             for phase in ("decode", "prefill")
-            for heads in ("alike", "grouped")
+            for heads in scale.heads
         ),
         *(
             Unit(name=f"model {weight_format}", stage="model", limit_s=240, run=model.measure(weight_format))
