@@ -66,9 +66,7 @@ def _run(settings: Settings, name: str, files: Sequence[Path], arguments: list[s
         environment.pop(variable, None)
     start, is_cut = time.monotonic(), False
     with log.open("w") as lines:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=lines, stderr=lines, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=lines, stderr=lines, process_group=0)
         try:
             process.wait(max(1.0, limit_s))
         except subprocess.TimeoutExpired:

@@ -122,7 +122,7 @@ class _Worker:
         command += ["--dry-run"] * settings.is_dry + ["--compiles-only"] * compiles_only
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, env=settings.environment(), stdout=log, stderr=log, start_new_session=True
+                command, cwd=ROOT, env=settings.environment(), stdout=log, stderr=log, process_group=0
             )
         self.failed_unit: str | None = None
 
