@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/headrace generate "What is the largest ocean?"
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadscope
 
 check: $(VENV)/.installed-check
 	scripts/check
