@@ -1,5 +1,7 @@
 """Heuristic dataflow on a GPU: default tiles for an H100, the choice among tiles by time, and what is kept."""
 
+import gc
+import weakref
 from math import ceil
 
 import pytest
@@ -11,7 +13,7 @@ from headrace.config import DataflowChoice, WeightFormat
 from headrace.engine import tune
 from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.kernels import KernelChoice, resolve_kernels
-from headrace.kernels.dataflow import Dataflow
+from headrace.kernels.dataflow import Dataflow, Rotation
 from headrace.kernels.tuning import (
     DeviceTuningKey,
     Inflections,
@@ -212,6 +214,19 @@ def test_weights_that_a_cache_could_hold_are_copied():
     assert len({weight.data.data_ptr() for weight in several}) == len(several) == 5
     assert [float(weight.data[0, 0]) for weight in several] == [0.0, 1.0, 0.0, 1.0, 0.0]
     assert _more_than_cached(weights, 64) == weights[:1]
+    assert len(_more_than_cached(weights, 2**40)) == 256
+
+
+def test_copies_are_made_once_and_let_go_with_what_they_are_for():
+    machine = TritonMachine(DEVICE)
+    rotation = Rotation([DenseWeight(data=torch.ones(256, 1024))])
+    copies = machine._weights(rotation)
+    assert machine._weights(rotation) is copies
+    assert len(copies) > 1
+    found = weakref.ref(copies[1].data)
+    del rotation, copies
+    gc.collect()
+    assert found() is None
 
 
 # What is kept

@@ -1,15 +1,17 @@
 """Linear layers of a GPU as the dataflow sees them: tiles to choose among, and times taken on the device."""
 
+import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cache
 from hashlib import sha256
-from math import ceil
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from headrace.kernels.dataflow import CpuMachine, Rotation, Stopwatch
 from headrace.kernels.triton.limits import device_limits
@@ -17,8 +19,9 @@ from headrace.kernels.triton.tiles import default_inflections, tile_choices
 from headrace.kernels.tuning import DeviceTuningKey, Inflections, LinearArm, LinearShape, Tiles
 from headrace.kernels.weights import Weight
 
-_MIN_LAUNCHES = 16
-"""In one recording: a launch takes microseconds, and the clock of an event ticks in half of one."""
+_MIN_LAUNCHES, _MAX_LAUNCHES = 16, 256
+"""In one recording: a launch takes microseconds, and the clock of an event ticks in half of one. A weight that so many
+copies of fit into the cache costs a launch, wherever it comes from."""
 
 _L2_SIZES = 3
 """Times the L2 cache that is read before a weight is read again."""
@@ -33,6 +36,7 @@ class TritonMachine:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._limits = device_limits(device)
+        self._rotated: WeakKeyDictionary[Rotation, list[Weight]] = WeakKeyDictionary()
 
     def default_inflections(self, shape: LinearShape) -> Inflections:
         return default_inflections(shape)
@@ -44,12 +48,16 @@ class TritonMachine:
         """On a GPU, launches are recorded as one CUDA graph: a launch from Python takes longer than a small layer."""
         if self.device.type == "cpu":
             return CpuMachine().stopwatch(run, rotation)
-        weights = _more_than_cached(rotation.weights, _L2_SIZES * self._limits.l2_bytes)
+        weights = self._weights(rotation)
         num_launches = max(_MIN_LAUNCHES, len(weights))
-        run(weights[0])  # compiles, and lets the library make its workspace
+        try:
+            run(weights[0])  # compiles, and lets the library make its workspace
+        except OutOfResources:
+            return lambda: math.inf  # tiles that this GPU has no room for are no choice on it
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads, such as one that watches over NCCL, may call CUDA meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for i in range(num_launches):
                 run(weights[i % len(weights)])
         graph.replay()
@@ -65,10 +73,18 @@ class TritonMachine:
 
         return seconds
 
+    def _weights(self, rotation: Rotation) -> list[Weight]:
+        """Those of the rotation, as many as the cache does not hold; copies live as long as it does."""
+        found = self._rotated.get(rotation)
+        if found is None:
+            found = _more_than_cached(rotation.weights, _L2_SIZES * self._limits.l2_bytes)
+            self._rotated[rotation] = found
+        return found
+
 
 def _more_than_cached(weights: Sequence[Weight], num_bytes: int) -> list[Weight]:
     """As many of the weights as it takes to read that much, with copies if they are too few."""
-    count = max(1, ceil(num_bytes / max(1, weights[0].num_bytes)))
+    count = min(_MAX_LAUNCHES, max(1, math.ceil(num_bytes / max(1, weights[0].num_bytes))))
     copies = [_copy(weights[i % len(weights)]) for i in range(count - len(weights))]
     return [*weights[:count], *copies]
 
