@@ -76,7 +76,8 @@ def make_problem(
     cache = gpu.make_kv_cache(spec, device=DEVICE)
     cache.scales.fill_(torch.nan)
     cache.data.fill_(127 if cache_format is KvCacheFormat.INT8 else torch.nan)
-    order = torch.randperm(spec.num_blocks, dtype=torch.int32).to(DEVICE)
+    # Block 0, which addresses that are not read point to, holds nobody's tokens.
+    order = torch.randperm(spec.num_blocks - 1, dtype=torch.int32).to(DEVICE) + 1
     tables = torch.full((len(lens), max(widths) + 2), -1, dtype=torch.int32, device=DEVICE)
     for table, ids in zip(tables, order[: sum(widths)].split(widths), strict=True):
         table[: len(ids)] = ids

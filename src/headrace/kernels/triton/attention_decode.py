@@ -13,7 +13,8 @@ programs an SM and 128 KiB in flight there, for 67 MB that take 20 us; Llama-3-8
 64 KiB, for 17 MB that take 5 us, so that two launches and the latency of the first loads weigh as much as the reading
 until there are several sequences or a longer context.
 
-Partial results, for each row and split: numerators [head_dim], reference and denominator.
+Partial results, for each row and split: numerators [head_dim], reference and denominator, (head_dim + 2) * 4 bytes.
+64 sequences of 32 heads of 128, with room for 32k tokens in their block tables, take 68 MB, whatever their lengths.
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ from headrace.kernels.triton.splits import split_begin, split_of
 
 _MERGED_AT_ONCE: tl.constexpr = tl.constexpr(16)
 """Splits that are summed as one: always so many, since how a sum is formed shows in its last bit."""
+
+
+_MAX_DECODED_TOKENS = 2
+"""Each takes partial results for every sequence of a batch that has a prompt in it."""
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
@@ -448,7 +453,7 @@ class DecodeShape:
     def of(cls, group: int) -> "DecodeShape":
         """Rows are at least as many as the tensor cores take at once; more than 64 are several tiles."""
         block_m = min(max(triton.next_power_of_2(group), 16), 64)
-        return cls(group=group, block_m=block_m, max_tokens=min(max(block_m // group, 1), 4))
+        return cls(group=group, block_m=block_m, max_tokens=min(max(block_m // group, 1), _MAX_DECODED_TOKENS))
 
     @property
     def row_tiles(self) -> int:
