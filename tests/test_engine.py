@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import weakref
 from itertools import count
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from headrace.engine.plan import SampledToken, StepPlan, StepResult
 from headrace.engine.rows import Row
 from headrace.engine.sampler import SampleOutcome, SamplingRow
 from headrace.engine.wire import decode_plan, encode_plan
-from headrace.errors import CheckpointError, ConfigError, ContextLengthError, RequestError
+from headrace.errors import CheckpointError, ConfigError, ContextLengthError, EngineStopped, RequestError
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 PROMPTS = ["The largest ocean is", "Hello", "What is 12 + 30?", "Once upon a time there was a small", "a b c d e f g"]
@@ -439,3 +440,17 @@ def test_kv_cache_of_another_type_answers_alike(kv_cache_dtype: str) -> None:
     assert text_of(output) == "The largest ocean is the Pacific Ocean."
     with pytest.raises(ConfigError, match="kv_cache_dtype is 'int9'; did you mean 'int8'"):
         LLM(demo_model_path(), kv_cache_dtype="int9")
+
+
+class TestClose:
+    def test_a_closed_model_lets_go_of_its_weights_and_says_so(self) -> None:
+        llm = LLM(str(demo_model_path()), num_threads=1)
+        weights = [weakref.ref(p) for p in llm.engine.model.executor.worker._runner._decoder.parameters()]
+        assert all(weight() is not None for weight in weights)
+        llm.close()
+        llm.close()
+        assert all(weight() is None for weight in weights)
+        assert not llm.engine.model.linear_weights.by_shape
+        for _ in range(2):
+            with pytest.raises(EngineStopped, match="the model was closed; load it again"):
+                llm.generate(PROMPTS[0])

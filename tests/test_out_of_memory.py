@@ -176,6 +176,23 @@ def test_a_request_can_be_aborted_while_it_waits(folder, device) -> None:
         assert len(stream.output.outputs[0].token_ids) == 30
 
 
+@pytest.mark.parametrize(
+    "text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"]
+)
+def test_libraries_that_find_no_memory_count_too(folder, device, expected, text) -> None:
+    llm = make_llm(folder)
+
+    def fails(num_tokens: int, num_seqs: int) -> bool:
+        if num_seqs > 1 and device.num_failures < 1:
+            device.num_failures += 1
+            raise RuntimeError(text)
+        return False
+
+    device.fails = fails
+    assert tokens(run(llm)) == expected
+    assert device.num_failures == 1
+
+
 def test_other_errors_end_all_requests_as_before(folder, device) -> None:
     llm = make_llm(folder)
 

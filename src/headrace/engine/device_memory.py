@@ -56,13 +56,21 @@ def explaining_out_of_memory(what: str, device: torch.device) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfDeviceMemory(
             f"{what} on {device}: {what_torch_says(error)}; quantize it (--quantize), shorten --max-model-len, use "
             "more ranks, or end what else uses that GPU"
         ) from None
 
 
-def what_torch_says(error: torch.OutOfMemoryError) -> str:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Libraries and drivers that find no memory raise no error of its own kind."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text
+
+
+def what_torch_says(error: RuntimeError) -> str:
     """How much was asked for and how much there is; torch goes on to name settings of its own."""
     return ". ".join(str(error).split(". ")[:3]).removesuffix(".")[:300]

@@ -115,6 +115,12 @@ class Engine:
         self._drain_if_idle()
         return updates
 
+    def close(self) -> None:
+        """End the ranks and let go of the model."""
+        no_weights = replace(self.model.linear_weights, by_shape={})
+        self.model = replace(self.model, linear_weights=no_weights)
+        self.model.executor.close()
+
     def metrics(self) -> EngineMetrics:
         return EngineMetrics(
             num_running=self._scheduler.num_running,

@@ -86,8 +86,10 @@ class LLM:
         self._listeners: dict[str, Callable[[], Callable[[RequestUpdate], None] | None]] = {}
 
     def close(self) -> None:
-        """End the other ranks, if there are any; they end with this object, too."""
-        self.engine.model.executor.close()
+        """Give the model's memory back, and end the other ranks, if there are any; all of that ends with this object,
+        too.
+        """
+        self.engine.close()
 
     def __enter__(self) -> Self:
         return self

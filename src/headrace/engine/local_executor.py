@@ -1,12 +1,12 @@
 """The executor of one rank in the engine's own thread."""
 
-import torch
+import gc
 
-from headrace.engine.device_memory import release_cached, what_torch_says
+from headrace.engine.device_memory import is_out_of_memory, release_cached, what_torch_says
 from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.trace import RankTrace
 from headrace.engine.worker import Worker
-from headrace.errors import OutOfDeviceMemory
+from headrace.errors import EngineStopped, OutOfDeviceMemory
 
 
 class LocalExecutor:
@@ -15,8 +15,18 @@ class LocalExecutor:
     max_in_flight = 1
 
     def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+        self._worker: Worker | None = worker
         self._plan: StepPlan | None = None
+
+    @property
+    def worker(self) -> Worker:
+        """
+        Raises:
+            EngineStopped: this object was closed.
+        """
+        if self._worker is None:
+            raise EngineStopped("the model was closed; load it again")
+        return self._worker
 
     def submit(self, plan: StepPlan) -> None:
         self._plan = plan
@@ -30,7 +40,9 @@ class LocalExecutor:
         assert self._plan is not None, "nothing was submitted"
         try:
             return self.worker.execute(self._plan)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             reason = f"a step does not fit the memory of {self.worker.device}: {what_torch_says(error)}"
         # Here, where the error no longer holds what the step has made.
         release_cached(self.worker.device)
@@ -46,8 +58,15 @@ class LocalExecutor:
         return 0.0
 
     def close(self) -> None:
-        pass
+        """Give the memory of weights and cache back."""
+        if self._worker is None:
+            return
+        device, self._worker, self._plan = self._worker.device, None, None
+        # A runner and its recorded steps refer to each other.
+        gc.collect()
+        release_cached(device)
 
     def reset(self) -> None:
         self._plan = None
-        self.worker.reset()
+        if self._worker is not None:
+            self._worker.reset()
