@@ -111,6 +111,15 @@ def test_arithmetic_of_torch_is_an_obstacle_with_a_name(compute, name):
     assert name in recording.obstacle
 
 
+def test_conversions_are_an_obstacle_in_inference_mode():
+    """Bug: torch says of aten::to, as that mode shows it, that it makes a view, even where it converts."""
+    stream = cpu.Stream()
+    with torch.inference_mode():
+        for x in (torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=torch.bfloat16)):
+            assert "aten::to" in stream.record(lambda x=x: x.float())[1].obstacle
+        assert stream.record(x.bfloat16)[1].obstacle is None
+
+
 def test_views_are_no_obstacle():
     stream, x = cpu.Stream(), torch.ones(4, 6)
 

@@ -56,6 +56,15 @@ class _ComputeDetector(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.found: str | None = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if self.found is None and not func.is_view and func._schema.name not in self._ALLOCATIONS:
+        out = func(*args, **(kwargs or {}))
+        if self.found is None and func._schema.name not in self._ALLOCATIONS and not _is_view(func, args, out):
             self.found = func._schema.name
-        return func(*args, **(kwargs or {}))
+        return out
+
+
+def _is_view(func, args, out) -> bool:  # type: ignore[no-untyped-def]
+    """torch calls those ops views that may give one, such as aten::to, which copies where it changes the type."""
+    if not func.is_view:
+        return False
+    first = out if isinstance(out, Tensor) else out[0]
+    return bool(first.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr())
