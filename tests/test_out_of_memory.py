@@ -166,7 +166,7 @@ def test_outputs_of_one_request_wait_for_each_other(folder, device) -> None:
 def test_a_request_can_be_aborted_while_it_waits(folder, device) -> None:
     llm = make_llm(folder)
     device.fails = lambda num_tokens, num_seqs: num_tokens > 10
-    with llm.stream({"prompt_token_ids": PROMPTS[0]}, SamplingParams(max_tokens=30)) as stream:
+    with llm.stream({"prompt_token_ids": PROMPTS[0]}, SamplingParams(max_tokens=30, ignore_eos=True)) as stream:
         other = llm.stream({"prompt_token_ids": PROMPTS[2]}, SamplingParams(max_tokens=3))
         stream.advance()
         other.close()
@@ -176,9 +176,7 @@ def test_a_request_can_be_aborted_while_it_waits(folder, device) -> None:
         assert len(stream.output.outputs[0].token_ids) == 30
 
 
-@pytest.mark.parametrize(
-    "text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"]
-)
+@pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
 def test_libraries_that_find_no_memory_count_too(folder, device, expected, text) -> None:
     llm = make_llm(folder)
 
