@@ -231,6 +231,13 @@ class TestEnd:
                 call()
         fabrics[1].check()
 
+    def test_a_rank_that_is_lost_before_it_comes_is_not_waited_for(self, make_fabrics) -> None:
+        """NCCL would, and a communicator that is being made cannot be aborted."""
+        fabric, _ = make_fabrics(2)
+        threading.Timer(0.2, fabric.abort, ("rank 1 has gone",)).start()
+        with pytest.raises(RankError, match=r"^exchanges have been ended: rank 1 has gone$"):
+            group_of(fabric)
+
     @pytest.mark.parametrize("is_replayed", [False, True])
     def test_a_stream_that_stands_still_is_noticed(self, make_fabrics, stream, is_replayed) -> None:
         """No exchange of a CUDA graph is known to torch's own watch."""
@@ -337,11 +344,11 @@ class TestFabric:
         with pytest.raises(ParallelismError, match="joins GPUs, but the model lies on cpu; use shm, mpi or gloo"):
             fabric.make_group("tp", [0, 1], SimpleNamespace(device=torch.device("cpu")))
 
-    def test_the_users_own_settings_of_torch_are_kept(self) -> None:
-        environ = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "HOME": "/"}
-        nccl_fabric.set_environment(environ)
-        assert environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"
-        assert environ["TORCH_NCCL_ENABLE_MONITORING"] == "0"
+    def test_torch_is_told_what_it_was_not_told_by_the_user(self) -> None:
+        environ = {"A": "1", "HOME": "/"}
+        with nccl_fabric.defaults_in(environ, {"A": "0", "B": "0"}):
+            assert environ == {"A": "1", "B": "0", "HOME": "/"}
+        assert environ == {"A": "1", "HOME": "/"}
 
 
 def gpus(num_gpus: int) -> GpuFacts:

@@ -3,8 +3,8 @@
 import os
 import threading
 import time
-from collections.abc import MutableMapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -32,6 +32,9 @@ Here the engine is ended instead, by `World` and by `NcclFabric`, with an error 
 _OPERATIONS = {"tp": ("all_reduce", "all_gather"), "kv": ("all_gather", "reduce_scatter"), "pp": ("send",)}
 """Of each group, what ranks are connected for."""
 
+_HERE = "here-"
+_POLL_S = 0.01
+
 _CHECKS_PER_TIMEOUT = 20
 _MAX_INTERVAL_S = 1.0
 _CLOSE_S = 2.0
@@ -47,7 +50,6 @@ class NcclFabric:
     def __init__(self, store: Store, rank: int, timeout_s: float) -> None:
         if not dist.is_nccl_available():
             raise BackendUnavailable(f"transport is 'nccl', which torch {torch.__version__} was built without")
-        set_environment(os.environ)
         self._store, self._rank, self._timeout_s = store, rank, timeout_s
         self._groups: list[NcclGroup] = []
         self._failure: str | None = None
@@ -90,8 +92,9 @@ class NcclFabric:
             thread.join(max(0.0, end_s - time.monotonic()))
 
     def _connect(self, name: str, ranks: Sequence[int], device: torch.device) -> NcclGroup:
-        store = group_store(self._store, name, ranks)
-        process_group = self._make_process_group(store, list(ranks).index(self._rank), len(ranks), device)
+        store, rank = group_store(self._store, name, ranks), list(ranks).index(self._rank)
+        self._await_ranks(store, rank, len(ranks))
+        process_group = self._make_process_group(store, rank, len(ranks), device)
         group = NcclGroup(name, process_group, ExchangeEvents(self._make_event), lambda: self._failure)
         self._groups.append(group)
         if self._watch is None:
@@ -100,13 +103,21 @@ class NcclFabric:
         group.connect(_OPERATIONS[name], device)
         return group
 
+    def _await_ranks(self, store: Store, rank: int, size: int) -> None:
+        """Until all ranks of a group are here, or one of the engine's is lost: NCCL would wait without end."""
+        store.set(f"{_HERE}{rank}", "1")
+        while not store.check([f"{_HERE}{other}" for other in range(size)]):
+            self.check()
+            time.sleep(_POLL_S)
+
     def _make_process_group(self, store: Store, rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
         # Not in a build of torch without CUDA.
         from torch._C._distributed_c10d import ProcessGroupNCCL
 
         options = ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=self._timeout_s)
-        process_group = ProcessGroupNCCL(store, rank, size, options)
+        with defaults_in(os.environ, _ENVIRONMENT):
+            process_group = ProcessGroupNCCL(store, rank, size, options)
         try:
             process_group.eager_connect_single_device(device)
         except RuntimeError as error:
@@ -137,10 +148,17 @@ class NcclFabric:
                     return
 
 
-def set_environment(environ: MutableMapping[str, str]) -> None:
-    """What torch reads when a group is made; settings of the user's own are kept."""
-    for name, value in _ENVIRONMENT.items():
-        environ.setdefault(name, value)
+@contextmanager
+def defaults_in(environ: MutableMapping[str, str], defaults: Mapping[str, str]) -> Iterator[None]:
+    """Within it variables that are not set have these values: torch reads some when a group is made, and the program
+    may have groups of its own."""
+    added = {name: value for name, value in defaults.items() if name not in environ}
+    environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            environ.pop(name, None)
 
 
 def _abort(group: NcclGroup) -> None:
