@@ -119,14 +119,15 @@ _NVIDIA, _HOPPER, _AMD = ("sm_90", "sm_80"), ("sm_90",), ("gfx942",)
 VARIANTS = [
     _heads(split_kernel, "split", "bf16", 32, 1, 128),
     _heads(split_kernel, "split-lazy", "bf16", 8, 4, 128, SCHEME=_LAZY, targets=_HOPPER),
-    _heads(split_kernel, "split", "i8", 8, 4, 128, targets=_NVIDIA),
+    _heads(split_kernel, "split", "i8", 8, 4, 128, targets=_HOPPER),
     _heads(split_kernel, "split-by-one-stage", "i8", 8, 4, 128, STAGES=1, targets=_AMD),
-    _heads(split_kernel, "split", "fp32", 8, 4, 128, query=torch.float32, targets=_NVIDIA),
+    _heads(split_kernel, "split", "fp32", 8, 4, 128, query=torch.float32, targets=_HOPPER),
     _heads(split_kernel, "split-capped", "bf16", 8, 2, 256, HAS_CAP=True, targets=_HOPPER),
     _heads(split_kernel, "split-strict", "bf16", 32, 1, 80, SCHEME=_ASYNCHRONIZED, IS_STRICT=True, targets=_HOPPER),
-    _heads(merge_kernel, "merge", "bf16", 8, 4, 128),
+    _heads(merge_kernel, "merge", "bf16", 8, 4, 128, targets=_HOPPER),
     _heads(merge_kernel, "merge-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
     _heads(prefill_kernel, "prefill", "bf16", 32, 1, 128, targets=_NVIDIA),
+    _heads(prefill_kernel, "prefill", "fp32", 8, 4, 128, query=torch.float32, targets=_HOPPER),
     _heads(prefill_kernel, "prefill-by-two-stages", "bf16", 32, 1, 128, STAGES=2, targets=_AMD),
     _heads(prefill_kernel, "prefill-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED, targets=_HOPPER),
     _heads(prefill_kernel, "prefill-capped", "bf16", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True, targets=_HOPPER),
@@ -147,6 +148,7 @@ VARIANTS = [
             "HEAD_DIM": 128,
             "BLOCK_D": 128,
         },
+        targets=_HOPPER,
     ),
     Variant(
         name="rotary-table",
@@ -154,5 +156,6 @@ VARIANTS = [
         signature=_signature(rotary_table_kernel, "bf16"),
         constexprs={"HALF": 64, "BLOCK_HALF": 64},
         num_warps=1,
+        targets=_HOPPER,
     ),
 ]
