@@ -32,9 +32,9 @@ __all__ = ["MachineOps", "TritonMachine", "check_device", "make_ops", "tuning_ke
 def make_ops(device: torch.device, dataflow: Dataflow | None = None) -> dict[str, Callable[..., Any]]:
     """The ops that are written in Triton, by name, for tensors on a device.
 
-    dataflow: asked by the linear op for an implementation and its tiles.
+    dataflow: asked by the linear op for an implementation and its tiles, and by attention for its number of programs.
     """
-    attention = Attention(device)
+    attention = Attention(device, dataflow)
     ops: dict[str, Callable[..., Any]] = {
         "activation": activation,
         "add_": add_,
