@@ -76,7 +76,11 @@ class LoadedRank:
         runner = ModelRunner(self.decoder, pool, max_model_len, self.boundary, self.shape.share, sizes)
         # Ranks must record the same sizes, and no two of them are equally fast.
         budget_s = config.graph_budget_s if config.parallel.world_size == 1 else math.inf
-        with captured(self.groups):  # no plan asks for what is exchanged here
+        # No plan asks for what is exchanged here.
+        with (
+            explaining_out_of_memory("the KV cache leaves no room for a step", self.kernels.device),
+            captured(self.groups),
+        ):
             record_steps(runner.decode_step, budget_s, show_progress=config.load.show_progress)
         tp_group, gathers_logits = self.groups[0], self.parallel.gather_logits
         if config.parallel.world_size > 1:
