@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from headrace.cli.interrupt import deferred_interrupt
 from headrace.cli.main import COMMANDS, main
 from headrace.cli.options import parse_bytes
 from headrace.cli.terminal import aligned, format_bytes, format_ms, has_color
+from headrace.engine import devices
+from headrace.engine.devices import Gpu, GpuFacts
 
 HEADRACE = [sys.executable, "-m", "headrace"]
 
@@ -415,6 +418,26 @@ class TestInfo:
         assert {"op", "implementation", "reason"} == found["kernels"][0].keys()
         assert found["model"]["architecture"] == "LlamaForCausalLM"
         assert found["model"]["kv_per_token_bytes"] == 2 * 2 * 2 * 8 * 4
+
+    def test_says_where_a_model_would_run_and_why(self, run, monkeypatch):
+        gpu = Gpu(index=0, name="card", capability="9.0", memory_bytes=80 * 2**30, obstacle="it is too old")
+        facts = GpuFacts(gpus=(gpu,), obstacle=None, versions={"cuda": "13.0", "hip": None, "triton": "3.6.0"})
+        monkeypatch.setattr(devices, "gpu_facts", lambda: facts)
+        found = json.loads(run("info", "--json")[1])
+        assert found["device"]["device"] == "cpu"
+        assert found["device"]["reason"] == "auto: GPU 0, card: it is too old"
+        assert found["device"]["triton"] == "3.6.0"
+        assert found["gpus"][0]["memory_bytes"] == 80 * 2**30
+        text = run("info")[1]
+        assert re.search(r"cuda:0 +card +80.0 GiB +9.0 +it is too old", text)
+        assert json.loads(run("info", "--json", "--device", "cpu")[1])["device"]["reason"] == "asked for"
+
+    @pytest.mark.parametrize("command", [["info"], ["generate", "x"], ["bench", "model"]])
+    def test_a_device_that_is_not_there_is_refused(self, refused, monkeypatch, command):
+        facts = GpuFacts(gpus=(), obstacle="torch sees no GPU", versions={})
+        monkeypatch.setattr(devices, "gpu_facts", lambda: facts)
+        assert "device is 'cuda', but torch sees no GPU; use --device cpu" in refused(*command, "--device", "cuda")
+        assert "device is 'gpu'; allowed: auto, cpu, cuda" in refused(*command, "--device", "gpu")
 
     def test_what_it_foresees_is_what_an_engine_has(self, run, model, llm):
         _, out, _ = run("info", "--json", "--model", model)
