@@ -13,11 +13,9 @@ from headrace.engine.kv_cache_spec import RankShape, kv_cache_spec
 from headrace.engine.rows import Row
 from headrace.engine.runner import ModelRunner
 from headrace.engine.step_sizes import StepSizes, bucket_sizes
+from headrace.engine.worker import PROMPT_LOGITS_ROWS
 from headrace.models.boundary import Boundary
 from headrace.models.decoder import Decoder
-
-_PROMPT_LOGITS_ROWS = 64
-"""Whose logits exist at once where prompts are scored, see `Worker`."""
 
 _GRAPH_BYTES = 16 * 2**20
 """For each size that is recorded: what the driver keeps of two graphs, generously."""
@@ -43,7 +41,7 @@ def measure_step_bytes(
         return 0
     run = partial(run_largest_step, decoder, boundary, shape, cache_format, block_size=block_size)
     prompts = prompt_rows(scheduler, max_model_len, block_size)
-    step_bytes = peak_bytes(device, lambda: run(prompts, num_logits=max(scheduler.max_num_seqs, _PROMPT_LOGITS_ROWS)))
+    step_bytes = peak_bytes(device, lambda: run(prompts, num_logits=max(scheduler.max_num_seqs, PROMPT_LOGITS_ROWS)))
     if not decoder.kernels.pads_steps:
         return step_bytes
     decodes = [Row([0], 0, np.zeros(1, np.int32))] * scheduler.max_num_seqs

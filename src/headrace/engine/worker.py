@@ -26,7 +26,7 @@ from headrace.errors import KernelError
 from headrace.parallel.group import Group
 from headrace.parallel.ledger import LedgerRow
 
-_PROMPT_LOGITS_ROWS = 64
+PROMPT_LOGITS_ROWS = 64
 """Prompt positions whose logits exist at once: 64 rows of 128 Ki entries are 32 MiB of float32."""
 
 
@@ -229,8 +229,8 @@ class Worker:
         assert num_top is not None
         targets = sequence.new.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
         found = []
-        for offset in range(0, len(targets), _PROMPT_LOGITS_ROWS):
-            part = targets[offset : offset + _PROMPT_LOGITS_ROWS]
+        for offset in range(0, len(targets), PROMPT_LOGITS_ROWS):
+            part = targets[offset : offset + PROMPT_LOGITS_ROWS]
             if self._check is not None:
                 self._check.add_whole_rows(len(part))
             logits = self._runner.logits(hidden_states[offset : offset + len(part)]).logits
