@@ -19,7 +19,6 @@ from headrace.engine.softmax import ForcedSoftmax, SwitchableAttention, force_as
 from headrace.engine.tune import prepare_dataflow
 from headrace.errors import ConfigError
 from headrace.kernels import Kernels, SoftmaxCounts, SoftmaxSpec
-from headrace.kernels.dataflow import DEFAULT_INFLECTIONS
 from headrace.kernels.tuning import Inflections, LinearShape
 from headrace.models.hub import resolve_model_folder
 
@@ -30,23 +29,23 @@ _NEVER = 2**31
 """More rows than any layer gets."""
 
 
-def _as_measured(measured: Inflections) -> Inflections:
+def _as_measured(measured: Inflections, _: Inflections) -> Inflections:
     return measured
 
 
-def _gemv_for_all(_: Inflections) -> Inflections:
+def _gemv_for_all(_measured: Inflections, _default: Inflections) -> Inflections:
     return Inflections(flat_gemm_from=_NEVER, gemm_from=_NEVER)
 
 
-def _gemm_for_flat(measured: Inflections) -> Inflections:
+def _gemm_for_flat(measured: Inflections, _: Inflections) -> Inflections:
     return replace(measured, gemm_from=measured.flat_gemm_from)
 
 
-def _by_default(_: Inflections) -> Inflections:
-    return DEFAULT_INFLECTIONS
+def _by_default(_: Inflections, default: Inflections) -> Inflections:
+    return default
 
 
-def _flat_for_all(_: Inflections) -> Inflections:
+def _flat_for_all(_measured: Inflections, _default: Inflections) -> Inflections:
     return Inflections(flat_gemm_from=1, gemm_from=_NEVER)
 
 
@@ -55,14 +54,14 @@ class Variant:
     """One way to run the model.
 
     idea: the one that is switched off; None for the baseline, which has all of them.
-    inflections: from the points measured for a shape to those used.
+    inflections: from the points measured for a shape, and those that hold before that, to those used.
     """
 
     key: str
     idea: str | None
     label: str
     softmax: SoftmaxScheme = SoftmaxScheme.ASYNCHRONIZED
-    inflections: Callable[[Inflections], Inflections] = _as_measured
+    inflections: Callable[[Inflections, Inflections], Inflections] = _as_measured
 
 
 BASELINE = Variant(key="all", idea=None, label="all three on")
@@ -101,7 +100,9 @@ class Switchboard:
 
     def set(self, variant: Variant) -> None:
         self._dataflow.tuned = {
-            shape: replace(tuned, inflections=variant.inflections(tuned.inflections))
+            shape: replace(
+                tuned, inflections=variant.inflections(tuned.inflections, self._dataflow.default_inflections(shape))
+            )
             for shape, tuned in self._measured.items()
         }
         others = (SoftmaxSpec(scheme=variant.softmax),) * self.model.config.num_hidden_layers
@@ -130,8 +131,8 @@ def load_switchboard(config: EngineConfig) -> Switchboard:
     def change(kernels: Kernels) -> Kernels:
         if kernels.dataflow is None or SoftmaxScheme.ASYNCHRONIZED not in kernels.softmax_schemes:
             raise ConfigError(
-                "there is nothing to switch off: without native kernels attention and linear layers have one "
-                "implementation each; `headrace info` says why there are none"
+                "there is nothing to switch off: attention and linear layers have one implementation each in plain "
+                "torch; `headrace info` says why there are no others"
             )
         attentions.append(SwitchableAttention(kernels))
         return replace(kernels, attention=attentions[0])

@@ -17,7 +17,6 @@ _MIN_WEIGHT_BYTES = 64 * 2**20
 
 _QUICK_ROUNDS = 3
 FULL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-FULL_ROUNDS = 12
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,7 +127,11 @@ class Dataflow:
 
     def inflections(self, shape: LinearShape) -> Inflections:
         tuned = self.tuned.get(shape)
-        return self._machine.default_inflections(shape) if tuned is None else tuned.inflections
+        return self.default_inflections(shape) if tuned is None else tuned.inflections
+
+    def default_inflections(self, shape: LinearShape) -> Inflections:
+        """Before anything was measured."""
+        return self._machine.default_inflections(shape)
 
     def tiles(self, shape: LinearShape, arm: LinearArm) -> Tiles:
         """How an implementation that has a choice cuts this shape up, whatever the number of rows."""
