@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from profile_run import run_profile_on_cpu
 from tiny_model import write_tiny_model
 
 from headrace.bench.ablation import BASELINE, VARIANTS, load_switchboard, measure_ablation
@@ -12,6 +13,7 @@ from headrace.bench.rounds import RoundRunner
 from headrace.cli.main import main
 from headrace.config import EngineConfig, KvCacheFormat, LoadConfig, SamplingParams, SoftmaxScheme
 from headrace.engine.engine import Engine
+from headrace.errors import KernelError
 from headrace.kernels import KernelChoice, SoftmaxCounts, SoftmaxSpec, kernel_choice_from, resolve_kernels
 from headrace.kernels.tuning import Inflections, LinearArm
 from headrace.models.softmax_calibration import FILE_NAME, LogitRange, asynchronized_spec, save_calibration
@@ -48,6 +50,28 @@ def switchboard(model):
     found = load_switchboard(EngineConfig(load=LoadConfig(model=str(model)), num_threads=1))
     found._measured = {shape: replace(tuned, inflections=MEASURED) for shape, tuned in found._measured.items()}
     return found
+
+
+@needs_native
+def test_layers_are_told_apart_after_what_loading_runs_on_a_gpu(model, monkeypatch):
+    """Its caches were counted as layers, and the model's own as more than there are."""
+    run_profile_on_cpu(monkeypatch)
+    found = load_switchboard(EngineConfig(load=LoadConfig(model=str(model)), num_threads=1))
+    found.set(BASELINE)
+    engine = Engine(found.model)
+    engine.add_request("one", [5, 6, 7], SamplingParams(temperature=0, max_tokens=3))
+    while engine.has_unfinished:
+        engine.step()
+    assert len(found._attention.counts()) == found.model.config.num_hidden_layers
+
+
+@needs_native
+def test_variants_of_which_some_are_not_replayed_are_not_compared(switchboard, monkeypatch):
+    obstacles = iter([None, None, "an op waits"])
+    monkeypatch.setattr(type(switchboard), "obstacle", property(lambda _: next(obstacles)))
+    settings = BenchSettings(context_lens=(8,), batch_sizes=(), num_rounds=1, decode_tokens=2)
+    with pytest.raises(KernelError, match=r"lazy softmax are not replayed and others are.*an op waits"):
+        measure_ablation(switchboard, settings, lambda _: None)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from profile_run import run_profile_on_cpu
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_model
 
@@ -117,6 +118,15 @@ def test_ranges_are_those_of_a_float64_model(tiny):
             rel=2e-3,
             abs=2e-3,
         )
+
+
+def test_what_loading_runs_on_a_gpu_is_not_observed(tiny, monkeypatch):
+    """Ranges of the steps that size its memory were taken for those of the layers."""
+    expected = calibrated(tiny)
+    run_profile_on_cpu(monkeypatch)
+    found = calibrated(tiny)
+    assert found.layers == expected.layers
+    assert len(found.counts or ()) == len(expected.counts or ())
 
 
 def test_an_observer_leaves_out_what_a_query_may_not_see():

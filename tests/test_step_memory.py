@@ -66,8 +66,8 @@ class TestMeasurement:
         )
 
     def test_prefill_graphs_and_what_comes_out_of_them_are_added_up(self, decoder, monkeypatch) -> None:
-        """A GPU of which a prefill takes a million bytes and a decode step a thousand."""
-        peaks, tokens = iter([1_000_000, 1_000]), []
+        """A GPU of which a prefill takes less than prompts beside sequences that decode, and those a million bytes."""
+        peaks, tokens = iter([900_000, 1_000_000, 1_000]), []
         monkeypatch.setattr(step_memory, "peak_bytes", lambda device, run: run() or next(peaks))
         monkeypatch.setattr(
             step_memory, "run_largest_step", lambda *args, **_: tokens.append(sum(len(r.token_ids) for r in args[4]))
@@ -75,7 +75,8 @@ class TestMeasurement:
         object.__setattr__(decoder.kernels, "device", GPU)
         outputs = (1 + 2 + 4) * 4 * (decoder.config.vocab_size + decoder.config.hidden_size)
         assert self.measure(decoder) == 1_001_000 + 3 * 16 * 2**20 + outputs
-        assert tokens == [50, 4]
+        warm_up, prompts, mixed, decodes = [20, 16], 50, 3 + 20, 4
+        assert tokens == [*warm_up, prompts, mixed, decodes]
 
 
 def test_ranks_on_different_gpus_share_no_memory() -> None:

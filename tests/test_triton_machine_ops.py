@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton_device import DEVICE
 
 from headrace.config import WeightFormat
-from headrace.kernels import KernelChoice, resolve_kernels
+from headrace.kernels import KernelChoice, resolve_kernels, timing
 from headrace.kernels.timing import time_calls
 from headrace.kernels.triton import machine_ops
 
@@ -80,14 +80,15 @@ class FakeGpu:
                 return 6.0
 
         @contextmanager
-        def graph(_: Graph) -> Iterator[None]:
+        def capturing(_: Graph) -> Iterator[None]:
             if not can_capture:
                 raise RuntimeError("operation not permitted when stream is capturing")
             yield
 
-        fakes = {"CUDAGraph": Graph, "Event": Event, "graph": graph, "synchronize": lambda *_: None}
+        fakes = {"CUDAGraph": Graph, "Event": Event, "synchronize": lambda *_: None}
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(timing, "capturing", capturing)
 
 
 def test_a_graph_takes_the_time_of_all_of_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:

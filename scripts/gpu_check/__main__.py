@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _ROOT = Path(__file__).resolve().parents[2]
 _ALL_STAGES = ("tests", "limits", "linear", "attention", "model", "peers", "ablation")
-_TEST_SHARE, _COMPILE_SHARE = 0.3, 0.2
+_TEST_SHARE, _TEST_SHARE_ALONE, _COMPILE_SHARE = 0.3, 0.95, 0.2
 _NUM_COMPILERS = 6
 _CHECKPOINT_BYTES = 20 * 10**9
 
@@ -125,7 +125,8 @@ def _supervise(options: argparse.Namespace) -> int:
         say("torch sees no GPU here; --dry-run runs everything on the CPU in tiny sizes")
         return 2
     if "tests" in options.stages:
-        results.tests |= run_suites(settings, 60 * options.minutes * _TEST_SHARE, say)
+        share = _TEST_SHARE if set(options.stages) - {"tests"} else _TEST_SHARE_ALONE
+        results.tests |= run_suites(settings, 60 * options.minutes * share, say)
         save()
     units = _chosen_units(options)
     if not (options.no_compile_ahead or options.dry_run):

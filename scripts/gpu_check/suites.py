@@ -18,6 +18,7 @@ _NUM_PROCESSES = 8
 """Each compiles its kernels; what it needs of the GPU's memory is little."""
 
 _TEST_LIMIT_S = 120
+_TAKES_ALL_MEMORY = "TestMemory"
 _NOT_ON_A_GPU = {"test_triton_compiles.py", "test_gpu_check.py"}
 _DRY_FILE = "test_triton_machine_ops.py"
 _NUM_FAILURES_KEPT = 20
@@ -31,7 +32,13 @@ def run_suites(settings: Settings, limit_s: float, say: Say) -> dict[str, dict[s
         kernels, marked = [file for file in kernels if file.name == _DRY_FILE], []
     start = time.monotonic()
     found = {}
-    for name, files, arguments, share in (("kernels", kernels, [], 0.7), ("gpu", marked, ["-m", "gpu"], 1.0)):
+    # Those that take all of a GPU's memory run by themselves.
+    alone = [file for file in marked if f"class {_TAKES_ALL_MEMORY}" in file.read_text()]
+    for name, files, arguments, share in (
+        ("kernels", kernels, [], 0.6),
+        ("gpu", marked, ["-m", "gpu", "-k", f"not {_TAKES_ALL_MEMORY}"], 0.8),
+        ("memory", alone, ["-m", "gpu", "-k", _TAKES_ALL_MEMORY], 1.0),
+    ):
         if files:
             left_s = limit_s - (time.monotonic() - start)
             found[name] = _run(settings, name, files, arguments, share * left_s)
@@ -59,7 +66,7 @@ def _run(settings: Settings, name: str, files: Sequence[Path], arguments: list[s
     # Which warnings are errors depends on the versions that the tests are made for.
     command += ["-o", "filterwarnings=default", "-o", "junit_family=xunit2", f"--junitxml={report}"]
     command += ["--continue-on-collection-errors", f"--timeout={_TEST_LIMIT_S}"]
-    if not settings.is_dry and importlib.util.find_spec("xdist") is not None:
+    if not settings.is_dry and name != "memory" and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(_NUM_PROCESSES)]
     environment = settings.environment()
     for variable in ("HEADRACE_KERNELS", *(["TRITON_INTERPRET"] * (not settings.is_dry))):

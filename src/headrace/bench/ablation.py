@@ -17,7 +17,7 @@ from headrace.engine.load import LoadedModel, load_model
 from headrace.engine.local_executor import LocalExecutor
 from headrace.engine.softmax import ForcedSoftmax, SwitchableAttention, force_asynchronized
 from headrace.engine.tune import prepare_dataflow
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, KernelError
 from headrace.kernels import Kernels, SoftmaxCounts, SoftmaxSpec
 from headrace.kernels.tuning import Inflections, LinearShape
 from headrace.models.hub import resolve_model_folder
@@ -94,6 +94,11 @@ class Switchboard:
         self._measured = dict(self._dataflow.tuned)
 
     @property
+    def obstacle(self) -> str | None:
+        """What keeps steps of the variant that is set from being replayed, once some have run."""
+        return self._worker.decode_step.obstacle
+
+    @property
     def inflections(self) -> Mapping[LinearShape, Inflections]:
         """What was measured for the shapes of this model."""
         return {shape: self._measured[shape].inflections for shape in self.model.linear_weights.by_shape}
@@ -139,6 +144,7 @@ def load_switchboard(config: EngineConfig) -> Switchboard:
 
     config = replace(config, dataflow=DataflowChoice.DEFAULT, softmax=Softmax.SYNCHRONIZED)
     model = load_model(config, change_kernels=change)
+    attentions[0].forget_caches()
     prepare_dataflow(
         model.kernels,
         model.linear_weights,
@@ -156,6 +162,12 @@ def load_switchboard(config: EngineConfig) -> Switchboard:
     return Switchboard(model, attentions[0], asynchronized)
 
 
+def _check_alike(obstacles: Mapping[str | None, str]) -> None:
+    if len(obstacles) > 1:
+        [obstacle, label] = next(found for found in obstacles.items() if found[0] is not None)
+        raise KernelError(f"steps with {label} are not replayed and others are, which would be compared: {obstacle}")
+
+
 def measure_ablation(
     switchboard: Switchboard,
     settings: BenchSettings,
@@ -165,9 +177,13 @@ def measure_ablation(
     """The fastest decode step of every variant, by its key; `on_start` hears of each round before it begins.
 
     settings.decode_tokens: steps of a turn.
+
+    Raises:
+        KernelError: some variants can be replayed and others cannot, so that their times say nothing of the ideas.
     """
     runner = RoundRunner(Engine(switchboard.model), repeats_prompts=True)
     speeds = {variant.key: ModelSpeed() for variant in variants}
+    obstacles: dict[str | None, str] = {}
     num_steps = len(variants) * (WARM_UP_STEPS + settings.decode_tokens)
 
     def fastest_step_s(num_seqs: int, context_len: int, name: str) -> dict[str, float]:
@@ -179,6 +195,8 @@ def measure_ablation(
                 for variant in (*variants[first:], *variants[:first]):
                     switchboard.set(variant)
                     runner.fastest_step_s(WARM_UP_STEPS)
+                    obstacles[switchboard.obstacle] = variant.label
+                    _check_alike(obstacles)
                     best[variant.key] = min(best[variant.key], runner.fastest_step_s(settings.decode_tokens))
         return best
 

@@ -99,6 +99,10 @@ class _ObservedAttention(SwitchableAttention):
         super().__init__(kernels)
         self.observers: list[LogitObserver] = []
 
+    def forget_caches(self) -> None:
+        super().forget_caches()
+        self.observers.clear()
+
     def __call__(
         self,
         query: Tensor,
@@ -144,7 +148,7 @@ def calibrate(
     def observe(kernels: Kernels) -> Kernels:
         attention = _ObservedAttention(kernels)
         observed.append(attention)
-        return replace(kernels, attention=attention, record=_run_unrecorded)
+        return replace(kernels, attention=attention, record=_run_unrecorded, pads_steps=False)
 
     config = replace(
         config,
@@ -153,6 +157,7 @@ def calibrate(
     )
     model = load_model(config, change_kernels=observe)
     [attention] = observed
+    attention.forget_caches()
     windows = list(token_windows(model, texts))
     if not windows:
         raise ConfigError("the calibration text is empty; give one of a thousand words or more")

@@ -136,7 +136,9 @@ def load_rank(
     """
     started_s = time.monotonic()
     choice = kernel_choice_from()
-    kernels = resolve_kernels(choice, device=rank_device(config, world, choice))
+    device = rank_device(config, world, choice)
+    with explaining_out_of_memory("there is no room to begin", device):
+        kernels = resolve_kernels(choice, device=device)
     if not config.graphs:
         kernels = replace(kernels, record=_run_unrecorded, pads_steps=False)
     if change_kernels is not None:
@@ -173,7 +175,8 @@ def load_rank(
             source, context, formats, max_model_len, shape.layers, world, show_progress=show_progress
         )
     linear_weights = LinearWeights.of((p.weight for p in decoder.linear_parameters()), formats.dtype)
-    prepare_dataflow(kernels, linear_weights, config.dataflow, num_threads, show_progress=show_progress)
+    with explaining_out_of_memory("there is no room to measure linear layers", kernels.device):
+        prepare_dataflow(kernels, linear_weights, config.dataflow, num_threads, show_progress=show_progress)
     boundary = Boundary(
         config.parallel,
         kernels,

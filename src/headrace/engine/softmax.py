@@ -160,6 +160,11 @@ class SwitchableAttention:
             spec = replace(spec, softmax=self.softmax[layer])
         return self._kernels.attention(query, kv_cache, block_tables, context_lens, cu_seqlens_q, spec)
 
+    def forget_caches(self) -> None:
+        """Tell layers apart anew: what a model was loaded with has run on caches that are gone."""
+        self._layer_of.clear()
+        self._kv_caches.clear()
+
     def counts(self) -> tuple[SoftmaxCounts, ...]:
         """For each layer met so far."""
         return tuple(cache.softmax_counts() for cache in self._kv_caches)

@@ -1,5 +1,6 @@
 """What steps take of a GPU's memory beside weights and cache: measured, by running the largest ones."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -16,6 +17,8 @@ from headrace.engine.step_sizes import StepSizes, bucket_sizes
 from headrace.engine.worker import PROMPT_LOGITS_ROWS
 from headrace.models.boundary import Boundary
 from headrace.models.decoder import Decoder
+
+_FILLED_UP_TO = (64, 16)
 
 _GRAPH_BYTES = 16 * 2**20
 """For each size that is recorded: what the driver keeps of two graphs, generously."""
@@ -40,11 +43,14 @@ def measure_step_bytes(
     if device.type == "cpu":
         return 0
     run = partial(run_largest_step, decoder, boundary, shape, cache_format, block_size=block_size)
-    prompts = prompt_rows(scheduler, max_model_len, block_size)
-    step_bytes = peak_bytes(device, lambda: run(prompts, num_logits=max(scheduler.max_num_seqs, PROMPT_LOGITS_ROWS)))
+    for rows in warm_up_rows(scheduler, max_model_len, block_size):
+        run(rows, num_logits=1)
+    num_logits = max(scheduler.max_num_seqs, PROMPT_LOGITS_ROWS)
+    largest = (prompt_rows(scheduler, max_model_len, block_size), mixed_rows(scheduler, max_model_len, block_size))
+    step_bytes = max(peak_bytes(device, partial(run, rows, num_logits=num_logits)) for rows in largest)
     if not decoder.kernels.pads_steps:
         return step_bytes
-    decodes = [Row([0], 0, np.zeros(1, np.int32))] * scheduler.max_num_seqs
+    decodes = decode_rows(scheduler.max_num_seqs, max_model_len, block_size)
     # Graphs have a pool of their own; what comes out of each stays there.
     graph_bytes = peak_bytes(device, lambda: run(decodes, num_logits=scheduler.max_num_seqs))
     sizes = bucket_sizes(scheduler.max_num_seqs).buckets
@@ -61,6 +67,28 @@ def prompt_rows(scheduler: SchedulerConfig, max_model_len: int, block_size: int)
         table = np.zeros(num_blocks_for(num_tokens, block_size), np.int32)
         rows.append(Row([0] * num_tokens, 0, table))
     return rows
+
+
+def decode_rows(num_seqs: int, max_model_len: int, block_size: int) -> list[Row]:
+    """With tables as wide as those of a recorded step, for whose length attention keeps partial results."""
+    return [Row([0], 0, np.zeros(num_blocks_for(max_model_len, block_size), np.int32))] * num_seqs
+
+
+def mixed_rows(scheduler: SchedulerConfig, max_model_len: int, block_size: int) -> list[Row]:
+    """As many sequences as a step may have, all but one of which decode."""
+    decodes = decode_rows(scheduler.max_num_seqs - 1, max_model_len, block_size)
+    num_tokens = min(scheduler.max_num_batched_tokens - len(decodes), max_model_len)
+    return [*decodes, Row([0] * num_tokens, 0, np.zeros(num_blocks_for(max_model_len, block_size), np.int32))]
+
+
+def warm_up_rows(scheduler: SchedulerConfig, max_model_len: int, block_size: int) -> Iterator[list[Row]]:
+    """Steps whose kernels no largest step needs: of as many tokens as flat GEMM fills batches up to, with a prompt
+    beside a sequence that decodes. So nothing is compiled while a request waits."""
+    for num_tokens in _FILLED_UP_TO:
+        num_tokens = min(num_tokens, scheduler.max_num_batched_tokens, max_model_len)
+        table = np.zeros(num_blocks_for(num_tokens, block_size), np.int32)
+        rows = [Row([0] * max(1, num_tokens - 1), 0, table), Row([0], 0, table)]
+        yield rows[: scheduler.max_num_seqs]
 
 
 def run_largest_step(

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from headrace.kernels.capturing import capturing
+
 Call = Callable[[], object]
 
 _MIN_GRAPH_CALLS = 24
@@ -94,7 +96,7 @@ class _QueuedCalls:
 def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | None:
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with capturing(graph):
             for call in calls:
                 call()
     except RuntimeError:

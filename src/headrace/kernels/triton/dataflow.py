@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from headrace.kernels.capturing import capturing
 from headrace.kernels.dataflow import CpuMachine, Rotation, Stopwatch
 from headrace.kernels.triton.limits import device_limits
 from headrace.kernels.triton.tiles import default_inflections, tile_choices
@@ -52,12 +53,15 @@ class TritonMachine:
         num_launches = max(_MIN_LAUNCHES, len(weights))
         try:
             run(weights[0])  # compiles, and lets the library make its workspace
-        except OutOfResources:
+        except (OutOfResources, triton.CompilationError):
             return lambda: math.inf  # tiles that this GPU has no room for are no choice on it
+        except RuntimeError as error:
+            if "PassManager" not in str(error):
+                raise
+            return lambda: math.inf  # nor those that this version of Triton cannot compile
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that watches over NCCL, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with capturing(graph):
             for i in range(num_launches):
                 run(weights[i % len(weights)])
         graph.replay()

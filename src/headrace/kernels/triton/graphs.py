@@ -1,13 +1,13 @@
 """Forward passes as one call: CUDA graphs, which torch has on AMD's GPUs too."""
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from headrace.kernels.capturing import capturing
 from headrace.kernels.ops import Recording, T
 
 
@@ -22,6 +22,7 @@ class GraphRecorder:
         self._device = device
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
+        self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def record(self, forward: Callable[[], T]) -> tuple[T, Recording]:
         """Run `forward` and capture it; what it returns is at once valid, and again after each replay.
@@ -46,31 +47,15 @@ class GraphRecorder:
         return captured, Recording(replay=graph.replay)
 
     def _capture(self, graph: torch.cuda.CUDAGraph, forward: Callable[[], T]) -> T:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
-        # Where a capture ends with an error, torch leaves its stream the current one. Other threads (NCCL's watch over
-        # its exchanges, say) may go on using the device meanwhile.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream(self._device)),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-            _refusing_to_wait(),
-        ):
-            return forward()
-
-
-@contextmanager
-def _refusing_to_wait() -> Iterator[None]:
-    """An op that waits for the device raises a RuntimeError, before it would break the capture."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        # torch warns once that the mode is a prototype, which misses some such ops.
-        warnings.simplefilter("ignore")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+        if not self._alive:
+            # torch takes no pool whose graphs have all gone.
+            self._pool = torch.cuda.graph_pool_handle()
+        with capturing(graph, pool=self._pool, stream=self._stream):
+            captured = forward()
+        self._alive.add(graph)
+        return captured
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -27,6 +27,12 @@ class DeviceLimits:
         """The short side of a tensor core's product: 8 on NVIDIA's, 16 on AMD's, whose warps have 64 lanes."""
         return 8 if self.lanes == 32 else 16
 
+    @property
+    def adds_parts_up(self) -> bool:
+        """Whether the last program of several may add up what all have left (`split_k`). Not on AMD's: there a barrier
+        does not wait for stores, nor one wave's release for those of another, and parts might be missed."""
+        return self.lanes == 32
+
 
 H100 = DeviceLimits(
     num_multiprocessors=132,

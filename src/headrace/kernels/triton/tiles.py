@@ -49,7 +49,10 @@ def tile_choices(shape: LinearShape, arm: LinearArm, limits: DeviceLimits) -> li
     if arm is LinearArm.GEMM:
         return []
     choices = _gemv_choices if arm is LinearArm.GEMV else _flat_gemm_choices
-    return list(dict.fromkeys(choices(shape, limits)))
+    found = choices(shape, limits)
+    if not limits.adds_parts_up:
+        found = (replace(tiles, num_splits=1) for tiles in found)
+    return list(dict.fromkeys(found))
 
 
 def pipeline_stages(tiles: Tiles, stage_bytes: int, limits: DeviceLimits) -> int:
