@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from headrace.config import KvCacheFormat
-from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, split_kernel
+from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, repair_kernel, split_kernel
 from headrace.kernels.triton.attention_prefill import prefill_kernel
 from headrace.kernels.triton.attention_rows import UNALIGNED
 from headrace.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
@@ -23,7 +23,7 @@ _FLOATS = ("scale2", "cap2", "unified_max2", "least2", "largest2", "amplitude")
 def _signature(kernel: Any, cache: str, query: str = "bf16") -> dict[str, str]:
     types = {"query_ptr": query, "key_ptr": query, "value_ptr": query, "out_ptr": query}
     types |= dict.fromkeys(("keys_ptr", "values_ptr", "key_cache_ptr", "value_cache_ptr"), cache)
-    types |= dict.fromkeys(("tables_ptr", "context_lens_ptr", "bounds_ptr", "owned_ptr"), "i32")
+    types |= dict.fromkeys(("tables_ptr", "context_lens_ptr", "bounds_ptr", "owned_ptr", "unsound_ptr"), "i32")
     types |= dict.fromkeys(("counts_ptr", "positions_ptr", "slots_ptr"), "i64")
     names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper()]
     return {
@@ -36,6 +36,7 @@ _INSTRUCTIONS = {
     split_kernel: ("cp.async.cg.shared.global", "mma.sync.aligned.m16n8k16"),
     prefill_kernel: ("cp.async.cg.shared.global", "wgmma.mma_async"),
     merge_kernel: ("ld.global.v4",),
+    repair_kernel: ("mma.sync.aligned.m16n8k16",),
 }
 """Copies of 16 bytes past the registers, and tensor cores, for all but float32."""
 
@@ -59,6 +60,7 @@ def _heads(
         tiles = decode_tiles(query, head_dim, KvCacheFormat.INT8 if cache == "i8" else KvCacheFormat.BFLOAT16)
     known = {
         "SEQS": 64,
+        "NUM_HEADS": num_kv_heads * group,
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
         "HEAD_DIM": head_dim,
@@ -126,6 +128,7 @@ VARIANTS = [
     _heads(split_kernel, "split-strict", "bf16", 32, 1, 80, SCHEME=_ASYNCHRONIZED, IS_STRICT=True, targets=_HOPPER),
     _heads(merge_kernel, "merge", "bf16", 8, 4, 128, targets=_HOPPER),
     _heads(merge_kernel, "merge-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
+    _heads(repair_kernel, "repair", "bf16", 8, 4, 128),
     _heads(prefill_kernel, "prefill", "bf16", 32, 1, 128, targets=_NVIDIA),
     _heads(prefill_kernel, "prefill", "fp32", 8, 4, 128, query=torch.float32, targets=_HOPPER),
     _heads(prefill_kernel, "prefill-by-two-stages", "bf16", 32, 1, 128, STAGES=2, targets=_AMD),

@@ -13,7 +13,7 @@ from headrace.errors import KernelError, ShapeError
 from headrace.kernels.dataflow import Dataflow
 from headrace.kernels.kv_cache import GpuKvCache, KvCache
 from headrace.kernels.ops import AttentionShare, AttentionSpec
-from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, split_kernel
+from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, repair_kernel, split_kernel
 from headrace.kernels.triton.attention_prefill import prefill_kernel
 from headrace.kernels.triton.attention_rows import NO_WINDOW
 from headrace.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
@@ -27,6 +27,8 @@ _LOG2_E = math.log2(math.e)
 
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 """As many as fit beside each other with two tiles each under way (`attention_decode`)."""
+
+_MERGE_CONSTANTS = ("HEAD_DIM", "BLOCK_D", "BLOCK_SIZE", "IS_INT8", "IS_SHARE", "SCHEME")
 
 
 class Attention:
@@ -111,13 +113,8 @@ class Attention:
         partials = torch.empty(num_rows, max_splits, call.head_dim, dtype=torch.float32, device=out.device)
         states = torch.empty(num_rows, max_splits, 2, dtype=torch.float32, device=out.device)
         tiles = decode_tiles(call.query.dtype, call.head_dim, call.cache.spec.cache_format)
-        constants = constants | {
-            "BLOCK_M": shape.block_m,
-            "BLOCK_N": tiles.block_n,
-            "MAX_TOKENS": shape.max_tokens,
-            "TOKEN_SLOTS": token_slots,
-            "UNIT": call.unit,
-        }
+        places = {"TOKEN_SLOTS": token_slots, "UNIT": call.unit}
+        row_tiles = {"BLOCK_M": shape.block_m, "BLOCK_N": tiles.block_n}
         num_pieces = call.num_seqs * max_splits * call.num_kv_heads * shape.row_tiles
         num_programs = (self._dataflow and self._dataflow.max_pieces) or self._default_programs
         split_kernel[(min(num_programs, num_pieces),)](
@@ -129,23 +126,52 @@ class Attention:
             max_splits,
             *call.numbers(),
             **constants,
+            **places,
+            **row_tiles,
             SEQS=_seqs(call.num_seqs),
+            MAX_TOKENS=shape.max_tokens,
             ROW_TILES=shape.row_tiles,
             STAGES=tiles.stages,
             num_warps=tiles.num_warps,
         )
+        is_asynchronized = call.spec.softmax.scheme is SoftmaxScheme.ASYNCHRONIZED
+        unsound = torch.empty(num_rows, dtype=torch.int32, device=out.device) if is_asynchronized else None
+        window, _, _, unified_max2, _, _ = call.numbers()
         merge_kernel[(num_rows,)](
-            *call.tensors(),
+            call.context_lens,
+            call.cu_seqlens_q,
+            call.owned_blocks,
             partials,
             states,
+            unsound,
             out,
             normalizers,
-            *call.strides(),
+            call.owned_blocks.stride(0),
             max_splits,
-            *call.numbers(),
-            **constants,
+            window,
+            unified_max2,
+            **{name: constants[name] for name in _MERGE_CONSTANTS},
+            **places,
+            NUM_HEADS=call.num_heads,
+            MAX_TOKENS=shape.max_tokens,
             num_warps=tiles.num_warps,
         )
+        if is_asynchronized:
+            repair_kernel[(num_rows,)](
+                *call.tensors(),
+                partials,
+                states,
+                unsound,
+                out,
+                normalizers,
+                *call.strides(),
+                max_splits,
+                *call.numbers(),
+                **{name: value for name, value in constants.items() if name != "SCHEME"},
+                **places,
+                **row_tiles,
+                num_warps=tiles.num_warps,
+            )
 
     def _prefill(self, call: "_Call", out: Tensor, normalizers: Tensor, constants: dict[str, Any]) -> None:
         tiles = prefill_tiles(call.query.dtype, call.head_dim)

@@ -1,10 +1,10 @@
 """Attention of one new token per sequence, or a few, with each context split over programs.
 
-Two kernels. The first is launched as many programs as fill the GPU, whatever the batch: each finds out on the device
-which splits of which sequences there are, and takes its share of them. So a launch depends on nothing that the host
-does not know, as a CUDA graph requires, and where contexts may be long no programs are launched in vain for short ones.
-The second merges each row's splits in order, and is where a row of the asynchronized scheme is tested, computed again
-if need be, and counted: nothing waits for the host.
+Two kernels, or three. The first is launched as many programs as fill the GPU, whatever the batch: each finds out on
+the device which splits of which sequences there are, and takes its share of them. So a launch depends on nothing that
+the host does not know, as a CUDA graph requires, and where contexts may be long no programs are launched in vain for
+short ones. The second merges each row's splits in order, and tests the rows of the asynchronized scheme; for that
+scheme alone, a third computes again, and counts, those that failed. Nothing waits for the host.
 
 What must be in flight. An H100 moves 3.35 TB/s at a latency of 0.6 to 0.8 us: some 2.5 MB at any time, 19 KB on each of
 its 132 SMs. A program of 64 positions of head_dim 128 in bfloat16 reads 32 KiB a tile, and has two tiles under way. One
@@ -310,6 +310,65 @@ def merged(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def merge_kernel(
+    context_lens_ptr,
+    bounds_ptr,
+    owned_ptr,
+    partials_ptr,
+    states_ptr,
+    unsound_ptr,
+    out_ptr,
+    normalizers_ptr,
+    owned_stride,
+    max_splits,
+    window,
+    unified_max2,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    MAX_TOKENS: tl.constexpr,
+    TOKEN_SLOTS: tl.constexpr,
+    UNIT: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    IS_SHARE: tl.constexpr,
+    SCHEME: tl.constexpr,
+):
+    """One row for each program: its splits merged.
+
+    unsound_ptr, of the asynchronized scheme alone, then has 1 for rows that `repair_kernel` must compute again and 0
+    for all others, those without a token among them.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    seq, i, head = _place(row, NUM_HEADS, TOKEN_SLOTS)
+    first_token = tl.load(bounds_ptr + seq)
+    num_tokens = tl.load(bounds_ptr + seq + 1) - first_token
+    context_len = tl.load(context_lens_ptr + seq)
+    if (num_tokens <= MAX_TOKENS) & (i < num_tokens):
+        num_keys, first_split, last_split = _splits_of_row(
+            seq, i, num_tokens, context_len, window, owned_ptr, owned_stride, BLOCK_SIZE, UNIT, IS_SHARE
+        )
+        numerators, denominator, m = merged(
+            partials_ptr + row * max_splits * HEAD_DIM,
+            states_ptr + row * max_splits * 2,
+            first_split,
+            last_split,
+            unified_max2,
+            HEAD_DIM,
+            BLOCK_D,
+            SCHEME,
+        )
+        if SCHEME == ASYNCHRONIZED:
+            is_unsound = (num_keys > 0) & (is_sound(numerators, denominator, num_keys, IS_INT8) == 0)
+            tl.store(unsound_ptr + row, is_unsound.to(tl.int32))
+        to = (first_token + i).to(tl.int64) * NUM_HEADS + head
+        _store_row(to, num_keys > 0, m, denominator, numerators, out_ptr, normalizers_ptr, HEAD_DIM, BLOCK_D, IS_SHARE)
+    else:
+        if SCHEME == ASYNCHRONIZED:
+            tl.store(unsound_ptr + row, 0)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+def repair_kernel(
     query_ptr,
     tables_ptr,
     context_lens_ptr,
@@ -322,6 +381,7 @@ def merge_kernel(
     counts_ptr,
     partials_ptr,
     states_ptr,
+    unsound_ptr,
     out_ptr,
     normalizers_ptr,
     query_stride,
@@ -341,101 +401,144 @@ def merge_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MAX_TOKENS: tl.constexpr,
     TOKEN_SLOTS: tl.constexpr,
     UNIT: tl.constexpr,
     IS_INT8: tl.constexpr,
     IS_SHARE: tl.constexpr,
-    SCHEME: tl.constexpr,
     HAS_CAP: tl.constexpr,
     IS_STRICT: tl.constexpr,
 ):
-    """One row for each program: its splits merged; with the asynchronized scheme, tested and if need be computed again.
+    """One row for each program: if the asynchronized scheme failed it, counted and computed again, synchronized.
 
-    A row computed again has the bits that the synchronized scheme gives it: its splits are those of `split_kernel`.
+    It then has the bits that the synchronized scheme gives it: its splits are those of `split_kernel`.
+
+    Not a part of `merge_kernel`, whose every program would then take the registers and the shared memory that only
+    this takes.
     """
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     row = tl.program_id(0).to(tl.int64)
-    head = (row % NUM_HEADS).to(tl.int32)
-    i = (row // NUM_HEADS % TOKEN_SLOTS).to(tl.int32)
-    seq = (row // (NUM_HEADS * TOKEN_SLOTS)).to(tl.int32)
-    first_token = tl.load(bounds_ptr + seq)
-    num_tokens = tl.load(bounds_ptr + seq + 1) - first_token
-    context_len = tl.load(context_lens_ptr + seq)
-    if (num_tokens <= MAX_TOKENS) & (i < num_tokens):
-        start, stop = visible_positions(
-            i, num_tokens, context_len, window, owned_ptr + seq.to(tl.int64) * owned_stride, BLOCK_SIZE, IS_SHARE
+    if tl.load(unsound_ptr + row) != 0:
+        tl.atomic_add(counts_ptr + 1, 1, sem="relaxed")
+        seq, i, head = _place(row, NUM_HEADS, TOKEN_SLOTS)
+        first_token = tl.load(bounds_ptr + seq)
+        num_tokens = tl.load(bounds_ptr + seq + 1) - first_token
+        context_len = tl.load(context_lens_ptr + seq)
+        num_keys, first_split, last_split = _splits_of_row(
+            seq, i, num_tokens, context_len, window, owned_ptr, owned_stride, BLOCK_SIZE, UNIT, IS_SHARE
         )
-        has_keys = (stop > start) & (context_len > 0)
-        first_split = split_of(start // UNIT)
-        last_split = tl.where(has_keys, split_of(tl.maximum(stop - 1, 0) // UNIT), first_split - 1)
-        parts_ptr = partials_ptr + row * max_splits * HEAD_DIM
-        sums_ptr = states_ptr + row * max_splits * 2
+        tile_row = i * GROUP + head % GROUP
+        for split in range(first_split, last_split + 1):
+            attend_split(
+                seq,
+                split,
+                head // GROUP,
+                tile_row // BLOCK_M,
+                tile_row,
+                query_ptr,
+                tables_ptr,
+                context_lens_ptr,
+                bounds_ptr,
+                owned_ptr,
+                keys_ptr,
+                values_ptr,
+                key_scales_ptr,
+                value_scales_ptr,
+                partials_ptr,
+                states_ptr,
+                query_stride,
+                table_stride,
+                owned_stride,
+                max_splits,
+                window,
+                scale2,
+                cap2,
+                unified_max2,
+                least2,
+                largest2,
+                NUM_KV_HEADS,
+                GROUP,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_SIZE,
+                BLOCK_M,
+                BLOCK_N,
+                TOKEN_SLOTS,
+                UNIT,
+                IS_INT8,
+                IS_SHARE,
+                SYNCHRONIZED,
+                HAS_CAP,
+                IS_STRICT,
+                1,
+            )
+        # Other threads of this program wrote what is read now.
+        tl.debug_barrier()
         numerators, denominator, m = merged(
-            parts_ptr, sums_ptr, first_split, last_split, unified_max2, HEAD_DIM, BLOCK_D, SCHEME
+            partials_ptr + row * max_splits * HEAD_DIM,
+            states_ptr + row * max_splits * 2,
+            first_split,
+            last_split,
+            unified_max2,
+            HEAD_DIM,
+            BLOCK_D,
+            SYNCHRONIZED,
         )
-        if SCHEME == ASYNCHRONIZED:  # noqa: SIM102 - known when compiled
-            if has_keys & (is_sound(numerators, denominator, stop - start, IS_INT8) == 0):
-                tl.atomic_add(counts_ptr + 1, 1, sem="relaxed")
-                tile_row = i * GROUP + head % GROUP
-                for split in range(first_split, last_split + 1):
-                    attend_split(
-                        seq,
-                        split,
-                        head // GROUP,
-                        tile_row // BLOCK_M,
-                        tile_row,
-                        query_ptr,
-                        tables_ptr,
-                        context_lens_ptr,
-                        bounds_ptr,
-                        owned_ptr,
-                        keys_ptr,
-                        values_ptr,
-                        key_scales_ptr,
-                        value_scales_ptr,
-                        partials_ptr,
-                        states_ptr,
-                        query_stride,
-                        table_stride,
-                        owned_stride,
-                        max_splits,
-                        window,
-                        scale2,
-                        cap2,
-                        unified_max2,
-                        least2,
-                        largest2,
-                        NUM_KV_HEADS,
-                        GROUP,
-                        HEAD_DIM,
-                        BLOCK_D,
-                        BLOCK_SIZE,
-                        BLOCK_M,
-                        BLOCK_N,
-                        TOKEN_SLOTS,
-                        UNIT,
-                        IS_INT8,
-                        IS_SHARE,
-                        SYNCHRONIZED,
-                        HAS_CAP,
-                        IS_STRICT,
-                        1,
-                    )
-                # Other threads of this program wrote what is read now.
-                tl.debug_barrier()
-                numerators, denominator, m = merged(
-                    parts_ptr, sums_ptr, first_split, last_split, unified_max2, HEAD_DIM, BLOCK_D, SYNCHRONIZED
-                )
-        d = tl.arange(0, BLOCK_D)
         to = (first_token + i).to(tl.int64) * NUM_HEADS + head
-        if IS_SHARE:
-            tl.store(normalizers_ptr + to * 2, denominator)
-            tl.store(normalizers_ptr + to * 2 + 1, tl.where(has_keys, m, float("-inf")))
-        else:
-            # A place in a batch that holds no sequence sees nothing; a row whose weights are all 0 gives NaN.
-            numerators = numerators / tl.where(has_keys, denominator, 1.0)
-        tl.store(out_ptr + to * HEAD_DIM + d, numerators, mask=d < HEAD_DIM)
+        _store_row(to, num_keys > 0, m, denominator, numerators, out_ptr, normalizers_ptr, HEAD_DIM, BLOCK_D, IS_SHARE)
+
+
+@triton.jit
+def _place(row, NUM_HEADS: tl.constexpr, TOKEN_SLOTS: tl.constexpr):
+    """Sequence of a row, which of the sequence's tokens it is, and its head."""
+    seq = row // (NUM_HEADS * TOKEN_SLOTS)
+    i = row // NUM_HEADS % TOKEN_SLOTS
+    return seq.to(tl.int32), i.to(tl.int32), (row % NUM_HEADS).to(tl.int32)
+
+
+@triton.jit
+def _splits_of_row(
+    seq,
+    i,
+    num_tokens,
+    context_len,
+    window,
+    owned_ptr,
+    owned_stride,
+    BLOCK_SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    IS_SHARE: tl.constexpr,
+):
+    """How many keys a row sees, 0 or less in a place that holds no sequence, and its first and its last split."""
+    start, stop = visible_positions(
+        i, num_tokens, context_len, window, owned_ptr + seq.to(tl.int64) * owned_stride, BLOCK_SIZE, IS_SHARE
+    )
+    num_keys = tl.where(context_len > 0, stop - start, 0)
+    first_split = split_of(start // UNIT)
+    last_split = tl.where(num_keys > 0, split_of(tl.maximum(stop - 1, 0) // UNIT), first_split - 1)
+    return num_keys, first_split, last_split
+
+
+@triton.jit
+def _store_row(
+    to,
+    has_keys,
+    m,
+    denominator,
+    numerators,
+    out_ptr,
+    normalizers_ptr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IS_SHARE: tl.constexpr,
+):
+    if IS_SHARE:
+        tl.store(normalizers_ptr + to * 2, denominator)
+        tl.store(normalizers_ptr + to * 2 + 1, tl.where(has_keys, m, float("-inf")))
+    else:
+        # A place in a batch that holds no sequence sees nothing; a row whose weights are all 0 gives NaN.
+        numerators = numerators / tl.where(has_keys, denominator, 1.0)
+    d = tl.arange(0, BLOCK_D)
+    tl.store(out_ptr + to * HEAD_DIM + d, numerators, mask=d < HEAD_DIM)
 
 
 @dataclass(frozen=True, kw_only=True)
