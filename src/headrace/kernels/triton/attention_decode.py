@@ -27,8 +27,12 @@ from headrace.kernels.triton.attention_tile import attend, load_queries
 from headrace.kernels.triton.softmax import ASYNCHRONIZED, SYNCHRONIZED, is_sound, reference_of
 from headrace.kernels.triton.splits import split_begin, split_of
 
-_MERGED_AT_ONCE: tl.constexpr = tl.constexpr(16)
-"""Splits that are summed as one: always so many, since how a sum is formed shows in its last bit."""
+_MERGED_AT_ONCE: tl.constexpr = tl.constexpr(8)
+"""Splits that are summed as one: always so many, since how a sum is formed shows in its last bit.
+
+Fewer than a tile has rows or positions: what is read in one kernel in tiles of one shape gets one layout from the
+compiler, and so another order of the sum in `repair_kernel`, which reads queries too, than in `merge_kernel`.
+"""
 
 
 _MAX_DECODED_TOKENS = 2
