@@ -14,6 +14,7 @@ from headrace.config import KvCacheFormat, SoftmaxScheme
 from headrace.errors import KernelError, ShapeError
 from headrace.kernels import reference
 from headrace.kernels.dataflow import Dataflow
+from headrace.kernels.triton import attention
 from headrace.kernels.triton.attention import Attention
 from headrace.kernels.triton.context_share import weigh_share
 
@@ -100,6 +101,20 @@ class TestResults:
             assert torch.equal(actual[0], torch.zeros_like(actual[0]))
             assert_right(actual[1:], problem.only(1), make_spec(scheme))
         assert cache.softmax_counts().num_rows == 8
+
+
+class TestLaunches:
+    """Of a single sequence the host knows what it is."""
+
+    @pytest.mark.parametrize("new_tokens", [2, 3])
+    def test_a_single_sequence_is_decoded_or_prefilled(self, new_tokens, monkeypatch):
+        problem = make_problem(((40, new_tokens),), num_kv_heads=1)
+        others = ("prefill_kernel",) if new_tokens <= 2 else ("split_kernel", "merge_kernel", "repair_kernel")
+        for kernel in others:
+            monkeypatch.setattr(attention, kernel, None)
+        spec = make_spec(SoftmaxScheme.ASYNCHRONIZED)
+        assert_right(run(problem, spec), problem, spec)
+        assert problem.cache.softmax_counts().num_rows == 4 * new_tokens
 
 
 class TestInvariance:
@@ -259,16 +274,16 @@ class TestContract:
     def test_refusals(self):
         problem = make_problem(((20, 4),))
         query, cache, tables, lens, bounds = problem.arguments()
-        attention = Attention(DEVICE)
+        attend = Attention(DEVICE)
         with pytest.raises(ShapeError, match="cannot share"):
-            attention(query[:, :3], cache, tables, lens, bounds, make_spec())
+            attend(query[:, :3], cache, tables, lens, bounds, make_spec())
         with pytest.raises(ShapeError, match="over a cache of 64"):
-            attention(query[..., :32], cache, tables, lens, bounds, make_spec())
+            attend(query[..., :32], cache, tables, lens, bounds, make_spec())
         with pytest.raises(ShapeError, match="block tables"):
-            attention(query, cache, tables, lens, bounds[:1], make_spec())
+            attend(query, cache, tables, lens, bounds[:1], make_spec())
         with pytest.raises(KernelError, match="float64"):
-            attention(query.double(), cache, tables, lens, bounds, make_spec())
+            attend(query.double(), cache, tables, lens, bounds, make_spec())
         with pytest.raises(KernelError, match="int32"):
-            attention(query, cache, tables, lens.long(), bounds, make_spec())
+            attend(query, cache, tables, lens.long(), bounds, make_spec())
         with pytest.raises(KernelError, match="own KV caches"):
-            attention(query, reference.make_kv_cache(cache.spec), tables, lens, bounds, make_spec())
+            attend(query, reference.make_kv_cache(cache.spec), tables, lens, bounds, make_spec())

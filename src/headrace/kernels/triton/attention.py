@@ -98,11 +98,14 @@ class Attention:
 
     def _attend(self, call: "_Call", out: Tensor, normalizers: Tensor, *, is_share: bool) -> None:
         """What sequences there are to decode and to prefill is known on the device alone, unless there are as many
-        tokens as sequences."""
+        tokens as sequences, or a single sequence."""
         constants = call.constants() | {"IS_SHARE": is_share}
-        if call.num_tokens:
+        max_tokens = DecodeShape.of(call.group).max_tokens
+        may_decode = call.num_seqs > 1 or call.num_tokens <= max_tokens
+        may_prefill = call.num_seqs > 1 or call.num_tokens > max_tokens
+        if call.num_tokens and may_decode:
             self._decode(call, out, normalizers, constants)
-        if call.num_tokens > call.num_seqs:
+        if call.num_tokens > call.num_seqs and may_prefill:
             self._prefill(call, out, normalizers, constants)
 
     def _decode(self, call: "_Call", out: Tensor, normalizers: Tensor, constants: dict[str, Any]) -> None:
