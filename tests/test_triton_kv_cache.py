@@ -129,6 +129,9 @@ def test_rotary_table():
 def test_bytes_of_a_cache(cache_format):
     cache, _ = make_caches(cache_format, 80)
     assert gpu.kv_cache_num_bytes(cache.spec) == cache.data.nbytes + cache.scales.nbytes
+    parts = (*cache.data, *cache.scales)
+    assert [x.data_ptr() for x in cache.keys_and_values] == [x.data_ptr() for x in parts]
+    assert cache.keys_and_values is cache.keys_and_values
 
 
 class TestSplits:

@@ -1,6 +1,7 @@
 """The paged KV cache of one layer, as kernels hold it. Only they know how keys and values lie in it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -101,6 +102,13 @@ class GpuKvCache:
     data: Tensor
     scales: Tensor
     counts: Tensor
+
+    @cached_property
+    def keys_and_values(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys, values, the scales of the keys and of the values: views that every launch takes, made once."""
+        keys, values = self.data
+        key_scales, value_scales = self.scales
+        return keys, values, key_scales, value_scales
 
     def softmax_counts(self) -> SoftmaxCounts:
         """Waits for the device."""

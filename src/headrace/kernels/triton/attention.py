@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -121,13 +122,13 @@ class Attention:
         num_pieces = call.num_seqs * max_splits * call.num_kv_heads * shape.row_tiles
         num_programs = (self._dataflow and self._dataflow.max_pieces) or self._default_programs
         split_kernel[(min(num_programs, num_pieces),)](
-            *call.tensors(),
+            *call.tensors,
             partials,
             states,
             call.num_seqs,
-            *call.strides(),
+            *call.strides,
             max_splits,
-            *call.numbers(),
+            *call.numbers,
             **constants,
             **places,
             **row_tiles,
@@ -139,7 +140,7 @@ class Attention:
         )
         is_asynchronized = call.spec.softmax.scheme is SoftmaxScheme.ASYNCHRONIZED
         unsound = torch.empty(num_rows, dtype=torch.int32, device=out.device) if is_asynchronized else None
-        window, _, _, unified_max2, _, _ = call.numbers()
+        window, _, _, unified_max2, _, _ = call.numbers
         merge_kernel[(num_rows,)](
             call.context_lens,
             call.cu_seqlens_q,
@@ -161,15 +162,15 @@ class Attention:
         )
         if is_asynchronized:
             repair_kernel[(num_rows,)](
-                *call.tensors(),
+                *call.tensors,
                 partials,
                 states,
                 unsound,
                 out,
                 normalizers,
-                *call.strides(),
+                *call.strides,
                 max_splits,
-                *call.numbers(),
+                *call.numbers,
                 **{name: value for name, value in constants.items() if name != "SCHEME"},
                 **places,
                 **row_tiles,
@@ -181,12 +182,12 @@ class Attention:
         # Each sequence has at most one tile that is not full.
         num_tiles = call.num_tokens * call.group // tiles.block_m + call.num_seqs
         prefill_kernel[(num_tiles, call.num_kv_heads)](
-            *call.tensors(),
+            *call.tensors,
             out,
             normalizers,
             call.num_seqs,
-            *call.strides(),
-            *call.numbers(),
+            *call.strides,
+            *call.numbers,
             **constants,
             SEQS=_seqs(call.num_seqs),
             BLOCK_M=tiles.block_m,
@@ -266,15 +267,16 @@ class _Call:
         """Of this cache's part of a context: all that a block table has room for."""
         return self.block_tables.shape[1] * self.cache.spec.block_size
 
+    @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
-        keys, values = self.cache.data
-        key_scales, value_scales = self.cache.scales
         tables = self.block_tables, self.context_lens, self.cu_seqlens_q, self.owned_blocks
-        return self.query, *tables, keys, values, key_scales, value_scales, self.cache.counts
+        return self.query, *tables, *self.cache.keys_and_values, self.cache.counts
 
+    @cached_property
     def strides(self) -> tuple[int, int, int]:
         return self.query.stride(0), self.block_tables.stride(0), self.owned_blocks.stride(0)
 
+    @cached_property
     def numbers(self) -> tuple[float, ...]:
         """The window, and the scale, the cap and the unified maximum with its bounds for logits in base 2."""
         spec, softmax = self.spec, self.spec.softmax
