@@ -1,7 +1,7 @@
 """Writes the tables of docs/gpu.md: ``python -m scripts.gpu_tables``.
 
-    cd tests && python -m triton_variants --all | sort > ../runs/gpu_resources.jsonl    # compiles, for GPUs that need not be here
-    python -m scripts.gpu_check                                            # measures, on the GPU that is here
+    cd tests && python -m triton_variants --all | sort > ../runs/gpu_resources.jsonl  # for GPUs not here too
+    python -m scripts.gpu_check  # on the GPU that is here
 
 A table stands between `<!-- name -->` and `<!-- /name -->`; what has not been run stays as it is.
 """
