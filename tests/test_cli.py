@@ -515,12 +515,15 @@ class _Terminal:
         os.kill(self.process.pid, signal.SIGINT)
 
     def interrupt_until_exit(self):
-        """Readline misses a signal that comes between its printing the prompt and its waiting for a key."""
-        for _ in range(15):
+        """Readline misses a signal that comes between its printing the prompt and its waiting for a key.
+
+        One that comes while the interpreter already ends would kill it, and on a busy machine that takes seconds.
+        """
+        for _ in range(3):
             time.sleep(0.2)
             self.interrupt()
             with suppress(subprocess.TimeoutExpired):
-                return self.process.wait(timeout=2)
+                return self.process.wait(timeout=12)
         return self.process.wait(timeout=5)
 
     def wait_for(self, text, timeout_s=45.0):
