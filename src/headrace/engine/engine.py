@@ -50,6 +50,11 @@ class Engine:
         """Requests to run, or the end of one to report."""
         return bool(self._requests or self._failed)
 
+    @property
+    def failure(self) -> str | None:
+        """Why the ranks can no longer work together, once that is so, met by a step or not. From any thread."""
+        return self.model.executor.failure
+
     def is_live(self, request_id: str) -> bool:
         """The request still has an update to come."""
         return request_id in self._requests or any(update.request_id == request_id for update in self._failed)
@@ -70,7 +75,7 @@ class Engine:
         if request_id in self._requests:
             raise RequestError(f"request id '{request_id}' is in use; give each request its own")
         token_ids = _as_token_ids(prompt_token_ids)
-        self._check_request(token_ids, params)
+        self._check_ids(token_ids, params)
         sequences = self._make_sequences(request_id, token_ids, params)
         state = RequestState(request_id, prompt, sequences, params, self.model, arrival_s=time.monotonic())
         # Siblings differ in nothing that admission looks at: if the first is accepted, all are.
@@ -78,6 +83,20 @@ class Engine:
             self._scheduler.add(sequence)
         self._requests[request_id] = state
         self._by_sequence |= {sequence.seq_id: state for sequence in sequences}
+
+    def check_request(self, prompt_token_ids: Iterable[SupportsIndex], params: SamplingParams) -> None:
+        """Refuse what `add_request` would refuse of these. Changes nothing, and may be called from any thread.
+
+        Raises: see `add_request`.
+        """
+        token_ids = _as_token_ids(prompt_token_ids)
+        self._check_ids(token_ids, params)
+        self._scheduler.check_fits(len(token_ids), params.max_tokens)
+
+    @property
+    def max_num_tokens(self) -> int:
+        """What prompt and output of one request may have at most: the model's length, or what the cache holds."""
+        return self._scheduler.max_num_tokens
 
     def abort(self, request_id: str) -> RequestUpdate | None:
         """Drop a request in whatever state it is; None if it has already finished."""
@@ -157,7 +176,7 @@ class Engine:
         self._start_afresh()
         self.model.executor.reset()
 
-    def _check_request(self, token_ids: tuple[int, ...], params: SamplingParams) -> None:
+    def _check_ids(self, token_ids: tuple[int, ...], params: SamplingParams) -> None:
         vocab_size = self.model.config.vocab_size
         outside = [token_id for token_id in token_ids if not 0 <= token_id < vocab_size]
         if outside:

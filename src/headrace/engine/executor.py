@@ -18,6 +18,11 @@ class Executor(Protocol):
         """Plans that are worth having submitted and not collected: one for each stage of a pipeline."""
         ...
 
+    @property
+    def failure(self) -> str | None:
+        """Why the ranks can no longer work together, once that is so. From any thread, and without waiting."""
+        ...
+
     def submit(self, plan: StepPlan) -> None:
         """Start a step. At most max_in_flight are open at a time."""
         ...

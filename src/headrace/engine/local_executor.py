@@ -13,6 +13,7 @@ class LocalExecutor:
     """Runs a plan when its result is asked for: with one thread, nothing could happen before."""
 
     max_in_flight = 1
+    failure = None
 
     def __init__(self, worker: Worker) -> None:
         self._worker: Worker | None = worker

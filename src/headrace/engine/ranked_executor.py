@@ -40,6 +40,11 @@ class RankedExecutor:
         """A micro-batch for each stage."""
         return self._config.pipeline_parallel_size
 
+    @property
+    def failure(self) -> str | None:
+        """Also while nothing runs: signs of life are exchanged all the time."""
+        return self._world.failure
+
     def submit(self, plan: StepPlan) -> None:
         self._check()
         message = Kind.PLAN.value + encode_plan(plan)

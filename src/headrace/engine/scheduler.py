@@ -153,11 +153,38 @@ class Scheduler:
         if sequence.seq_id in self._entries or sequence.status is not SequenceStatus.WAITING:
             raise ValueError(f"sequence {sequence.seq_id} was added before; each output needs its own sequence and id")
         self._check_sibling(sequence)
-        self._check_fits(sequence)
+        self.check_fits(sequence.num_prompt_tokens, sequence.params.max_tokens)
         entry = _Entry(sequence, self._num_arrived)
         self._num_arrived += 1
         self._entries[sequence.seq_id] = entry
         self._waiting.append(entry)
+
+    def check_fits(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
+        """Refuse what could not run alone, so that whatever is admitted can end. May be called from any thread.
+
+        Raises:
+            RequestError: the prompt is empty.
+            ContextLengthError: prompt and output are too long for the model or the cache.
+        """
+        if num_prompt_tokens == 0:
+            raise RequestError("the prompt has 0 tokens; give at least one token to continue from")
+        if num_prompt_tokens >= self._max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {num_prompt_tokens} tokens, but prompt and output together may have "
+                f"{self._max_model_len} (max_model_len); shorten the prompt to at most {self._max_model_len - 1} tokens"
+            )
+        max_num_tokens = self._max_model_len
+        if max_tokens is not None:
+            max_num_tokens = min(max_num_tokens, num_prompt_tokens + max_tokens)
+        # The last token is sampled but never run, so it needs no room.
+        num_needed = self._blocks.num_blocks_for(max_num_tokens - 1)
+        if num_needed > self._blocks.num_blocks:
+            raise self._does_not_fit(num_prompt_tokens, max_num_tokens, num_needed)
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Of one sequence, prompt and output: the model's length, or what the cache holds."""
+        return min(self._max_model_len, self._blocks.num_blocks * self._blocks.block_size + 1)
 
     def abort(self, seq_id: int) -> None:
         """Drop a sequence in whatever state it is; an unknown id is ignored, as a cancel may cross a request's end."""
@@ -285,24 +312,6 @@ class Scheduler:
             raise ValueError(f"sequence {sequence.seq_id} is forked from {sibling.seq_id}, whose prompt is another")
         if sibling.status is not SequenceStatus.FINISHED and sibling.seq_id not in self._entries:
             raise ValueError(f"sequence {sequence.seq_id} is forked from {sibling.seq_id}; add that one first")
-
-    def _check_fits(self, sequence: Sequence) -> None:
-        """Refuse what could not run alone, so that whatever is admitted can end."""
-        num_prompt_tokens, max_tokens = sequence.num_prompt_tokens, sequence.params.max_tokens
-        if num_prompt_tokens == 0:
-            raise RequestError("the prompt has 0 tokens; give at least one token to continue from")
-        if num_prompt_tokens >= self._max_model_len:
-            raise ContextLengthError(
-                f"the prompt has {num_prompt_tokens} tokens, but prompt and output together may have "
-                f"{self._max_model_len} (max_model_len); shorten the prompt to at most {self._max_model_len - 1} tokens"
-            )
-        max_num_tokens = self._max_model_len
-        if max_tokens is not None:
-            max_num_tokens = min(max_num_tokens, num_prompt_tokens + max_tokens)
-        # The last token is sampled but never run, so it needs no room.
-        num_needed = self._blocks.num_blocks_for(max_num_tokens - 1)
-        if num_needed > self._blocks.num_blocks:
-            raise self._does_not_fit(num_prompt_tokens, max_num_tokens, num_needed)
 
     def _does_not_fit(self, num_prompt_tokens: int, max_num_tokens: int, num_needed: int) -> ContextLengthError:
         num_blocks, block_size = self._blocks.num_blocks, self._blocks.block_size
