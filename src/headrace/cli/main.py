@@ -28,6 +28,7 @@ EXIT_BROKEN_PIPE = 141
 COMMANDS = {
     "generate": ("headrace.cli.generate", "complete prompts, streaming the text as it comes"),
     "chat": ("headrace.cli.chat", "talk to a model in the terminal"),
+    "serve": ("headrace.cli.serve", "serve a model to OpenAI clients over HTTP"),
     "bench model": ("headrace.cli.bench_model", "measure a model's speed, and how close it is to the machine's limits"),
     "bench kernels": ("headrace.cli.bench_kernels", "measure the kernels alone, beside the machine's limits"),
     "bench ablation": ("headrace.cli.bench_ablation", "switch each idea of FlashDecoding++ off and measure without it"),

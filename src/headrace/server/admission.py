@@ -1,0 +1,55 @@
+"""How many may wait: requests beyond a limit are refused at once, with a hint when to come again."""
+
+import math
+from collections import deque
+
+from headrace.server.errors import Overloaded
+
+_MAX_RETRY_AFTER_S = 60
+_NUM_REMEMBERED = 64
+
+
+class Admission:
+    """Counts what was accepted and has no output token yet: outputs, and prompt tokens.
+
+    max_requests, max_tokens: limits of both. An empty queue takes any request, however long, that the engine can hold.
+    """
+
+    def __init__(self, max_requests: int, max_tokens: int) -> None:
+        self._max_requests, self._max_tokens = max_requests, max_tokens
+        self.num_requests = self.num_tokens = 0
+        self._starts_s: deque[float] = deque(maxlen=_NUM_REMEMBERED)
+
+    def check(self, num_requests: int, num_tokens: int, now_s: float) -> None:
+        """
+        Raises:
+            Overloaded: so many more would be too many.
+        """
+        if self.num_requests and self.num_requests + num_requests > self._max_requests:
+            raise Overloaded(
+                f"{self.num_requests} requests wait, and at most {self._max_requests} may; try again later",
+                retry_after_s=self.retry_after_s(now_s),
+            )
+        if self.num_tokens and self.num_tokens + num_tokens > self._max_tokens:
+            raise Overloaded(
+                f"{self.num_tokens} prompt tokens wait, and at most {self._max_tokens} may; try again later",
+                retry_after_s=self.retry_after_s(now_s),
+            )
+
+    def enter(self, num_requests: int, num_tokens: int) -> None:
+        self.num_requests += num_requests
+        self.num_tokens += num_tokens
+
+    def leave(self, num_requests: int, num_tokens: int, *, started_s: float | None = None) -> None:
+        """So many wait no longer; started_s: when they had their first token, if they had one."""
+        self.num_requests -= num_requests
+        self.num_tokens -= num_tokens
+        if started_s is not None:
+            self._starts_s.append(started_s)
+
+    def retry_after_s(self, now_s: float) -> int:
+        """Whole seconds in which half of those who wait will have started, as fast as others did lately."""
+        if len(self._starts_s) < 2:
+            return 1
+        per_s = len(self._starts_s) / max(now_s - self._starts_s[0], 1e-3)
+        return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(self.num_requests / 2 / per_s)))

@@ -1,0 +1,68 @@
+"""The application: routes, and what every request passes on its way to them."""
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+
+from headrace import __version__
+from headrace.errors import HeadraceError
+from headrace.server.auth import ApiKeys
+from headrace.server.body_limit import BodyLimit
+from headrace.server.clients import error_response
+from headrace.server.context import ServerContext
+from headrace.server.errors import ServerError, error_object, explain_validation
+from headrace.server.openapi import describe
+from headrace.server.routes import chat, completions, models, text
+
+logger = logging.getLogger(__name__)
+
+_ROUTERS = (models.router, completions.router, chat.router, text.router)
+
+
+def build_app(context: ServerContext) -> FastAPI:
+    """An ASGI application that serves one engine."""
+    app = FastAPI(title="Headrace", version=__version__, docs_url=None, redoc_url=None)
+    app.state.context = context
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    for router in _ROUTERS:
+        app.include_router(router)
+    app.add_exception_handler(HeadraceError, _answer_headrace_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(Exception, _answer_unforeseen)
+    config = context.config
+    # The last one added is the first one that a request meets.
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
+    app.add_middleware(ApiKeys, keys=config.api_keys)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(config.cors_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+async def _answer_headrace_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HeadraceError)
+    return error_response(error)
+
+
+async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    message, param = explain_validation(error.errors())
+    return JSONResponse(error_object(message, "invalid_request_error", param=param), 400)
+
+
+async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
+    """What routing refuses: paths and methods that are not there."""
+    assert isinstance(error, HTTPException)
+    body = error_object(str(error.detail), "invalid_request_error")
+    return JSONResponse(body, error.status_code, dict(error.headers or {}))
+
+
+async def _answer_unforeseen(_: Request, error: Exception) -> JSONResponse:
+    logger.error("a request met an error that nobody foresaw", exc_info=error)
+    return JSONResponse(error_object("the server failed on this request; its log says why", ServerError.kind), 500)

@@ -1,0 +1,312 @@
+"""The engine as the event loop sees it: requests go in, streams come out, and it is there again after it was lost."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from headrace.config import SamplingParams
+from headrace.config.server import ServerConfig
+from headrace.engine.engine import Engine
+from headrace.engine.outputs import RequestUpdate
+from headrace.errors import RequestError
+from headrace.server.admission import Admission
+from headrace.server.engine_thread import EngineState, EngineThread
+from headrace.server.errors import TimedOut, Unavailable
+from headrace.server.request_stream import RequestStream
+from headrace.server.restarts import RestartPolicy
+
+logger = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 5
+_STALLED_STEP_S = 120.0
+"""A step that takes longer is taken for one that does not end."""
+
+T = TypeVar("T")
+
+
+class AsyncEngine:
+    """Owns the engine's thread and every open request. All methods are for the one event loop that `start` ran on.
+
+    load: makes an engine, on that thread; called again when its ranks were lost.
+    can_restart: whether that could work; ranks of a launcher end with the job.
+    on_failed: called once if there is no engine and will be none.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Engine],
+        config: ServerConfig,
+        *,
+        can_restart: bool = True,
+        on_failed: Callable[[BaseException], None] = lambda _: None,
+    ) -> None:
+        self.config = config
+        self.admission = Admission(config.max_waiting_requests, config.max_waiting_tokens)
+        self.restarts = RestartPolicy(config.max_restarts if can_restart else 0, config.restart_window_s)
+        self.state = EngineState.STARTING
+        self.is_draining = False
+        self.reason = ""
+        """Why the engine is not ready."""
+        self._streams: dict[str, RequestStream] = {}
+        self._on_failed = on_failed
+        self._engine: Engine | None = None
+        self._error: BaseException | None = None
+        self._thread = EngineThread(load, _Relay(self), self.restarts)
+        self._changed = asyncio.Event()
+
+    async def start(self) -> None:
+        """Load the engine; returns when it is ready.
+
+        Raises: what `load` raises.
+        """
+        self.loop = asyncio.get_running_loop()
+        self._thread.start()
+        await self.wait_until(lambda: self.state is not EngineState.STARTING)
+        if self._error is not None:
+            raise self._error
+
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until it holds; looked at whenever the state changes, or a request ends."""
+        while not condition():
+            self._changed.clear()
+            await self._changed.wait()
+
+    @property
+    def engine(self) -> Engine:
+        """For what never changes of it, such as the model's facts.
+
+        Raises:
+            Unavailable: there is none at the moment.
+        """
+        if self._engine is None:
+            raise self._unavailable()
+        return self._engine
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the server cannot answer requests now; None if it can. Knows of a lost rank before any step meets it."""
+        if self.is_draining:
+            return "the server is shutting down"
+        if self.state is not EngineState.READY or self._engine is None:
+            return self.reason or f"the engine is {self.state.value}"
+        if self._engine.failure is not None:
+            return self._engine.failure
+        began_s = self._thread.step_began_s
+        if began_s is not None and time.monotonic() - began_s > _STALLED_STEP_S:
+            return f"a step has been running for more than {_STALLED_STEP_S:g} s"
+        return None
+
+    def submit(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None
+    ) -> RequestStream:
+        """Queue a request.
+
+        Raises:
+            RequestError: it can never run; says why.
+            Overloaded: too many wait.
+            Unavailable: no engine, or the server is about to end.
+        """
+        self.check(prompt_token_ids, params)
+        now_s = time.monotonic()
+        self.admission.check(params.n, len(prompt_token_ids), now_s)
+        stream = RequestStream(request_id, len(prompt_token_ids), params.n, self._abort)
+        self._streams[request_id] = stream
+        self.admission.enter(stream.num_outputs, stream.num_prompt_tokens)
+        stream.timer = self.loop.call_later(self.config.queue_timeout_s, self._end_waiting, stream)
+        self._thread.do(partial(self._add, stream, tuple(prompt_token_ids), params, prompt))
+        return stream
+
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """What `submit` raises, but for the length of the queue."""
+        if self.trouble is not None:
+            raise self._unavailable()
+        self.engine.check_request(prompt_token_ids, params)
+
+    async def ask(self, question: Callable[[Engine], T]) -> T:
+        """The answer to something that only the engine's thread may look at, between two steps.
+
+        Raises:
+            Unavailable: the engine was lost before it could answer; and what the question raises.
+        """
+        if self._engine is None:
+            raise self._unavailable()
+        answer: asyncio.Future[T] = self.loop.create_future()
+
+        def run(engine: Engine) -> None:
+            try:
+                result = question(engine)
+            except Exception as error:
+                self.loop.call_soon_threadsafe(_set_exception, answer, error)
+            else:
+                self.loop.call_soon_threadsafe(_set_result, answer, result)
+
+        self._thread.do(run)
+        lost = asyncio.create_task(self.wait_until(lambda: self._engine is None))
+        await asyncio.wait((answer, lost), return_when=asyncio.FIRST_COMPLETED)
+        lost.cancel()
+        if not answer.done():
+            raise self._unavailable()
+        return answer.result()
+
+    async def drain(self) -> None:
+        """Take no more requests, and wait for those that run, as long as `drain_s` allows; then end them."""
+        self.is_draining = True
+        self._changed.set()
+        try:
+            await asyncio.wait_for(self.wait_until(lambda: not self._streams), self.config.drain_s)
+        except TimeoutError:
+            for stream in list(self._streams.values()):
+                self._end(stream, Unavailable("the server is shutting down"))
+
+    async def close(self) -> None:
+        """End the engine after the step that runs."""
+        self.is_draining = True
+        for stream in list(self._streams.values()):
+            self._end(stream, Unavailable("the server is shutting down"))
+        await asyncio.to_thread(self._thread.stop)
+
+    def _add(
+        self,
+        stream: RequestStream,
+        prompt_token_ids: tuple[int, ...],
+        params: SamplingParams,
+        prompt: str | None,
+        engine: Engine,
+    ) -> None:
+        """On the engine's thread."""
+        if stream.is_ended:
+            return
+        try:
+            engine.add_request(stream.request_id, prompt_token_ids, params, prompt)
+        except Exception as error:
+            self.loop.call_soon_threadsafe(self._refuse, stream, error)
+
+    def _refuse(self, stream: RequestStream, error: Exception) -> None:
+        logger.error("a request that had been accepted was refused", exc_info=error)
+        stream.fail(error if isinstance(error, RequestError) else Unavailable(str(error)))
+        self._forget(stream)
+
+    def _abort(self, request_id: str) -> None:
+        """The reader of a request has left."""
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            self._forget(stream)
+            self._thread.do(lambda engine: _drop(engine, request_id))
+
+    def _end(self, stream: RequestStream, error: TimedOut | Unavailable) -> None:
+        if not stream.is_ended:
+            stream.abort(error)
+
+    def _end_waiting(self, stream: RequestStream) -> None:
+        if stream.has_started:
+            rest_s = self.config.request_timeout_s - self.config.queue_timeout_s
+            stream.timer = self.loop.call_later(max(rest_s, 0.0), self._end_late, stream)
+            return
+        seconds = self.config.queue_timeout_s
+        retry_after_s = self.admission.retry_after_s(time.monotonic())
+        reason = f"the request waited {seconds:g} s for its first token; try again"
+        self._end(stream, Unavailable(reason, retry_after_s=retry_after_s))
+
+    def _end_late(self, stream: RequestStream) -> None:
+        seconds = self.config.request_timeout_s
+        self._end(stream, TimedOut(f"the request took more than {seconds:g} s; ask for fewer tokens"))
+
+    def _forget(self, stream: RequestStream) -> None:
+        if self._streams.pop(stream.request_id, None) is None:
+            return
+        if stream.timer is not None:
+            stream.timer.cancel()
+        self._count_start(stream)
+        if self.is_draining:
+            self._changed.set()
+
+    def _count_start(self, stream: RequestStream, now_s: float | None = None) -> None:
+        """It waits no longer: it has a token, or it has ended."""
+        if not stream.has_started:
+            stream.has_started = True
+            self.admission.leave(stream.num_outputs, stream.num_prompt_tokens, started_s=now_s)
+
+    def _unavailable(self) -> Unavailable:
+        reason = self.trouble or "the engine is not ready"
+        return Unavailable(f"{reason}; try again later", retry_after_s=_RETRY_AFTER_S)
+
+    # What follows is told by the engine's thread, on the loop.
+
+    def take(self, updates: Sequence[RequestUpdate]) -> None:
+        """Hand updates to those who wait for them."""
+        now_s = time.monotonic()
+        for update in updates:
+            stream = self._streams.get(update.request_id)
+            if stream is None:
+                continue
+            if not stream.has_started and update.chunks:
+                self._count_start(stream, now_s)
+            stream.push(update)
+            if update.finished is not None:
+                self._forget(stream)
+
+    def set_ready(self, engine: Engine) -> None:
+        self._engine = engine
+        self._set_state(EngineState.READY, "")
+
+    def set_lost(self, reason: str, delay_s: float) -> None:
+        self._engine = None
+        self._set_state(EngineState.RECOVERING, reason)
+        logger.error("the engine was lost: %s; %d requests end, next start in %g s", reason, self.num_open, delay_s)
+        self._fail_all(reason)
+
+    def set_failed(self, error: BaseException) -> None:
+        self._engine, self._error = None, error
+        self._set_state(EngineState.FAILED, str(error))
+        self._fail_all(str(error))
+        self._on_failed(error)
+
+    def _fail_all(self, reason: str) -> None:
+        for stream in list(self._streams.values()):
+            stream.fail(Unavailable(f"the request was lost: {reason}; send it again", retry_after_s=_RETRY_AFTER_S))
+            self._forget(stream)
+
+    def _set_state(self, state: EngineState, reason: str) -> None:
+        self.state, self.reason = state, reason
+        self._changed.set()
+
+
+class _Relay:
+    """Carries what the engine's thread says over to the loop."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._to = engine
+
+    def on_ready(self, engine: Engine) -> None:
+        self._to.loop.call_soon_threadsafe(self._to.set_ready, engine)
+
+    def on_updates(self, updates: Sequence[RequestUpdate]) -> None:
+        self._to.loop.call_soon_threadsafe(self._to.take, updates)
+
+    def on_lost(self, reason: str, delay_s: float) -> None:
+        self._to.loop.call_soon_threadsafe(self._to.set_lost, reason, delay_s)
+
+    def on_failed(self, error: BaseException) -> None:
+        self._to.loop.call_soon_threadsafe(self._to.set_failed, error)
+
+
+def _drop(engine: Engine, request_id: str) -> None:
+    engine.abort(request_id)
+
+
+def _set_result(future: "asyncio.Future[T]", result: T) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _set_exception(future: "asyncio.Future[T]", error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -1,0 +1,109 @@
+"""What a server says when it does not do what was asked: exceptions, and OpenAI's error objects for them.
+
+An error object is {"error": {"message", "type", "param", "code"}}; `param` names the field that is at fault.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from headrace.errors import ContextLengthError, EngineStopped, HeadraceError, RequestError
+
+
+class ServerError(HeadraceError):
+    """Why the server, rather than the request, is at fault; retry_after_s: when to ask again."""
+
+    status = 500
+    kind = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Overloaded(ServerError):
+    """The queue is full."""
+
+    status, kind, code = 429, "rate_limit_error", "queue_full"
+
+
+class Unavailable(ServerError):
+    """The engine is starting, ending, or was lost with its requests."""
+
+    status, kind, code = 503, "service_unavailable_error", "unavailable"
+
+
+class TimedOut(ServerError):
+    status, kind, code = 504, "timeout_error", "timeout"
+
+
+class ClientLeft(ServerError):
+    """Nobody is there any more to read an answer. 499 is what web servers write into their logs then."""
+
+    status, kind, code = 499, "client_closed_request", "client_left"
+
+
+class ModelNotFound(RequestError):
+    """A request for another model than the one that is served."""
+
+
+class InvalidParameter(RequestError):
+    """A request's fault, in a field that can be named."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def error_object(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def status_of(error: HeadraceError) -> int:
+    """The HTTP status that an error is answered with."""
+    if isinstance(error, ServerError):
+        return error.status
+    if isinstance(error, ModelNotFound):
+        return 404
+    if isinstance(error, RequestError):
+        return 400
+    return 503 if isinstance(error, EngineStopped) else 500
+
+
+def object_of(error: HeadraceError) -> dict[str, Any]:
+    """The error object of an exception that Headrace raises on purpose."""
+    message = str(error)
+    if isinstance(error, ServerError):
+        return error_object(message, error.kind, code=error.code)
+    if isinstance(error, ContextLengthError):
+        return error_object(message, "invalid_request_error", code="context_length_exceeded")
+    if isinstance(error, ModelNotFound):
+        return error_object(message, "invalid_request_error", param="model", code="model_not_found")
+    if isinstance(error, RequestError):
+        return error_object(message, "invalid_request_error", param=getattr(error, "param", None))
+    kind = Unavailable.kind if isinstance(error, EngineStopped) else ServerError.kind
+    return error_object(message, kind)
+
+
+def headers_of(error: HeadraceError) -> dict[str, str]:
+    retry_after_s = getattr(error, "retry_after_s", None)
+    return {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+
+
+def explain_validation(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """One sentence on what is wrong with a body, and the name of the first field at fault.
+
+    errors: as pydantic lists them.
+    """
+    first = errors[0]
+    where = [str(part) for part in first.get("loc", ()) if part not in ("body", "query")]
+    param = ".".join(where) or None
+    if first.get("type") == "unsupported":
+        return str(first["msg"]), ".".join([*where, first["ctx"]["name"]])
+    if first.get("type") == "extra_forbidden":
+        return f"'{param}' is not a field that this server knows; leave it out", param
+    if first.get("type") == "json_invalid":
+        reason = (first.get("ctx") or {}).get("error", "it cannot be parsed")
+        return f"the body is not valid JSON: {reason}", None
+    reason = str(first.get("msg", "it is not valid")).removeprefix("Value error, ")
+    return (f"{param}: {reason}" if param else reason), param

@@ -1,0 +1,98 @@
+"""A request's prompts on their way through the engine: all are accepted or none, and all end together."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+
+from headrace.config import SamplingParams
+from headrace.engine.outputs import CompletionOutput, RequestOutput, RequestUpdate
+from headrace.server.async_engine import AsyncEngine
+from headrace.server.errors import ServerError
+from headrace.server.prompts import EncodedPrompt
+from headrace.server.request_stream import RequestStream
+
+
+def submit_all(
+    engine: AsyncEngine, request_id: str, prompts: Sequence[EncodedPrompt], params: Sequence[SamplingParams]
+) -> list[RequestStream]:
+    """One stream for each prompt, with its parameters.
+
+    Raises:
+        RequestError: one of them can never run.
+        Overloaded: they are too many for the queue.
+        Unavailable: no engine.
+    """
+    for prompt, own in zip(prompts, params, strict=True):
+        engine.check(prompt.token_ids, own)
+    num_outputs = sum(own.n for own in params)
+    engine.admission.check(num_outputs, sum(len(prompt.token_ids) for prompt in prompts), time.monotonic())
+    return [
+        engine.submit(f"{request_id}-{index}", prompt.token_ids, own, prompt.text)
+        for index, (prompt, own) in enumerate(zip(prompts, params, strict=True))
+    ]
+
+
+async def finish_all(streams: Sequence[RequestStream]) -> list[RequestOutput]:
+    """Whole outputs, in the order of the prompts.
+
+    Raises:
+        ServerError: one of them failed; says why.
+    """
+    outputs = [await stream.finish() for stream in streams]
+    for output in outputs:
+        for completion in output.outputs:
+            check_completion(completion)
+    return outputs
+
+
+def check_completion(completion: CompletionOutput) -> None:
+    """
+    Raises:
+        ServerError: the engine could not go on with it.
+    """
+    if completion.error is not None:
+        raise ServerError(completion.error)
+
+
+async def updates_of(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, RequestUpdate], None]:
+    """Updates of all streams as they come, each with the index of its stream.
+
+    Raises:
+        ServerError: a stream failed.
+    """
+    if len(streams) == 1:
+        async for update in streams[0]:
+            _check(update)
+            yield 0, update
+        return
+    async with aclosing(_merged(streams)) as merged:
+        async for index, update in merged:
+            _check(update)
+            yield index, update
+
+
+async def _merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, RequestUpdate], None]:
+    waiting = {asyncio.ensure_future(_next(stream)): index for index, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = waiting.pop(task)
+                update = task.result()
+                if update is not None:
+                    yield index, update
+                    waiting[asyncio.ensure_future(_next(streams[index]))] = index
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+async def _next(stream: AsyncIterator[RequestUpdate]) -> RequestUpdate | None:
+    return await anext(stream, None)
+
+
+def _check(update: RequestUpdate) -> None:
+    if update.finished is not None:
+        for completion in update.finished.outputs:
+            check_completion(completion)

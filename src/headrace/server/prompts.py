@@ -1,0 +1,117 @@
+"""From what a client sends to token ids, on threads that are made for it."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from headrace.engine.load import LoadedModel
+from headrace.errors import RequestError
+from headrace.server.context import ServerContext
+from headrace.server.errors import InvalidParameter
+from headrace.server.protocol.completions import MAX_PROMPTS
+from headrace.tokenizer import Tokenizer
+
+
+class EncodedPrompt(NamedTuple):
+    """text: None where token ids were sent."""
+
+    token_ids: list[int]
+    text: str | None
+
+
+async def encode_prompts(
+    context: ServerContext,
+    prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+    *,
+    add_special_tokens: bool = True,
+    truncate_prompt_tokens: int | None = None,
+) -> list[EncodedPrompt]:
+    """One prompt or several: texts, or token ids; truncate_prompt_tokens: of each only so many, the last ones.
+
+    Raises:
+        RequestError: none, too many, or text for a model without a tokenizer.
+    """
+    prompts = _as_list(prompt)
+    if len(prompts) > MAX_PROMPTS:
+        raise InvalidParameter("prompt", f"prompt is a list of {len(prompts)}; send at most {MAX_PROMPTS} at once")
+    encode = partial(_encode_all, context.model, prompts, add_special_tokens, truncate_prompt_tokens)
+    return await asyncio.get_running_loop().run_in_executor(context.text_threads, encode)
+
+
+async def encode_chat(
+    context: ServerContext,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    template_variables: Mapping[str, Any] | None = None,
+    truncate_prompt_tokens: int | None = None,
+) -> EncodedPrompt:
+    """A conversation through the model's chat template.
+
+    Raises:
+        RequestError: the model has no template, or it refuses the messages.
+    """
+    render = partial(
+        _render,
+        context.model,
+        messages,
+        tools,
+        add_generation_prompt,
+        dict(template_variables or {}),
+        truncate_prompt_tokens,
+    )
+    return await asyncio.get_running_loop().run_in_executor(context.text_threads, render)
+
+
+def tokenizer_of(model: LoadedModel) -> Tokenizer:
+    """
+    Raises:
+        RequestError: the model has none.
+    """
+    if model.tokenizer is None:
+        raise RequestError(f"{model.tokenizer_error}; without a tokenizer, send token ids to /v1/completions")
+    return model.tokenizer
+
+
+def _as_list(prompt: Any) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise InvalidParameter("prompt", "prompt is empty; send a text, or at least one token id")
+    return [list(prompt)] if isinstance(prompt[0], int) else list(prompt)
+
+
+def _encode_all(
+    model: LoadedModel, prompts: list[str | list[int]], add_special_tokens: bool, truncate_prompt_tokens: int | None
+) -> list[EncodedPrompt]:
+    encoded = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids = tokenizer_of(model).encode(prompt, add_special_tokens=add_special_tokens)
+            encoded.append(EncodedPrompt(_last(ids, truncate_prompt_tokens), prompt))
+        else:
+            encoded.append(EncodedPrompt(_last(prompt, truncate_prompt_tokens), None))
+    return encoded
+
+
+def _render(
+    model: LoadedModel,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    add_generation_prompt: bool,
+    variables: dict[str, Any],
+    truncate_prompt_tokens: int | None,
+) -> EncodedPrompt:
+    tokenizer = tokenizer_of(model)
+    assert model.chat_template is not None, "a model with a tokenizer has one, if only to say that it is empty"
+    reserved = {"messages", "tools", "documents", "add_generation_prompt"} & variables.keys()
+    if reserved:
+        raise InvalidParameter("chat_template_kwargs", f"'{min(reserved)}' is a field of its own; send it there")
+    text = model.chat_template.render(messages, tools, add_generation_prompt, **variables)
+    return EncodedPrompt(_last(tokenizer.encode(text, add_special_tokens=False), truncate_prompt_tokens), text)
+
+
+def _last(token_ids: list[int], count: int | None) -> list[int]:
+    return token_ids if count is None else token_ids[-count:]

@@ -1,0 +1,1 @@
+"""Schemas of requests. Every field that a client may send is named here; what is not named is refused, not ignored."""

@@ -1,0 +1,42 @@
+"""What all request schemas share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+
+class RequestModel(BaseModel):
+    """A body whose unknown fields are errors. A field that is null counts as left out.
+
+    Fields that OpenAI or vLLM define and this server does not offer are listed in `_unsupported`, each with the values
+    that ask for nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=False)
+
+    @classmethod
+    def unsupported(cls) -> Mapping[str, tuple[Any, ...]]:
+        """Fields that are known and not offered: values of them that change nothing, and may be sent."""
+        return {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        kept = {name: value for name, value in given.items() if value is not None or name not in _known(cls)}
+        for name, harmless in cls.unsupported().items():
+            if name not in kept:
+                continue
+            value = kept.pop(name)
+            if value is not None and value not in harmless:
+                raise PydanticCustomError(
+                    "unsupported", "'{name}' is not supported by this server; leave it out", {"name": name}
+                )
+        return kept
+
+
+def _known(cls: type[BaseModel]) -> set[str]:
+    return set(cls.model_fields)

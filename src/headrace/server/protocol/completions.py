@@ -1,0 +1,26 @@
+"""`/v1/completions`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from headrace.config.sampling import MAX_LOGPROBS
+from headrace.server.protocol.sampling import SamplingFields, TokenId
+
+MAX_PROMPTS = 128
+
+
+class CompletionRequest(SamplingFields):
+    """Continue one prompt or several: texts, or token ids."""
+
+    model: str | None = None
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
+
+    @classmethod
+    def unsupported(cls) -> Mapping[str, tuple[Any, ...]]:
+        return {"suffix": ("",), "best_of": (1,)}

@@ -1,0 +1,78 @@
+"""How tokens are chosen: OpenAI's fields, and those that vLLM's users send beside them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from headrace.config.sampling import MAX_LOGPROBS, MAX_OUTPUTS
+from headrace.server.protocol.base import RequestModel
+
+MAX_STOP_STRINGS = 64
+INT64 = 2**63
+
+Stop = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class StreamOptions(RequestModel):
+    """include_usage: one more event with the counts of all tokens; continuous_usage_stats: counts in every event."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class JsonSchemaFormat(RequestModel):
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(RequestModel):
+    """type json_schema needs json_schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputsField(RequestModel):
+    """vLLM's `structured_outputs`: one of them."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class SamplingFields(RequestModel):
+    """Defaults are what the model's generation_config.json recommends, else OpenAI's."""
+
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=1e6)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=4096)
+    stop: Stop | list[Stop] | None = Field(default=None, max_length=MAX_STOP_STRINGS)
+    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=4096)
+    include_stop_str_in_output: bool | None = None
+    min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_OUTPUTS)
+    seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputsField | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    return_token_ids: bool | None = None

@@ -1,0 +1,27 @@
+"""`/tokenize` and `/detokenize`, as vLLM has them."""
+
+from typing import Any
+
+from pydantic import Field
+
+from headrace.server.protocol.base import RequestModel
+from headrace.server.protocol.chat import ChatMessage
+from headrace.server.protocol.sampling import TokenId
+
+
+class TokenizeRequest(RequestModel):
+    """A text (`prompt`) or a conversation (`messages`)."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    tools: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(RequestModel):
+    model: str | None = None
+    tokens: list[TokenId]

@@ -1,0 +1,1 @@
+"""One file for each endpoint, or each few that belong together."""

@@ -1,0 +1,54 @@
+"""`/tokenize` and `/detokenize`."""
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from headrace.server.context import Context
+from headrace.server.errors import InvalidParameter
+from headrace.server.openapi import answers
+from headrace.server.prompts import EncodedPrompt, encode_chat, encode_prompts, tokenizer_of
+from headrace.server.protocol.text import DetokenizeRequest, TokenizeRequest
+from headrace.server.routes.models import check_model
+from headrace.server.strict_json import StrictRoute
+
+router = APIRouter(route_class=StrictRoute)
+
+
+@router.post("/tokenize", responses=answers())
+async def tokenize(body: TokenizeRequest, context: Context) -> dict[str, Any]:
+    """The tokens that a prompt or a conversation becomes."""
+    check_model(body.model, context)
+    encoded = await _encode(body, context)
+    tokenizer = tokenizer_of(context.model)
+    found: dict[str, Any] = {
+        "count": len(encoded.token_ids),
+        "max_model_len": context.engine.engine.max_num_tokens,
+        "tokens": encoded.token_ids,
+    }
+    if body.return_token_strs:
+        found["token_strs"] = [tokenizer.id_to_token(token_id) for token_id in encoded.token_ids]
+    return found
+
+
+@router.post("/detokenize", responses=answers())
+async def detokenize(body: DetokenizeRequest, context: Context) -> dict[str, str]:
+    """The text of tokens, special ones included."""
+    check_model(body.model, context)
+    return {"prompt": tokenizer_of(context.model).decode(body.tokens, skip_special_tokens=False)}
+
+
+async def _encode(body: TokenizeRequest, context: Context) -> EncodedPrompt:
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidParameter("prompt", "give either prompt or messages")
+    if body.prompt is not None:
+        add_special_tokens = body.add_special_tokens is not False
+        return (await encode_prompts(context, body.prompt, add_special_tokens=add_special_tokens))[0]
+    assert body.messages is not None
+    return await encode_chat(
+        context,
+        [message.model_dump(exclude_unset=True) for message in body.messages],
+        tools=body.tools,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        template_variables=body.chat_template_kwargs,
+    )

@@ -1,0 +1,134 @@
+"""`/v1/completions` and `/v1/chat/completions` through the official client, beside the engine itself."""
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from headrace import LLM, SamplingParams
+from headrace.demo_model import demo_model_path
+from tests.serving import RunningServer, running_server
+
+QUESTION = [{"role": "user", "content": "What is the largest ocean?"}]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    with running_server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(demo_model_path(), num_threads=1, dataflow="default") as made:
+        yield made
+
+
+def test_a_chat_is_what_the_engine_answers(client: openai.OpenAI, llm: LLM) -> None:
+    answer = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+    [expected] = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=None))
+    assert answer.choices[0].message.content == expected.outputs[0].text
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(expected.prompt_token_ids)
+    assert answer.usage.completion_tokens == len(expected.outputs[0].token_ids)
+
+
+def test_a_stream_is_the_same_answer_in_pieces(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+    with client.chat.completions.create(
+        model="demo", messages=QUESTION, temperature=0, stream=True, stream_options={"include_usage": True}
+    ) as stream:
+        chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_prompts_times_n_are_choices_in_order(client: openai.OpenAI, llm: LLM) -> None:
+    prompts = ["Once upon a time", "The"]
+    answer = client.completions.create(model="demo", prompt=prompts, n=2, seed=5, max_tokens=6, temperature=1.0)
+    expected = llm.generate(prompts, SamplingParams(n=2, seed=5, max_tokens=6, temperature=1.0))
+    texts = [output.text for result in expected for output in result.outputs]
+    assert [choice.text for choice in answer.choices] == texts
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+
+
+def test_streams_of_several_prompts_are_told_apart_by_their_index(client: openai.OpenAI) -> None:
+    prompts = ["Once upon a time", "The"]
+    settings = {"model": "demo", "prompt": prompts, "n": 2, "seed": 5, "max_tokens": 6, "temperature": 1.0}
+    whole = client.completions.create(**settings)
+    texts = [""] * 4
+    for chunk in client.completions.create(**settings, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in whole.choices]
+
+
+def test_logprobs_are_those_of_the_engine(client: openai.OpenAI, llm: LLM) -> None:
+    answer = client.chat.completions.create(
+        model="demo", messages=QUESTION, temperature=0, max_tokens=4, logprobs=True, top_logprobs=3
+    )
+    [expected] = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=4, logprobs=3))
+    content = answer.choices[0].logprobs.content
+    for entry, token_id, likely in zip(
+        content, expected.outputs[0].token_ids, expected.outputs[0].logprobs, strict=True
+    ):
+        assert entry.token == likely[token_id].decoded_token
+        assert entry.logprob == pytest.approx(likely[token_id].logprob, abs=1e-6)
+        by_rank = sorted(likely.values(), key=lambda e: e.rank)[:3]
+        assert [top.token for top in entry.top_logprobs] == [e.decoded_token for e in by_rank]
+
+
+def test_echo_repeats_the_prompt_and_scores_it(client: openai.OpenAI, llm: LLM) -> None:
+    answer = client.completions.create(
+        model="demo", prompt="The largest", max_tokens=3, temperature=0, echo=True, logprobs=0
+    )
+    [expected] = llm.generate("The largest", SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=0, logprobs=0))
+    choice = answer.choices[0]
+    assert choice.text == "The largest" + expected.outputs[0].text
+    scored = [row[i].logprob for i, row in zip(expected.prompt_token_ids, expected.prompt_logprobs, strict=True) if row]
+    assert choice.logprobs.token_logprobs[1 : 1 + len(scored)] == pytest.approx(scored, abs=1e-6)
+    assert "".join(choice.logprobs.tokens) == choice.text
+    for offset, token in zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True):
+        assert choice.text[offset:].startswith(token)
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"extra_body": {"no_such_field": 1}}, "no_such_field"),
+        ({"extra_body": {"suffix": "x"}}, "suffix"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"extra_body": {"logit_bias": {"x": 1}}}, None),
+    ],
+)
+def test_a_wrong_field_is_named(client: openai.OpenAI, settings: dict, param: str | None) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="demo", prompt="Hello", **settings)
+    assert refused.value.param == param
+    if param:
+        assert param in refused.value.message
+
+
+def test_another_model_is_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.completions.create(model="gpt-5", prompt="Hello")
+    assert refused.value.code == "model_not_found"
+    assert [model.id for model in client.models.list()] == ["demo"]
+
+
+def test_a_prompt_that_never_fits_is_refused_alone(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="demo", prompt=[5] * 5000)
+    assert refused.value.code == "context_length_exceeded"
