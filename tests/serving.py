@@ -1,6 +1,10 @@
 """A real server on a free port, in this process, for as long as a test needs it."""
 
+import asyncio
+import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +28,45 @@ class RunningServer:
     url: str
     serving: Serving
     thread: threading.Thread
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.url.removeprefix("http://").split(":")
+        return host, int(port)
+
+    def connect(self) -> socket.socket:
+        """A bare connection, for what no well-behaved client does."""
+        return socket.create_connection(self.address, timeout=20)
+
+    def ask(self, question: Callable[[Engine], Any]) -> Any:
+        """Look at the engine between two steps."""
+        engine = self.serving.engine
+        return asyncio.run_coroutine_threadsafe(engine.ask(question), engine.loop).result(20)
+
+    def wait_for(self, condition: Callable[[Engine], bool], timeout_s: float = 20) -> None:
+        self.wait_until(lambda: bool(self.ask(condition)), timeout_s)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No step runs."""
+        is_held, is_over = threading.Event(), threading.Event()
+
+        def hold(_: Engine) -> None:
+            is_held.set()
+            is_over.wait(20)
+
+        self.do(lambda: self.serving.engine._thread.do(hold))
+        assert is_held.wait(20)
+        try:
+            yield
+        finally:
+            is_over.set()
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 20) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline_s, f"it did not come to be within {timeout_s} s"
+            time.sleep(0.01)
 
     def do(self, function: Callable[[], Any]) -> None:
         """Call something on the server's own loop."""
@@ -87,3 +130,13 @@ def running_server(
             server.do(serving.end)
         thread.join(START_S)
         assert not thread.is_alive(), "the server does not end"
+
+
+def raw_request(body: dict[str, Any], path: str = "/v1/completions", headers: str = "") -> bytes:
+    """An HTTP request as it goes over the wire."""
+    data = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\n{headers}\r\n"
+    )
+    return head.encode() + data

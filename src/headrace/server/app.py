@@ -59,7 +59,7 @@ async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse
 async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
     """What routing refuses: paths and methods that are not there."""
     assert isinstance(error, HTTPException)
-    body = error_object(str(error.detail), "invalid_request_error")
+    body = error_object(str(error.detail), "invalid_request_error", code=getattr(error, "code", None))
     return JSONResponse(body, error.status_code, dict(error.headers or {}))
 
 

@@ -2,10 +2,16 @@
 
 import asyncio
 
-from starlette.responses import JSONResponse
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.server.errors import error_object
+
+class BodyRefused(HTTPException):
+    """Raised to whoever reads the body. What is still on its way must not be read as the next request."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(status, message, {"Connection": "close"})
+        self.code = code
 
 
 class BodyLimit:
@@ -20,12 +26,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        try:
-            await self._app(scope, self._limited(scope, receive), send)
-        except _Refused as refusal:
-            body = error_object(refusal.message, "invalid_request_error", code=refusal.code)
-            # What is still on its way must not be read as the next request.
-            await JSONResponse(body, refusal.status, {"Connection": "close"})(scope, receive, send)
+        await self._app(scope, self._limited(scope, receive), send)
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         announced = _announced_bytes(scope)
@@ -38,29 +39,23 @@ class BodyLimit:
             if is_complete:
                 return await receive()
             if announced > self._max_bytes:
-                raise _Refused(413, "body_too_large", self._too_large(announced))
+                raise BodyRefused(413, "body_too_large", self._too_large(announced))
             try:
                 async with asyncio.timeout_at(deadline_s):
                     message = await receive()
             except TimeoutError:
                 reason = f"the body did not arrive within {self._timeout_s:g} s; send it again"
-                raise _Refused(408, "body_timeout", reason) from None
+                raise BodyRefused(408, "body_timeout", reason) from None
             received += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)
             if received > self._max_bytes:
-                raise _Refused(413, "body_too_large", self._too_large(received))
+                raise BodyRefused(413, "body_too_large", self._too_large(received))
             return message
 
         return limited
 
     def _too_large(self, num_bytes: int) -> str:
         return f"the body has {num_bytes} bytes or more; at most {self._max_bytes} may be sent"
-
-
-class _Refused(Exception):
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
 
 
 def _announced_bytes(scope: Scope) -> int:

@@ -11,7 +11,7 @@ MAX_STOP_STRINGS = 64
 INT64 = 2**63
 
 Stop = Annotated[str, Field(min_length=1)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 
 
 class StreamOptions(RequestModel):

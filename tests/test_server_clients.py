@@ -1,0 +1,217 @@
+"""Clients that leave, are slow, are many, or send what they should not: nobody else notices."""
+
+import http.client
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from headrace.engine.engine import Engine
+from tests.serving import RunningServer, engine_settings, raw_request, running_server
+
+LONG = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "temperature": 1.0}
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    with running_server(
+        engine_settings(scheduler={"max_num_seqs": 4}),
+        max_waiting_requests=2,
+        max_waiting_tokens=2000,
+        max_body_bytes=100_000,
+        body_timeout_s=0.5,
+        slow_reader_s=1.0,
+        cors_origins=("https://a.example",),
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_behind(server: RunningServer) -> Iterator[None]:
+    yield
+    server.wait_for(_is_idle)
+    server.ask(lambda engine: engine.check_integrity())
+    assert server.serving.engine.num_open == 0
+    assert server.serving.engine.admission.num_requests == server.serving.engine.admission.num_tokens == 0
+
+
+def _is_idle(engine: Engine) -> bool:
+    return not engine.has_unfinished
+
+
+def _num_running(engine: Engine) -> int:
+    return engine.metrics().num_running
+
+
+def _answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("is_abrupt", [True, False])
+def test_a_client_that_leaves_ends_its_request(server: RunningServer, stream: bool, is_abrupt: bool) -> None:
+    before = server.ask(lambda engine: engine.metrics().num_decode_tokens)
+    with server.connect() as connection:
+        connection.sendall(raw_request({**LONG, "stream": stream, "n": 2}))
+        server.wait_for(lambda engine: engine.metrics().num_decode_tokens > before + 4)
+        if is_abrupt:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    server.wait_for(_is_idle)
+    assert server.ask(lambda engine: engine.metrics().num_decode_tokens) < before + 1700
+
+
+def test_a_client_that_leaves_before_its_turn_ends_its_request(server: RunningServer) -> None:
+    admission = server.serving.engine.admission
+    before = server.ask(lambda engine: engine.metrics().num_steps)
+    with server.paused():
+        with server.connect() as connection:
+            connection.sendall(raw_request({**LONG, "stream": True}))
+            server.wait_until(lambda: admission.num_requests == 1)
+        server.wait_until(lambda: admission.num_requests == 0)
+    assert server.ask(lambda engine: engine.metrics().num_steps) == before
+
+
+def test_a_slow_reader_holds_nobody_and_ends(server: RunningServer, client: openai.OpenAI) -> None:
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.settimeout(20)
+        slow.connect(server.address)
+        slow.sendall(raw_request({**LONG, "stream": True, "logprobs": 20, "n": 3}))
+        server.wait_for(lambda engine: _num_running(engine) == 3)
+        answer = client.completions.create(model="demo", prompt="The", max_tokens=5)
+        assert answer.usage.completion_tokens > 0
+        server.wait_for(_is_idle)
+        open_before = server.serving.engine.num_open
+        deadline_s = time.monotonic() + 20
+        while server.serving.http.server_state.tasks and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert not server.serving.http.server_state.tasks, "somebody still waits for the slow reader"
+        assert open_before == 0
+
+
+def test_what_waits_is_limited_and_told_when_to_come_again(server: RunningServer, client: openai.OpenAI) -> None:
+    with server.paused(), server.connect() as connection:
+        connection.sendall(raw_request({"prompt": "Hello", "n": 2, "max_tokens": 3}))
+        server.wait_until(lambda: server.serving.engine.admission.num_requests == 2)
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(model="demo", prompt="Hello")
+    assert refused.value.code == "queue_full"
+    assert int(refused.value.response.headers["retry-after"]) >= 1
+    assert client.completions.create(model="demo", prompt="Hello", max_tokens=3).choices
+
+
+def test_tokens_that_wait_are_limited_too(server: RunningServer, client: openai.OpenAI) -> None:
+    with server.paused(), server.connect() as connection:
+        connection.sendall(raw_request({"prompt": [7] * 1000, "max_tokens": 5}))
+        server.wait_until(lambda: server.serving.engine.admission.num_tokens == 1000)
+        with pytest.raises(openai.RateLimitError, match="prompt tokens wait"):
+            client.completions.create(model="demo", prompt=[8] * 1001, max_tokens=5)
+
+
+def test_of_several_prompts_all_are_accepted_or_none(server: RunningServer, client: openai.OpenAI) -> None:
+    finished = server.ask(lambda engine: engine.metrics().num_finished_requests)
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="demo", prompt=["Hello", "x" * 20_000])
+    assert server.ask(lambda engine: engine.metrics().num_finished_requests) == finished
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_body_that_is_too_large_is_refused(server: RunningServer, is_announced: bool) -> None:
+    body = json.dumps({"prompt": "x" * 200_000}).encode()
+    with server.connect() as connection:
+        if is_announced:
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body))
+        else:
+            connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(body) + body)
+        status, _, answer = _answer(connection)
+    assert status == 413
+    assert json.loads(answer)["error"]["code"] == "body_too_large"
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(server: RunningServer) -> None:
+    with server.connect() as connection:
+        connection.sendall(raw_request({"prompt": "Hello"})[:-3])
+        status, headers, answer = _answer(connection)
+    assert (status, headers["connection"]) == (408, "close")
+    assert json.loads(answer)["error"]["code"] == "body_timeout"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b'{"prompt": "x", "temperature": NaN}',
+        b'{"prompt": "x", "temperature": 1e999}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "seed": 123456789012345678901234567890}',
+        b'{"prompt": [1, -1]}',
+        b'{"prompt": [1, 99999]}',
+        b'{"prompt": [1, true]}',
+        b'{"prompt": [[]]}',
+        b'{"prompt": []}',
+        b'{"prompt": "x", "logit_bias": {"99999": 1}}',
+        b'{"prompt": "x", "stop": [""]}',
+        b'{"prompt": "x", "min_tokens": 20, "max_tokens": 10}',
+        b'{"prompt": "x", "n": 129}',
+        b"[" * 50_000,
+        b'{"a":' * 20_000,
+        b"\xff\xfe\x00",
+    ],
+    ids=lambda body: repr(body[:40]),
+)
+def test_a_body_that_makes_no_sense_is_the_clients_fault(server: RunningServer, body: bytes) -> None:
+    with server.connect() as connection:
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        status, _, answer = _answer(connection)
+    assert (status, json.loads(answer)["error"]["type"]) == (400, "invalid_request_error"), answer
+
+
+def test_many_at_once_get_what_each_gets_alone(server: RunningServer, client: openai.OpenAI) -> None:
+    """Seeded requests, four in a step, two waiting, the others told to come again: nobody's text depends on it."""
+    prompts = [f"Story {index}: once" for index in range(10)]
+
+    def ask(prompt: str) -> str:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=100) as own:
+            return (
+                own.completions.create(model="demo", prompt=prompt, seed=3, temperature=1.0, max_tokens=20)
+                .choices[0]
+                .text
+            )
+
+    texts: dict[str, str] = {}
+    threads = [threading.Thread(target=lambda p=p: texts.__setitem__(p, ask(p))) for p in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = {
+        prompt: client.completions.create(model="demo", prompt=prompt, seed=3, temperature=1.0, max_tokens=20)
+        for prompt in prompts
+    }
+    assert texts == {prompt: answer.choices[0].text for prompt, answer in alone.items()}
+
+
+def test_other_origins_may_ask_only_if_they_are_listed(server: RunningServer) -> None:
+    for origin, is_allowed in (("https://a.example", True), ("https://b.example", False)):
+        with server.connect() as connection:
+            connection.sendall(f"GET /version HTTP/1.1\r\nHost: t\r\nOrigin: {origin}\r\n\r\n".encode())
+            _, headers, _ = _answer(connection)
+        assert (headers.get("access-control-allow-origin") == origin) is is_allowed
