@@ -32,6 +32,7 @@ def listen(config: ServerConfig) -> socket.socket:
     Raises:
         ConfigError: the address cannot be had.
     """
+    listener = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
@@ -41,6 +42,8 @@ def listen(config: ServerConfig) -> socket.socket:
         listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         reason = error.strerror or error
         raise ConfigError(
             f"cannot listen on {config.host} port {config.port}: {reason}; choose another with --host and --port"
