@@ -23,6 +23,7 @@ class OutputState:
         params = sequence.params
         self.sequence = sequence
         self.output = CompletionOutput(index=index, logprobs=None if params.logprobs is None else [])
+        self._last_token_s: float | None = None
         self._params: SamplingParams = params
         self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
         self._stop_token_ids = self._eos_token_ids.union(params.stop_token_ids)
@@ -36,7 +37,7 @@ class OutputState:
         )
         self._matcher = StopStringMatcher(params.stop, params.include_stop_str_in_output) if params.stop else None
 
-    def append(self, token: SampledToken) -> CompletionChunk:
+    def append(self, token: SampledToken, now_s: float) -> CompletionChunk:
         """Take a sampled token; the chunk has a finish_reason if it was the last."""
         output, before = self.output, len(self.output.text)
         output.token_ids.append(token.token_id)
@@ -48,7 +49,11 @@ class OutputState:
         if self._take_text(token.token_id, reason):
             reason = FinishReason.STOP
         output.finish_reason = reason.value if reason else None
-        return self._chunk(before, (token.token_id,), logprobs)
+        chunk = self._chunk(before, (token.token_id,), logprobs)
+        if self._last_token_s is not None:
+            chunk.itl_s = now_s - self._last_token_s
+        self._last_token_s = now_s
+        return chunk
 
     def fail(self, error: str) -> CompletionChunk:
         before = len(self.output.text)

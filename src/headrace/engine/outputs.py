@@ -56,6 +56,7 @@ class CompletionChunk:
     """What one step added to one output: text that is final, and the tokens sampled.
 
     The text may lag behind the tokens (half a character, a possible stop string); the last chunk has a finish_reason.
+    itl_s: inter-token latency, from the output's token before this one; None for the first.
     """
 
     index: int
@@ -64,6 +65,7 @@ class CompletionChunk:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    itl_s: float | None = None
 
 
 class RequestUpdate(NamedTuple):

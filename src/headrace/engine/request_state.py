@@ -55,7 +55,7 @@ class RequestState:
         """Take a token of one output; the reason if that output has ended."""
         if self._metrics.first_token_s is None:
             self._metrics.first_token_s = now_s
-        chunk = self._outputs[token.seq_id].append(token)
+        chunk = self._outputs[token.seq_id].append(token, now_s)
         self._chunks.append(chunk)
         if chunk.finish_reason is None:
             return None
