@@ -16,6 +16,7 @@ from headrace.engine.engine import Engine
 from headrace.engine.llm import _engine_config
 from headrace.engine.load_rank import load_rank
 from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.rank_statistics import RankStatistics
 from headrace.engine.worker import Worker
 from headrace.kernels import Kernels
 from headrace.parallel.fabric import Fabric
@@ -67,6 +68,12 @@ class ThreadExecutor:
 
     def close(self) -> None:
         self._pool.shutdown()
+
+    def statistics(self) -> list[RankStatistics]:
+        return [worker.statistics() for worker in self.workers]
+
+    def exchange_s(self) -> float:
+        return sum(row.transfer_s for row in self.workers[0].ledger_rows())
 
     def ledger_rows(self) -> list[list[LedgerRow]]:
         return [[row for group in worker.groups for row in group.ledger_rows()] for worker in self.workers]

@@ -6,7 +6,7 @@ ledger, which in turn knows nothing of this; whoever has both compares them by `
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -74,6 +74,14 @@ class Sums(NamedTuple):
         )
 
 
+class ExchangeKind(NamedTuple):
+    """What figures are added up by where nobody asks for the place."""
+
+    group: str
+    operation: str
+    phase: Phase
+
+
 class RankVolume:
     """What one rank exchanges. Keeps what it has worked out for each kind of pass, so that a prediction for a run of
     known kinds takes microseconds."""
@@ -81,7 +89,7 @@ class RankVolume:
     def __init__(self, layout: Layout, rank: int) -> None:
         self._calls = RankCalls(layout, rank)
         self._exchanges: dict[Event, tuple[Exchange, ...]] = {}
-        self._totals: dict[Event, Sums] = {}
+        self._totals: dict[Event, dict[ExchangeKind, Sums]] = {}
 
     def exchanges(self, event: Event) -> tuple[Exchange, ...]:
         """The calls of one pass, in order."""
@@ -89,15 +97,15 @@ class RankVolume:
             self._exchanges[event] = tuple(self._calls.of(event))
         return self._exchanges[event]
 
-    def total(self, run: Run) -> Sums:
-        """Everything: what a self-check compares first, and cheapest."""
-        total = Sums()
+    def totals(self, run: Run) -> dict[ExchangeKind, Sums]:
+        """Everything by kind: what a self-check compares first, and cheapest."""
+        totals: dict[ExchangeKind, Sums] = {}
         for event, times in run.items():
             found = self._totals.get(event)
             if found is None:
-                found = self._totals[event] = self._total_of(event)
-            total = total.plus(found, times)
-        return total
+                found = self._totals[event] = self._totals_of(event)
+            add_totals(totals, found, times)
+        return totals
 
     def rows(self, run: Run) -> list[VolumeRow]:
         """The same place by place, as the ledger has it."""
@@ -122,11 +130,13 @@ class RankVolume:
             for (operation, group, site, phase, algorithm), total in sums.items()
         ]
 
-    def _total_of(self, event: Event) -> Sums:
-        total = Sums()
+    def _totals_of(self, event: Event) -> dict[ExchangeKind, Sums]:
+        totals: dict[ExchangeKind, Sums] = {}
         for exchange in self.exchanges(event):
-            total = total.plus(_one_site(exchange), len(exchange.sites))
-        return total
+            if exchange.sites and exchange.calls_per_site:
+                kind = ExchangeKind(exchange.group, exchange.operation, event.phase)
+                add_totals(totals, {kind: _one_site(exchange)}, len(exchange.sites))
+        return totals
 
 
 def _one_site(exchange: Exchange) -> Sums:
@@ -134,11 +144,20 @@ def _one_site(exchange: Exchange) -> Sums:
     return Sums(times, times * exchange.payload_bytes, times * exchange.wire_bytes)
 
 
-def add_up(parts: Iterable[Sums]) -> Sums:
-    total = Sums()
-    for part in parts:
-        total = total.plus(part)
-    return total
+def add_totals(totals: dict[ExchangeKind, Sums], more: Mapping[ExchangeKind, Sums], times: int = 1) -> None:
+    """Add `more` to `totals`, so many times."""
+    for kind, sums in more.items():
+        totals[kind] = totals.get(kind, Sums()).plus(sums, times)
+
+
+def totals_of(rows: Iterable[Counted]) -> dict[ExchangeKind, Sums]:
+    """Rows of one account by kind; no kind that nothing was exchanged of."""
+    totals: dict[ExchangeKind, Sums] = {}
+    for row in rows:
+        if row.count:
+            kind = ExchangeKind(row.group, row.operation, row.phase)
+            add_totals(totals, {kind: Sums(row.count, row.payload_bytes, row.wire_bytes)})
+    return totals
 
 
 def predict_run(layout: Layout, run: Run) -> list[list[VolumeRow]]:

@@ -3,8 +3,9 @@
 import logging
 import secrets
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from operator import index
@@ -13,9 +14,10 @@ from typing import SupportsIndex
 from headrace.cache.block_manager import BlockManager
 from headrace.config import SamplingParams
 from headrace.engine.load import LoadedModel
-from headrace.engine.metrics import EngineMetrics
+from headrace.engine.metrics import EngineMetrics, EngineStatistics
 from headrace.engine.outputs import CompletionChunk, RequestUpdate
 from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.rank_statistics import exchange_totals
 from headrace.engine.request_state import RequestState
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.sequence import FinishReason, Sequence
@@ -39,16 +41,20 @@ class Engine:
         self._requests: dict[str, RequestState] = {}
         self._by_sequence: dict[int, RequestState] = {}
         """Of unfinished sequences alone: whatever else comes back from the ranks is of no interest any more."""
-        self._failed: list[RequestUpdate] = []
+        self._pending: dict[str, RequestUpdate] = {}
+        """News that no step has reported yet, by request."""
+        self._started_s, self._busy_s = time.monotonic(), 0.0
         self._sequence_ids = count()
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = self._num_finished = 0
+        self._num_prompt_tokens = self._num_generation_tokens = 0
+        self._finish_reasons: Counter[str] = Counter()
         self._prefix_query_tokens = self._prefix_hit_tokens = self._num_preemptions = 0
         self._start_afresh()
 
     @property
     def has_unfinished(self) -> bool:
         """Requests to run, or the end of one to report."""
-        return bool(self._requests or self._failed)
+        return bool(self._requests or self._pending)
 
     @property
     def failure(self) -> str | None:
@@ -57,7 +63,7 @@ class Engine:
 
     def is_live(self, request_id: str) -> bool:
         """The request still has an update to come."""
-        return request_id in self._requests or any(update.request_id == request_id for update in self._failed)
+        return request_id in self._requests or request_id in self._pending
 
     def add_request(
         self,
@@ -72,7 +78,7 @@ class Engine:
             RequestError: an id in use, an empty prompt, token ids outside the vocabulary.
             ContextLengthError: prompt and output could never fit the model or the cache.
         """
-        if request_id in self._requests:
+        if self.is_live(request_id):
             raise RequestError(f"request id '{request_id}' is in use; give each request its own")
         token_ids = _as_token_ids(prompt_token_ids)
         self._check_ids(token_ids, params)
@@ -107,6 +113,7 @@ class Engine:
             self._scheduler.finish(sequence, FinishReason.ABORT)
         state.abort()
         update = self._close(state, ())
+        self._pending.pop(request_id, None)
         self._drain_if_idle()
         return update
 
@@ -120,17 +127,13 @@ class Engine:
         A step that raises (Ctrl-C, say) ends every request with that error, reported by the next step; the engine is
         then empty and takes new ones. With other ranks it takes none: they have ended.
         """
-        if self._failed:
-            updates, self._failed = self._failed, []
-            return updates
-        try:
+        if self._pending:
+            pending, self._pending = self._pending, {}
+            return list(pending.values())
+        with self._within_a_step():
             self._fill_pipeline()
             plan = self._in_flight.popleft()
             updates = self._collect(plan)
-        except BaseException as error:
-            # Which ranks saw how much of the plans is unknown: nothing of them can be kept.
-            self._fail_all(f"the step was cut short: {type(error).__name__}: {error}")
-            raise
         self._drain_if_idle()
         return updates
 
@@ -141,18 +144,45 @@ class Engine:
         self.model.executor.close()
 
     def metrics(self) -> EngineMetrics:
+        """Counters of this engine, which cost nothing to read."""
         return EngineMetrics(
+            uptime_s=time.monotonic() - self._started_s,
+            busy_s=self._busy_s,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generation_tokens=self._num_generation_tokens,
             num_prefill_tokens=self._num_prefill_tokens,
             num_decode_tokens=self._num_decode_tokens,
             num_preemptions=self._num_preemptions + self._scheduler.num_preemptions,
             num_finished_requests=self._num_finished,
+            num_finished_outputs=dict(self._finish_reasons),
             prefix_query_tokens=self._prefix_query_tokens,
             prefix_hit_tokens=self._prefix_hit_tokens,
             num_blocks=self._blocks.num_blocks,
-            kv_cache_usage=self._blocks.usage,
+            num_used_blocks=self._blocks.num_blocks - self._blocks.num_free_blocks,
+        )
+
+    def statistics(self) -> EngineStatistics:
+        """What all ranks have counted. Asking them takes a millisecond or two, and the steps of a pipeline that are in
+        flight are waited for; the next step reports what they brought.
+
+        Raises:
+            RankError: a rank was lost; as from a step.
+        """
+        with self._within_a_step():
+            while self._in_flight:
+                for update in self._collect(self._in_flight.popleft()):
+                    self._keep(update)
+            ranks = self.model.executor.statistics()
+            exchange_s = self.model.executor.exchange_s()
+        return EngineStatistics(
+            metrics=self.metrics(),
+            exchange_s=exchange_s,
+            exchanges=exchange_totals(ranks),
+            num_softmax_rows=sum(rank.num_softmax_rows for rank in ranks),
+            num_recomputed_rows=sum(rank.num_recomputed_rows for rank in ranks),
         )
 
     def check_integrity(self) -> None:
@@ -168,10 +198,28 @@ class Engine:
         self._is_last_try = False
         """A step of one request has found no room, and is about to be tried again."""
 
+    @contextmanager
+    def _within_a_step(self) -> Iterator[None]:
+        start_s = time.monotonic()
+        try:
+            yield
+        except BaseException as error:
+            # Which ranks saw how much of the plans is unknown: nothing of them can be kept.
+            self._fail_all(f"the step was cut short: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._busy_s += time.monotonic() - start_s
+
+    def _keep(self, update: RequestUpdate) -> None:
+        """For the next step to report, with what it is to report of the same request already."""
+        earlier = self._pending.get(update.request_id)
+        chunks = update.chunks if earlier is None else earlier.chunks + update.chunks
+        self._pending[update.request_id] = update._replace(chunks=chunks)
+
     def _fail_all(self, error: str) -> None:
         for state in list(self._requests.values()):
             state.fail_unfinished(error)
-            self._failed.append(self._close(state, state.take_chunks()))
+            self._keep(self._close(state, state.take_chunks()))
         self._num_preemptions += self._scheduler.num_preemptions
         self._start_afresh()
         self.model.executor.reset()
@@ -246,18 +294,16 @@ class Engine:
         be asked for other things."""
         if not self._in_flight or self._requests:
             return
-        try:
+        with self._within_a_step():
             while self._in_flight:
                 self.model.executor.collect()
                 self._scheduler.update(self._in_flight.popleft(), {})
-        except BaseException as error:
-            self._fail_all(f"the step was cut short: {type(error).__name__}: {error}")
-            raise
 
     def _mark_scheduled(self, plan: StepPlan) -> None:
         for new in plan.new:
             state = self._by_sequence[new.seq_id]
-            state.mark_scheduled(time.monotonic())
+            if state.mark_scheduled(time.monotonic()):
+                self._num_prompt_tokens += len(new.prompt_token_ids)
             if new.params.prompt_logprobs is None and self.model.plan.cache.enable_prefix_caching:
                 self._prefix_query_tokens += len(new.prompt_token_ids)
             self._prefix_hit_tokens += state.sequence(new.seq_id).num_cached_tokens
@@ -285,6 +331,7 @@ class Engine:
             if state is None:
                 continue
             touched[state.request_id] = state
+            self._num_generation_tokens += 1
             reason = state.append(token, now)
             if reason is not None:
                 del self._by_sequence[token.seq_id]
@@ -302,8 +349,10 @@ class Engine:
         del self._requests[state.request_id]
         for sequence in state.sequences:
             self._by_sequence.pop(sequence.seq_id, None)
+        finished = state.finish(now_s=time.monotonic())
         self._num_finished += 1
-        return RequestUpdate(request_id=state.request_id, chunks=chunks, finished=state.finish(now_s=time.monotonic()))
+        self._finish_reasons.update(output.finish_reason or "" for output in finished.outputs)
+        return RequestUpdate(request_id=state.request_id, chunks=chunks, finished=finished)
 
 
 def _as_token_ids(values: Iterable[SupportsIndex]) -> tuple[int, ...]:

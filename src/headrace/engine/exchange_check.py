@@ -10,7 +10,7 @@ from headrace.costs.exchanges import Layout
 from headrace.costs.sharding import shard_vocabulary
 from headrace.costs.sites import Phase
 from headrace.costs.steps import GREEDY_ROW_BYTES, ForwardPass, Run, SampledRows, WholeRows
-from headrace.costs.volume import RankVolume, Sums, add_up, differences
+from headrace.costs.volume import ExchangeKind, RankVolume, Sums, add_totals, differences, totals_of
 from headrace.engine.sampler import SamplingRow
 from headrace.engine.sharded_sampler import GATHERED_ROWS
 from headrace.parallel.group import Group
@@ -38,7 +38,7 @@ class ExchangeCheck:
         self._run: Run = Counter()
         self._recent: Run = Counter()
         """Not compared yet."""
-        self._predicted = Sums()
+        self._predicted: dict[ExchangeKind, Sums] = {}
         self._checked_s = time.monotonic()
         self._has_reported = False
         self._phase = Phase.PREFILL
@@ -85,15 +85,20 @@ class ExchangeCheck:
 
     def compare(self) -> None:
         """Report the first difference, if there is one, as an error in the log."""
-        # What was added up before is not added up again: the kinds of sampling are many, in a long run.
-        self._predicted = self._predicted.plus(self._volume.total(self._recent))
-        self._run += self._recent
-        self._recent.clear()
-        if self._has_reported or _total(self._rows()) == self._predicted:
+        predicted = self.predicted()
+        if self._has_reported or totals_of(self._rows()) == predicted:
             return
         self._has_reported = True
         found = self.differences()
         logger.error("rank %d exchanged other bytes than predicted, in %d places: %s", self._rank, len(found), found[0])
+
+    def predicted(self) -> dict[ExchangeKind, Sums]:
+        """What has been exchanged so far, by formula."""
+        # What was added up before is not added up again: the kinds of sampling are many, in a long run.
+        add_totals(self._predicted, self._volume.totals(self._recent))
+        self._run += self._recent
+        self._recent.clear()
+        return dict(self._predicted)
 
     def _add_fallback(self, num_rows: int) -> None:
         whole, rest = divmod(num_rows, GATHERED_ROWS)
@@ -106,7 +111,3 @@ class ExchangeCheck:
 
     def _rows(self) -> list[LedgerRow]:
         return [row for group in self._groups for row in group.ledger_rows()]
-
-
-def _total(rows: Sequence[LedgerRow]) -> Sums:
-    return add_up(Sums(row.count, row.payload_bytes, row.wire_bytes) for row in rows)

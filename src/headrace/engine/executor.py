@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.rank_statistics import RankStatistics
 from headrace.engine.trace import RankTrace
 
 
@@ -45,6 +46,10 @@ class Executor(Protocol):
 
     def exchange_s(self) -> float:
         """Seconds that this rank has spent in exchanges with others so far, waiting included."""
+        ...
+
+    def statistics(self) -> list[RankStatistics]:
+        """What every rank has counted so far, rank 0 first; while no plan is in flight."""
         ...
 
     def close(self) -> None:

@@ -40,6 +40,8 @@ def _answer(question: Kind, world: World, worker: Worker) -> Any:
             return [row.to_data() for row in worker.ledger_rows()]
         case Kind.DIFFERENCES:
             return worker.exchange_differences()
+        case Kind.STATISTICS:
+            return worker.statistics().to_data()
         case Kind.START_TRACE:
             return worker.start_trace()
         case Kind.TAKE_TRACE:

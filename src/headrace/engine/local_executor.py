@@ -4,6 +4,7 @@ import gc
 
 from headrace.engine.device_memory import is_out_of_memory, release_cached, what_torch_says
 from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.rank_statistics import RankStatistics
 from headrace.engine.trace import RankTrace
 from headrace.engine.worker import Worker
 from headrace.errors import EngineStopped, OutOfDeviceMemory
@@ -57,6 +58,9 @@ class LocalExecutor:
 
     def exchange_s(self) -> float:
         return 0.0
+
+    def statistics(self) -> list[RankStatistics]:
+        return [self.worker.statistics()]
 
     def close(self) -> None:
         """Give the memory of weights and cache back."""

@@ -1,6 +1,9 @@
 """What a request and an engine took: counters and times, with TTFT and TPOT defined here and nowhere else."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from headrace.engine.rank_statistics import ExchangeTotals
 
 
 @dataclass(kw_only=True)
@@ -52,21 +55,63 @@ class RequestMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineMetrics:
-    """A snapshot. Counters are since the engine started; `kv_cache_usage` is the share of blocks in use, 0 to 1."""
+    """A snapshot. Counters are since the engine started.
 
+    busy_s: within steps; the rest of uptime_s passed without one.
+    num_prefill_tokens, num_decode_tokens: computed, those of a second time after a preemption included.
+    num_prompt_tokens: of requests that have begun to run, those found in the cache included, and for n outputs once;
+        num_generation_tokens: sampled.
+    num_finished_outputs: by finish reason, n for a request of n outputs.
+    """
+
+    uptime_s: float
+    busy_s: float
     num_running: int
     num_waiting: int
     num_steps: int
+    num_prompt_tokens: int
+    num_generation_tokens: int
     num_prefill_tokens: int
     num_decode_tokens: int
     num_preemptions: int
     num_finished_requests: int
+    num_finished_outputs: Mapping[str, int]
     prefix_query_tokens: int
     prefix_hit_tokens: int
     num_blocks: int
-    kv_cache_usage: float
+    num_used_blocks: int
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The share of blocks that sequences hold, 0 to 1."""
+        return self.num_used_blocks / self.num_blocks
 
     @property
     def prefix_hit_rate(self) -> float:
         """Prompt tokens found in the cache over prompt tokens looked up."""
         return self.prefix_hit_tokens / self.prefix_query_tokens if self.prefix_query_tokens else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStatistics:
+    """A snapshot of what all ranks have counted.
+
+    exchange_s: of metrics.busy_s, what rank 0 spent in exchanges with other ranks, waiting for them included.
+    exchanges, num_softmax_rows, num_recomputed_rows: of all ranks since they were loaded, see `RankStatistics`.
+    """
+
+    metrics: EngineMetrics
+    exchange_s: float
+    exchanges: tuple[ExchangeTotals, ...]
+    num_softmax_rows: int
+    num_recomputed_rows: int
+
+    @property
+    def compute_s(self) -> float:
+        """Time in steps that rank 0 was in no exchange; with several stages, until the last one's answer had come."""
+        return max(0.0, self.metrics.busy_s - self.exchange_s)
+
+    @property
+    def waiting_s(self) -> float:
+        """Time without a step."""
+        return self.metrics.uptime_s - self.metrics.busy_s

@@ -7,6 +7,7 @@ import weakref
 from typing import Any
 
 from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.rank_statistics import RankStatistics
 from headrace.engine.trace import RankTrace
 from headrace.engine.wire import Kind, decode_result, encode_plan
 from headrace.engine.worker import Worker
@@ -113,6 +114,12 @@ class RankedExecutor:
     def exchange_s(self) -> float:
         """Seconds that this rank has spent in exchanges with others so far, waiting included."""
         return sum((row.wait_s or 0.0) + row.transfer_s for row in self.worker.ledger_rows())
+
+    def statistics(self) -> list[RankStatistics]:
+        """What every rank has counted so far, rank 0 first; while no plan is in flight."""
+        self._check_idle()
+        others = map(RankStatistics.from_data, self._ask_all(Kind.STATISTICS))
+        return [self.worker.statistics(), *others]
 
     def exchange_differences(self) -> list[str]:
         """Where a rank's ledger differs from what its plans predict; while no plan is in flight."""

@@ -47,9 +47,12 @@ class RequestState:
     def sequence(self, seq_id: int) -> Sequence:
         return self._outputs[seq_id].sequence
 
-    def mark_scheduled(self, now_s: float) -> None:
-        if self._metrics.scheduled_s is None:
+    def mark_scheduled(self, now_s: float) -> bool:
+        """True the first time."""
+        is_first = self._metrics.scheduled_s is None
+        if is_first:
             self._metrics.scheduled_s = now_s
+        return is_first
 
     def append(self, token: SampledToken, now_s: float) -> FinishReason | None:
         """Take a token of one output; the reason if that output has ended."""

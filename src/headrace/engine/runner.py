@@ -13,7 +13,7 @@ from headrace.engine.logits import Logits, read_largest
 from headrace.engine.rows import Row, build_forward_batch
 from headrace.engine.step_inputs import StepInputs
 from headrace.engine.step_sizes import StepSizes, exact_sizes
-from headrace.kernels import Kernels
+from headrace.kernels import Kernels, SoftmaxCounts
 from headrace.models.boundary import Boundary
 from headrace.models.decoder import Decoder
 
@@ -66,6 +66,14 @@ class ModelRunner:
     @property
     def vocab_size(self) -> int:
         return self._decoder.config.vocab_size
+
+    def softmax_counts(self) -> SoftmaxCounts:
+        """Rows of attention in all layers of the stage; waits for a GPU."""
+        counts = self._kv_pool.softmax_counts()
+        return SoftmaxCounts(
+            num_rows=sum(count.num_rows for count in counts),
+            num_recomputed_rows=sum(count.num_recomputed_rows for count in counts),
+        )
 
     def num_rows(self, num_tokens: int, num_seqs: int) -> int:
         """Rows that a step of so many tokens computes, and exchanges."""

@@ -23,6 +23,7 @@ class Kind(Enum):
     PLAN = b"p"
     LEDGER = b"l"
     DIFFERENCES = b"d"
+    STATISTICS = b"n"
     START_TRACE = b"s"
     TAKE_TRACE = b"t"
     CLOCK = b"c"

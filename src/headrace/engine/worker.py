@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from headrace.costs.sites import Phase
+from headrace.costs.volume import totals_of
 from headrace.engine.block_table import BlockTable
 from headrace.engine.decode_step import DecodeStep
 from headrace.engine.device_sampler import DeviceSampler
 from headrace.engine.exchange_check import ExchangeCheck
 from headrace.engine.logprobs import prompt_logprobs
 from headrace.engine.plan import NewSequence, PromptLogprobs, ScheduledChunk, StepPlan, StepResult
+from headrace.engine.rank_statistics import RankStatistics
 from headrace.engine.rows import Row
 from headrace.engine.runner import ModelRunner
 from headrace.engine.sampler import Sampler, SamplingRow
@@ -134,6 +136,16 @@ class Worker:
     def ledger_rows(self) -> list[LedgerRow]:
         """What this rank has exchanged so far."""
         return [row for group in self.groups for row in group.ledger_rows()]
+
+    def statistics(self) -> RankStatistics:
+        """What this rank has counted so far, and what its plans predict."""
+        softmax = self._runner.softmax_counts()
+        return RankStatistics(
+            counted=totals_of(self.ledger_rows()),
+            predicted={} if self._check is None else self._check.predicted(),
+            num_softmax_rows=softmax.num_rows,
+            num_recomputed_rows=softmax.num_recomputed_rows,
+        )
 
     def check_exchanges(self) -> None:
         """Compare what has not been compared yet; a difference is an error in the log."""
