@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from headrace.config import EngineConfig, KvCacheFormat, ModelConfig
+from headrace.config import EngineConfig, KvCacheFormat, ModelConfig, ParallelConfig
 from headrace.config.launched import launched_from
 from headrace.engine.agreement import agree, announce, tightest_host
 from headrace.engine.device_memory import default_memory_fraction
@@ -41,6 +41,7 @@ class LoadedModel:
     config: ModelConfig
     shape: RankShape
     plan: EnginePlan
+    parallel: ParallelConfig
     executor: Executor
     kernels: Kernels
     formats: WeightFormats
@@ -104,6 +105,7 @@ def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kern
         config=loaded.source.config,
         shape=loaded.shape,
         plan=plan,
+        parallel=config.parallel,
         executor=LocalExecutor(worker) if config.parallel.world_size == 1 else RankedExecutor(world, worker),
         kernels=loaded.kernels,
         formats=loaded.formats,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from headrace.config import DataflowChoice
 from headrace.kernels import Kernels, QuantizedWeight, Weight
 from headrace.kernels.tuning import LinearArm, LinearShape, TunedShape, TuningCache
+from headrace.layers.parameter import Parameter
 
 _MIN_WEIGHT_BYTES = 64 * 2**20
 """A smaller model answers before it could be measured, and hardly depends on it."""
@@ -21,10 +22,14 @@ FULL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 @dataclass(frozen=True, kw_only=True)
 class LinearWeights:
-    """The weights that a model multiplies with, by shape, and the dtype of what it multiplies."""
+    """The weights that a model multiplies with, by shape, and the dtype of what it multiplies.
+
+    names: of the layers that have a shape, as the checkpoint calls them: "q_proj + k_proj + v_proj" are one matrix.
+    """
 
     by_shape: Mapping[LinearShape, Sequence[Weight]]
     dtype: torch.dtype
+    names: Mapping[LinearShape, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, weights: Iterable[Weight], dtype: torch.dtype) -> "LinearWeights":
@@ -34,9 +39,26 @@ class LinearWeights:
                 by_shape.setdefault(weight.linear_shape, []).append(weight)
         return cls(by_shape=by_shape, dtype=dtype)
 
+    @classmethod
+    def of_parameters(cls, parameters: Iterable[Parameter], dtype: torch.dtype) -> "LinearWeights":
+        """With names."""
+        parameters = list(parameters)
+        found = cls.of((parameter.weight for parameter in parameters), dtype)
+        names: dict[LinearShape, dict[str, None]] = {}
+        for parameter in parameters:
+            if not isinstance(parameter.weight, QuantizedWeight):
+                names.setdefault(parameter.weight.linear_shape, {})[_name(parameter)] = None
+        return replace(found, names={shape: tuple(of_shape) for shape, of_shape in names.items()})
+
     @property
     def num_bytes(self) -> int:
         return sum(weight.num_bytes for weights in self.by_shape.values() for weight in weights)
+
+
+def _name(parameter: Parameter) -> str:
+    """Of the projections that are one matrix: model.layers.3.mlp.down_proj.weight is a down_proj."""
+    parts = [part.name.removesuffix(".weight").split(".")[-1] for part in parameter.slices]
+    return " + ".join(dict.fromkeys(parts))
 
 
 def look_up_dataflow(kernels: Kernels, choice: DataflowChoice, num_threads: int) -> TuningCache | None:

@@ -157,6 +157,16 @@ class Dataflow:
         grounds = "not measured here, the default" if tuned is None else f"measured on {tuned.measured_on}"
         return f"{self.inflections(shape)} ({grounds})"
 
+    def source(self, shape: LinearShape) -> str:
+        """The grounds of the choice in a word: forced, measured or default."""
+        if self._forced is not None:
+            return "forced"
+        return "measured" if shape in self.tuned else "default"
+
+    def ranges(self, shape: LinearShape) -> list[tuple[LinearArm, int, int | None]]:
+        """What `arm` comes to: implementations with the least and the largest number of rows, None being no limit."""
+        return self.inflections(shape).ranges() if self._forced is None else [(self._forced, 1, None)]
+
     @contextmanager
     def _forcing(self, arm: LinearArm, tiles: Tiles | None) -> Iterator[None]:
         before = self._forced, self._tried

@@ -54,6 +54,15 @@ class Inflections:
             return LinearArm.GEMV
         return LinearArm.FLAT_GEMM if num_rows < self.gemm_from else LinearArm.GEMM
 
+    def ranges(self) -> list[tuple[LinearArm, int, int | None]]:
+        """Each implementation that is used at all, with the least and the largest number of rows; None: no limit."""
+        bounds = [1, self.flat_gemm_from, self.gemm_from, None]
+        return [
+            (arm, first, None if until is None else until - 1)
+            for arm, first, until in zip(LinearArm, bounds, bounds[1:], strict=False)
+            if first is not None and (until is None or until > first)
+        ]
+
     def __str__(self) -> str:
         return f"GEMV below M = {self.flat_gemm_from}, flat GEMM below {self.gemm_from}, then GEMM"
 
