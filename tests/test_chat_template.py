@@ -276,3 +276,10 @@ def test_each_rendering_has_its_own_budget():
     template = ChatTemplate("{% for i in range(9000) %}{% for j in range(70) %}{% endfor %}{% endfor %}", {})
     for _ in range(2):
         template.render([USER])
+
+
+def test_the_source_for_tools_is_that_of_the_template_which_renders_them():
+    assert ChatTemplate("a", TOKENS).tool_source == "a"
+    assert ChatTemplate({"default": "a", "tool_use": "b"}, TOKENS).tool_source == "b"
+    assert ChatTemplate({"rag": "c"}, TOKENS).tool_source == ""
+    assert ChatTemplate(None, TOKENS).tool_source == ""

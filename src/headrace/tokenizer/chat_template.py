@@ -22,9 +22,9 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str | Mapping[str, str] | None, special_tokens: Mapping[str, str]) -> None:
-        sources = {_DEFAULT: source} if isinstance(source, str) else dict(source or {})
+        self._sources = {_DEFAULT: source} if isinstance(source, str) else dict(source or {})
         self._environment = ChatEnvironment()
-        self._templates = {name: self._compile(name, text) for name, text in sources.items()}
+        self._templates = {name: self._compile(name, text) for name, text in self._sources.items()}
         self._special_tokens = dict(special_tokens)
 
     @classmethod
@@ -46,6 +46,11 @@ class ChatTemplate:
     @property
     def is_available(self) -> bool:
         return bool(self._templates)
+
+    @property
+    def tool_source(self) -> str:
+        """The Jinja source that serves requests with tools; empty if there is none."""
+        return self._sources.get(_TOOL_USE) or self._sources.get(_DEFAULT, "")
 
     def render(
         self,
