@@ -3,8 +3,15 @@
 <|python_tag|> may stand before them, and only with it may text. An answer in JSON that has other keys is content.
 """
 
+from collections.abc import Sequence
+
+from headrace.server.tools.definitions import FunctionTool
 from headrace.server.tools.json_calls import JsonCallParser
+from headrace.server.tools.json_grammar import free_schema, json_call
+from headrace.server.tools.lark import TokenNames, is_special, tag
 from headrace.server.tools.parser import Reading
+
+_TAG = "<|python_tag|>"
 
 
 class Llama3Parser(JsonCallParser):
@@ -15,7 +22,7 @@ class Llama3Parser(JsonCallParser):
         while self._next:
             if self._next != "<":
                 yield from self._advance()
-            elif (yield from self._literal("<|python_tag|>")):
+            elif (yield from self._literal(_TAG)):
                 yield from self._calls()
             self._give_back()
         self._give_back()
@@ -30,3 +37,35 @@ class Llama3Parser(JsonCallParser):
             yield from self._spaces()
             if not self._next:
                 self._drop()
+
+
+class Llama3Format:
+    name = "llama3"
+
+    def make_parser(self, tools: Sequence[FunctionTool]) -> Llama3Parser:
+        del tools  # JSON says itself what its values are
+        return Llama3Parser()
+
+    def forced_grammar(self, tools: Sequence[FunctionTool], tokenizer: TokenNames, *, is_single: bool) -> str:
+        del tokenizer
+        return "\n".join(["%llguidance {}", "start: calls", *_rules(tools, is_single, is_forced=True)])
+
+    def free_grammar(self, tools: Sequence[FunctionTool], tokenizer: TokenNames, *, is_single: bool) -> str:
+        """An answer that begins with a brace is a call."""
+        text = r"/([ \t\r\n]*([^{ \t\r\n](?s:.*))?)/"
+        if not is_special(_TAG, tokenizer):
+            text += r" & ~/(?s:.*)<\|python_tag\|>(?s:.*)/"
+        start = f"start: {tag(_TAG, tokenizer)}? calls | TEXT"
+        return "\n".join(["%llguidance {}", start, f"TEXT: {text}", *_rules(tools, is_single, is_forced=False)])
+
+
+def _rules(tools: Sequence[FunctionTool], is_single: bool, is_forced: bool) -> list[str]:
+    names = " | ".join(f"call_{number}" for number in range(len(tools)))
+    return [
+        "calls: call" if is_single else 'calls: call ("; " call)*',
+        f"call: {names}",
+        *(
+            f"call_{number}: {json_call(tool, 'parameters', tool.schema if is_forced else free_schema(tool))}"
+            for number, tool in enumerate(tools)
+        ),
+    ]

@@ -13,12 +13,16 @@ other values once they are complete.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from headrace.server.tools.definitions import FunctionTool
 from headrace.server.tools.deltas import new_call_id
+from headrace.server.tools.lark import TokenNames
 from headrace.server.tools.parser import Reading, TaggedParser
 from headrace.server.tools.schema_types import STRING, allowed_types, argument_schema, value_as_json
+from headrace.server.tools.tagged_grammar import forced, free
+from headrace.server.tools.xml_grammar import any_call, xml_call
 
 _NOT_IN_NAMES = frozenset("<\n")
 _VALUE_ENDS = ("\n</parameter>", "</parameter>")
@@ -106,3 +110,17 @@ class QwenParser(TaggedParser):
 
 def _escaped(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+class QwenFormat:
+    name = "qwen"
+
+    def make_parser(self, tools: Sequence[FunctionTool]) -> QwenParser:
+        return QwenParser({tool.name: tool.schema for tool in tools})
+
+    def forced_grammar(self, tools: Sequence[FunctionTool], tokenizer: TokenNames, *, is_single: bool) -> str:
+        return forced([xml_call(number, tool) for number, tool in enumerate(tools)], tokenizer, is_single=is_single)
+
+    def free_grammar(self, tools: Sequence[FunctionTool], tokenizer: TokenNames, *, is_single: bool) -> str:
+        rules = [(xml_call if tool.strict else any_call)(number, tool) for number, tool in enumerate(tools)]
+        return free(rules, tokenizer, is_single=is_single)

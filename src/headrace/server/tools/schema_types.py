@@ -9,7 +9,6 @@ from headrace.server.tools.json_calls import loads
 ALL_TYPES = frozenset({"string", "number", "integer", "boolean", "object", "array", "null"})
 STRING = frozenset({"string"})
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}  # as chat templates render earlier calls
-_MAX_REFERENCES = 16
 
 
 def argument_schema(parameters: Mapping[str, Any], key: str) -> Any:
@@ -18,24 +17,38 @@ def argument_schema(parameters: Mapping[str, Any], key: str) -> Any:
     return properties.get(key) if isinstance(properties, Mapping) else None
 
 
-def allowed_types(schema: Any, root: Mapping[str, Any], num_references: int = 0) -> frozenset[str]:
+def allowed_types(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
     """Types a value may have by type, enum, const, anyOf, oneOf and $ref into the root's; all, if it does not say."""
-    if not isinstance(schema, Mapping) or num_references > _MAX_REFERENCES:
-        return ALL_TYPES
-    if "$ref" in schema:
-        return allowed_types(_referred(schema["$ref"], root), root, num_references + 1)
+    found: set[str] = set()
+    pending, seen = [schema], set()
+    while pending:
+        part = pending.pop()
+        if not isinstance(part, Mapping):
+            return ALL_TYPES
+        reference = part.get("$ref")
+        if isinstance(reference, str):
+            if reference not in seen:  # each is followed once, however often schemas name one another
+                seen.add(reference)
+                pending.append(_referred(reference, root))
+            continue
+        branches = part.get("anyOf", part.get("oneOf"))
+        types = _own_types(part)
+        if types:
+            found |= types
+        elif isinstance(branches, list) and branches:
+            pending += branches
+        else:
+            return ALL_TYPES
+    return frozenset(found) or ALL_TYPES
+
+
+def _own_types(schema: Mapping[str, Any]) -> frozenset[str]:
     types = schema.get("type")
-    if isinstance(types, str):
-        return frozenset({types}) & ALL_TYPES or ALL_TYPES
-    if isinstance(types, list):
-        return frozenset(name for name in types if isinstance(name, str)) & ALL_TYPES or ALL_TYPES
-    if "const" in schema or isinstance(schema.get("enum"), list):
-        values = [schema["const"]] if "const" in schema else schema["enum"]
-        return frozenset(json_type(value) for value in values)
-    for name in ("anyOf", "oneOf"):
-        if isinstance(schema.get(name), list):
-            return frozenset[str]().union(*(allowed_types(s, root, num_references + 1) for s in schema[name]))
-    return ALL_TYPES
+    if types is not None:
+        named = types if isinstance(types, list) else [types]
+        return frozenset(name for name in named if isinstance(name, str)) & ALL_TYPES
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    return frozenset(json_type(value) for value in values) if isinstance(values, list) else frozenset()
 
 
 def json_type(value: Any) -> str:
@@ -64,8 +77,8 @@ def _allows(types: frozenset[str], name: str) -> bool:
     return name in types or (name == "integer" and "number" in types) or (name == "number" and "integer" in types)
 
 
-def _referred(reference: Any, root: Mapping[str, Any]) -> Any:
-    if not isinstance(reference, str) or not reference.startswith("#/"):
+def _referred(reference: str, root: Mapping[str, Any]) -> Any:
+    if not reference.startswith("#/"):
         return None
     target: Any = root
     for part in reference[2:].split("/"):
