@@ -5,6 +5,7 @@ import re
 import pytest
 
 from headrace.errors import ConfigError, RequestError
+from headrace.server.errors import InvalidParameter
 from headrace.server.tools import (
     FORMATS,
     FunctionTool,
@@ -135,6 +136,15 @@ def test_tools_are_read():
 def test_a_bad_tool_is_named_by_its_index(tools, message):
     with pytest.raises(RequestError, match=message):
         parse_tools(tools)
+
+
+def test_the_field_at_fault_is_named():
+    with pytest.raises(InvalidParameter) as refused:
+        parse_tools([tool(), tool("f", strict=1)])
+    assert refused.value.param == "tools[1].function.strict"
+    with pytest.raises(InvalidParameter) as refused:
+        prepare_messages([{"role": "assistant", "tool_calls": [call("{")]}])
+    assert refused.value.param == "messages[0].tool_calls[0].function.arguments"
 
 
 def test_flat_tools_are_named_flat():
@@ -299,29 +309,28 @@ def test_bad_calls_in_messages(message, expected):
 
 
 @pytest.mark.parametrize(
-    ("template", "model_type", "expected"),
+    ("template", "expected"),
     [
-        (HERMES_TEMPLATE, "llama", "hermes"),
-        (LLAMA3_TEMPLATE, "llama", "llama3"),
-        (QWEN_TEMPLATE, "qwen3_moe", "qwen"),
-        (PLAIN_TEMPLATE, "qwen2", None),
-        ("", "qwen2", None),
-        (GLM_TEMPLATE, "glm4_moe", None),
-        ("{{ tools }}", "qwen2", "hermes"),
-        ("{{ tools }}", "llama", None),
-        ("{{ tools }}", None, None),
+        (HERMES_TEMPLATE, "hermes"),
+        (LLAMA3_TEMPLATE, "llama3"),
+        (QWEN_TEMPLATE, "qwen"),
+        (PLAIN_TEMPLATE, None),
+        (PLAIN_TEMPLATE + '<tool_call>"arguments"', None),
+        ("", None),
+        (GLM_TEMPLATE, None),
+        ("{{ tools }}", None),
     ],
 )
-def test_the_format_is_found_in_the_template(template, model_type, expected):
-    found = resolve_tool_format("auto", template, model_type)
+def test_the_format_is_found_in_the_template(template, expected):
+    found = resolve_tool_format("auto", template)
     assert (found.name if found else None) == expected
     assert shows_tools(template) is ("tools" in template)
 
 
 def test_a_format_by_name():
-    assert resolve_tool_format("llama3", HERMES_TEMPLATE, None) is FORMATS["llama3"]
+    assert resolve_tool_format("llama3", HERMES_TEMPLATE) is FORMATS["llama3"]
     with pytest.raises(ConfigError, match="no tool format 'herms'; did you mean 'hermes'"):
-        resolve_tool_format("herms", "", None)
+        resolve_tool_format("herms", "")
 
 
 def plan(choice=None, style="hermes", tools=TOOLS, parallel=None, **options):

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.errors import RequestError, nearest_name
+from headrace.errors import nearest_name
+from headrace.server.errors import InvalidParameter
 from headrace.server.tools.definitions import FunctionTool
 
+_PARAM = "tool_choice"
 _MODES = ("none", "auto", "required")
 _ALLOWED = "allowed: 'none', 'auto', 'required', one function, or allowed_tools"
 
@@ -29,7 +31,7 @@ def parse_tool_choice(
     is_flat: names and modes lie beside the type, as in the Responses API.
 
     Raises:
-        RequestError: an unknown choice, or one that the tools cannot serve.
+        InvalidParameter: an unknown choice, or one that the tools cannot serve.
     """
     is_single = parallel_tool_calls is False
     if given is None or isinstance(given, str):
@@ -43,18 +45,20 @@ def parse_tool_choice(
         allowed = _part(given, "allowed_tools", is_flat, "tool_choice")
         where = "tool_choice" if is_flat else "tool_choice.allowed_tools"
         if allowed.get("mode") not in ("auto", "required"):
-            raise RequestError(f"{where}.mode must be 'auto' or 'required'")
+            raise InvalidParameter(_PARAM, f"{where}.mode must be 'auto' or 'required'")
         return _parse_mode(
             allowed["mode"], _parse_allowed(allowed.get("tools"), tools, is_flat, where), is_single, where
         )
-    raise RequestError(f"tool_choice has the type {kind!r}; {_ALLOWED}" if kind else f"tool_choice: {_ALLOWED}")
+    raise InvalidParameter(
+        _PARAM, f"tool_choice has the type {kind!r}; {_ALLOWED}" if kind else f"tool_choice: {_ALLOWED}"
+    )
 
 
 def _parse_mode(mode: str, tools: tuple[FunctionTool, ...], is_single: bool, where: str) -> ToolChoice:
     if mode not in _MODES:
-        raise RequestError(f"{where} is {mode[:80]!r}; {_ALLOWED}")
+        raise InvalidParameter(_PARAM, f"{where} is {mode[:80]!r}; {_ALLOWED}")
     if mode == "required" and not tools:
-        raise RequestError(f"{where} is 'required', but there is no tool to call; give tools")
+        raise InvalidParameter(_PARAM, f"{where} is 'required', but there is no tool to call; give tools")
     if mode == "none":
         return ToolChoice()
     return ToolChoice(tools=tools, is_forced=mode == "required", is_single=is_single)
@@ -62,12 +66,12 @@ def _parse_mode(mode: str, tools: tuple[FunctionTool, ...], is_single: bool, whe
 
 def _parse_allowed(given: Any, tools: Sequence[FunctionTool], is_flat: bool, where: str) -> tuple[FunctionTool, ...]:
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-        raise RequestError(f"{where}.tools must be a list of at least one function")
+        raise InvalidParameter(_PARAM, f"{where}.tools must be a list of at least one function")
     names = set()
     for index, entry in enumerate(given):
         here = f"{where}.tools[{index}]"
         if not isinstance(entry, Mapping) or entry.get("type") != "function":
-            raise RequestError(f"{here} must be an object of type 'function'")
+            raise InvalidParameter(_PARAM, f"{here} must be an object of type 'function'")
         names.add(_find(_part(entry, "function", is_flat, here).get("name"), tools, here).name)
     return tuple(tool for tool in tools if tool.name in names)
 
@@ -76,7 +80,7 @@ def _part(given: Mapping[str, Any], name: str, is_flat: bool, where: str) -> Map
     """What OpenAI's chat API nests below the type's own name."""
     part = given if is_flat else given.get(name)
     if not isinstance(part, Mapping):
-        raise RequestError(f"{where}.{name} must be an object")
+        raise InvalidParameter(_PARAM, f"{where}.{name} must be an object")
     return part
 
 
@@ -85,7 +89,9 @@ def _find(name: Any, tools: Sequence[FunctionTool], where: str) -> FunctionTool:
         if tool.name == name:
             return tool
     if not isinstance(name, str):
-        raise RequestError(f"{where}.name must be the name of one of tools")
+        raise InvalidParameter(_PARAM, f"{where}.name must be the name of one of tools")
     if not tools:
-        raise RequestError(f"{where}.name is {name[:80]!r}, but there are no tools; give tools")
-    raise RequestError(f"{where}.name is not one of tools; {nearest_name(name[:80], [tool.name for tool in tools])}")
+        raise InvalidParameter(_PARAM, f"{where}.name is {name[:80]!r}, but there are no tools; give tools")
+    raise InvalidParameter(
+        _PARAM, f"{where}.name is not one of tools; {nearest_name(name[:80], [tool.name for tool in tools])}"
+    )

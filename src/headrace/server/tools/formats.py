@@ -36,7 +36,6 @@ class ToolFormat(Protocol):
 
 FORMATS: Mapping[str, ToolFormat] = {f.name: f for f in (HermesFormat(), Llama3Format(), QwenFormat())}
 
-_BY_MODEL_TYPE = {"qwen2": "hermes", "qwen2_moe": "hermes", "qwen3": "hermes", "qwen3_moe": "hermes"}
 _NAMES_TOOLS = re.compile(r"\btools\b")
 _HERMES_KEY = re.compile(r"""\\?["']arguments\\?["']""")
 _LLAMA3_KEY = re.compile(r"""\\?["']parameters\\?["']""")
@@ -47,8 +46,8 @@ def shows_tools(template_source: str) -> bool:
     return bool(_NAMES_TOOLS.search(template_source))
 
 
-def resolve_tool_format(name: str, template_source: str, model_type: str | None) -> ToolFormat | None:
-    """The format of a name; of 'auto', that which the chat template teaches the model, or else its type's.
+def resolve_tool_format(name: str, template_source: str) -> ToolFormat | None:
+    """The format of a name; of 'auto', that which the chat template teaches the model.
 
     None: 'auto' cannot tell. Such a model can still answer, but requests with tools are refused.
 
@@ -56,14 +55,14 @@ def resolve_tool_format(name: str, template_source: str, model_type: str | None)
         ConfigError: there is no format of that name.
     """
     if name == AUTO:
-        found = detect_tool_format(template_source, model_type)
+        found = detect_tool_format(template_source)
         return None if found is None else FORMATS[found]
     if name not in FORMATS:
         raise ConfigError(f"there is no tool format '{name}'; {nearest_name(name, [AUTO, *FORMATS])}")
     return FORMATS[name]
 
 
-def detect_tool_format(template_source: str, model_type: str | None) -> str | None:
+def detect_tool_format(template_source: str) -> str | None:
     if not shows_tools(template_source):
         return None
     if "<function=" in template_source and "<parameter=" in template_source:
@@ -72,4 +71,4 @@ def detect_tool_format(template_source: str, model_type: str | None) -> str | No
         return "hermes" if _HERMES_KEY.search(template_source) else None
     if "<|start_header_id|>" in template_source and _LLAMA3_KEY.search(template_source):
         return "llama3"
-    return _BY_MODEL_TYPE.get(model_type or "")
+    return None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.errors import RequestError
+from headrace.server.errors import InvalidParameter
 from headrace.server.tools.choice import ToolChoice
 from headrace.server.tools.definitions import FunctionTool
 from headrace.server.tools.formats import FORMATS, ToolFormat
@@ -53,21 +53,23 @@ def plan_tools(
     has_output_form: the request asks for an output of a certain form besides.
 
     Raises:
-        RequestError: this model cannot serve tools, or not together with that form.
+        InvalidParameter: this model cannot serve tools, or not together with that form.
     """
     if not choice.tools:
         return NO_TOOLS
     if not shows_tools:
-        raise RequestError("the chat template of this model does not tell it of tools; leave tools out")
+        raise InvalidParameter("tools", "the chat template of this model does not tell it of tools; leave tools out")
     if tool_format is None:
-        raise RequestError(
+        raise InvalidParameter(
+            "tools",
             "how this model writes tool calls is not known; leave tools out, or start the server with the tool format "
-            f"of the model: {', '.join(FORMATS)}"
+            f"of the model: {', '.join(FORMATS)}",
         )
     if has_output_form:
-        raise RequestError(
+        raise InvalidParameter(
+            "tools",
             "tools and a prescribed form of the output cannot be had together; leave out one of them, or set "
-            "tool_choice to 'none'"
+            "tool_choice to 'none'",
         )
     return ToolPlan(tools=choice.tools, grammar=_grammar(choice, tool_format, tokenizer), format=tool_format)
 

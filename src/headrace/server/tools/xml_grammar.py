@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from headrace.errors import RequestError
+from headrace.server.errors import InvalidParameter
 from headrace.server.tools.definitions import FunctionTool
 from headrace.server.tools.lark import json_schema, literal
 from headrace.server.tools.schema_types import STRING, allowed_types
@@ -20,7 +20,7 @@ def xml_call(number: int, tool: FunctionTool) -> str:
     """The rules of one function.
 
     Raises:
-        RequestError: its schema says more than this format can hold a model to, and it is strict or has no properties.
+        InvalidParameter: its schema says more than this format can hold a model to.
     """
     properties: dict[str, Any] = dict(tool.schema.get("properties", {}))
     required = list(tool.schema.get("required", []))
@@ -61,8 +61,7 @@ def _value_rule(rule: str, schema: Any, tool: FunctionTool, name: str) -> str:
     """One value with its closing tag. Any text is a string, so that only other types and lists of values bind it."""
     root = tool.schema
     types = allowed_types(schema, root)
-    if isinstance(schema, Mapping) and ("enum" in schema or "const" in schema):
-        values = schema.get("enum", [schema.get("const")])
+    if values := _listed_values(schema):
         texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
         if any("</parameter>" in text for text in texts):
             raise _refusal(tool, f"a value of its parameter '{name}' has a closing tag in it")
@@ -75,8 +74,16 @@ def _value_rule(rule: str, schema: Any, tool: FunctionTool, name: str) -> str:
     return f"{rule}: {rule.upper()}\n{rule.upper()}: {_ANY_VALUE}"
 
 
-def _refusal(tool: FunctionTool, what: str) -> RequestError:
-    return RequestError(
+def _listed_values(schema: Any) -> list[Any]:
+    if not isinstance(schema, Mapping):
+        return []
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    return values if isinstance(values, list) else []
+
+
+def _refusal(tool: FunctionTool, what: str) -> InvalidParameter:
+    return InvalidParameter(
+        "tools",
         f"the function '{tool.name}' cannot be enforced in this model's tool format: {what}; "
-        "leave it out, or set strict to false and tool_choice to 'auto'"
+        "leave it out, or set strict to false and tool_choice to 'auto'",
     )
