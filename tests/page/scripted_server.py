@@ -66,20 +66,21 @@ STATS: dict[str, Any] = {
 class ScriptedServer:
     """What it says next, and what it was asked.
 
-    hold: an answer stays open after its last piece until the client leaves; cut: it ends there, without its ending.
-    num_left: clients that left before their answer was complete.
+    hold: an answer waits, while this is true, before the rest of it; cut: it has no ending.
+    left: a client left before its answer was complete.
     """
 
     url: str = ""
     stats: dict[str, Any] = field(default_factory=lambda: deepcopy(STATS))
     answer: list[str] = field(default_factory=lambda: ["Yes."])
+    rest: list[str] = field(default_factory=list)
     finish_reason: str = "stop"
     hold: bool = False
     cut: bool = False
     api_key: str | None = None
     refusal: tuple[int, str] | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
-    num_left: int = 0
+    left: threading.Event = field(default_factory=threading.Event)
 
     def app(self) -> Starlette:
         routes = [
@@ -106,18 +107,23 @@ class ScriptedServer:
     async def _events(self) -> AsyncIterator[str]:
         try:
             for piece in self.answer:
-                yield _event({"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]})
-                await asyncio.sleep(0)
-            if self.hold:
-                await asyncio.Event().wait()
+                yield _content(piece)
+            while self.hold:
+                await asyncio.sleep(0.02)
+            for piece in self.rest:
+                yield _content(piece)
         except asyncio.CancelledError:
-            self.num_left += 1
+            self.left.set()
             raise
         if self.cut:
             return
         yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": self.finish_reason}]})
-        yield _event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": len(self.answer)}})
+        yield _event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": len(self.answer + self.rest)}})
         yield "data: [DONE]\n\n"
+
+
+def _content(piece: str) -> str:
+    return _event({"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]})
 
 
 def _event(data: dict[str, Any]) -> str:
