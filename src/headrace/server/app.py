@@ -16,6 +16,7 @@ from headrace.server.clients import error_response
 from headrace.server.context import ServerContext
 from headrace.server.errors import ServerError, error_object, explain_validation
 from headrace.server.openapi import describe
+from headrace.server.page import page_routes
 from headrace.server.routes import chat, completions, models, text
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ def build_app(context: ServerContext) -> FastAPI:
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     for router in _ROUTERS:
         app.include_router(router)
+    if context.config.page:
+        app.router.routes.extend(page_routes())
     app.add_exception_handler(HeadraceError, _answer_headrace_error)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
