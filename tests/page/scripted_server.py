@@ -79,6 +79,7 @@ class ScriptedServer:
     cut: bool = False
     api_key: str | None = None
     refusal: tuple[int, str] | None = None
+    num_stats: int = 0
     requests: list[dict[str, Any]] = field(default_factory=list)
     left: threading.Event = field(default_factory=threading.Event)
 
@@ -91,6 +92,7 @@ class ScriptedServer:
         return Starlette(routes=routes)
 
     async def _stats(self, request: Request) -> Response:
+        self.num_stats += 1
         return self._without_key(request) or JSONResponse(self.stats)
 
     async def _chat(self, request: Request) -> Response:
