@@ -63,10 +63,11 @@ class Engine:
         self.sequences.append(sequence)
         return sequence
 
-    def step(self, abort_midway: Tokens = ()) -> StepPlan:
+    def step(self, abort_midway: Tokens = (), prompt_limit: int | None = None) -> StepPlan:
         before = [replace(sequence) for sequence in self.sequences]
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(prompt_limit)
         self.check_policy(before, plan)
+        self.check_room(before, plan, prompt_limit)
         sampled = self.rank.run(plan)
         self.left.extend(plan.finished)
         self.check_tables()
@@ -81,9 +82,10 @@ class Engine:
         self.manager.check_integrity()
         return plan
 
-    def batch(self) -> list[tuple[int, int, int]]:
+    def batch(self, prompt_limit: int | None = None) -> list[tuple[int, int, int]]:
         """One step; its chunks as (seq_id, start, num_tokens)."""
-        return [(chunk.seq_id, chunk.start, chunk.num_tokens) for chunk in self.step().chunks]
+        chunks = self.step(prompt_limit=prompt_limit).chunks
+        return [(chunk.seq_id, chunk.start, chunk.num_tokens) for chunk in chunks]
 
     def drain(self, max_num_steps: int) -> None:
         for _ in range(max_num_steps + 1):
@@ -139,9 +141,47 @@ class Engine:
             assert running[0].seq_id in scheduled, "the oldest did not move on"
         if preempted:
             assert min(preempted) > max(old.seq_id for old in running if old.seq_id not in preempted)
-        for old in before:
-            if old.status is SequenceStatus.WAITING and old.seq_id not in admitted and not self.waits_for_sibling(old):
-                assert all(old.seq_id > seq_id for seq_id in admitted), "somebody was overtaken"
+        self.check_overtaking(before, plan, admitted)
+
+    def check_overtaking(self, before: list[Sequence], plan: StepPlan, admitted: set[int]) -> None:
+        """Only prompts that run whole beside a long one overtake, and all they overtake could run, too."""
+        first = max(admitted, default=-1)
+        overtaken = [
+            old
+            for old in before
+            if old.status is SequenceStatus.WAITING
+            and old.seq_id < first
+            and old.seq_id not in admitted
+            and not self.waits_for_sibling(old)
+        ]
+        if not overtaken:
+            return
+        assert any(not chunk.samples for chunk in plan.chunks), "somebody was overtaken though all prompts fit"
+        for chunk in plan.chunks:
+            if chunk.resets_blocks and chunk.seq_id > overtaken[0].seq_id:
+                assert chunk.samples, "a prompt has overtaken another and is not computed whole"
+        num_blocks = sum(self.manager.num_blocks_for(old.num_tokens) + 1 for old in overtaken)
+        assert self.manager.num_free_blocks >= num_blocks, "somebody overtakes one who waits for blocks"
+        assert self.scheduler.num_running + len(overtaken) <= self.rank.config.max_num_seqs
+
+    def check_room(self, before: list[Sequence], plan: StepPlan, prompt_limit: int | None) -> None:
+        single = {
+            old.seq_id
+            for old in before
+            if old.status is SequenceStatus.RUNNING and old.num_tokens - old.num_computed_tokens == 1
+        }
+        prefills = [chunk for chunk in plan.chunks if chunk.seq_id not in single]
+        room = self.rank.config.max_num_batched_tokens - (len(plan.chunks) - len(prefills))
+        if prompt_limit is not None and plan.num_decode_tokens:
+            room = min(room, prompt_limit)
+        assert sum(chunk.num_tokens for chunk in prefills) <= room
+        cut = [chunk for chunk in prefills if not chunk.samples]
+        assert len(cut) <= 1
+        for long in cut:
+            assert sum(chunk.num_tokens for chunk in prefills) == room, "a prompt was cut though there was room for it"
+            turn = long.resets_blocks, long.seq_id  # who runs comes before who waits
+            left = room - sum(c.num_tokens for c in prefills if (c.resets_blocks, c.seq_id) < turn)
+            assert 2 * long.num_tokens >= left > 0, "the long prompt got less than half"
 
     def waits_for_sibling(self, sequence: Sequence) -> bool:
         sibling = sequence.forked_from
@@ -205,6 +245,42 @@ def prompts(*lengths: int) -> list[Tokens]:
             [[(0, 0, 4)], [(0, 4, 2), (1, 0, 2)], [(0, 6, 1), (1, 2, 3)], [(0, 7, 1), (1, 5, 1)]],
             id="next_prompt_starts_in_the_rest_of_a_step",
         ),
+        pytest.param(
+            [20, 4],
+            {"max_num_batched_tokens": 8},
+            [[(0, 0, 4), (1, 0, 4)], [(1, 4, 1), (0, 4, 7)], [(1, 5, 1), (0, 11, 7)], [(1, 6, 1), (0, 18, 2)]],
+            id="a_short_prompt_runs_beside_a_long_one",
+        ),
+        pytest.param(
+            [20, 5, 3, 2, 1],
+            {"max_num_batched_tokens": 8},
+            [[(0, 0, 4), (2, 0, 3), (4, 0, 1)], [(2, 3, 1), (4, 1, 1), (0, 4, 4), (3, 0, 2)]],
+            id="only_what_fits_whole_into_half_runs_beside_it",
+        ),
+        pytest.param(
+            [3, 20, 3],
+            {"max_num_batched_tokens": 10},
+            [[(0, 0, 3), (1, 0, 4), (2, 0, 3)]],
+            id="half_of_what_older_prompts_leave",
+        ),
+        pytest.param(
+            [20, 20, 2],
+            {"max_num_batched_tokens": 8, "max_num_seqs": 2},
+            [[(0, 0, 8)], [(0, 8, 8)], [(0, 16, 4), (1, 0, 4)]],
+            id="no_overtaking_where_slots_are_wanting",
+        ),
+        pytest.param(
+            [20, 20, 2],
+            {"max_num_batched_tokens": 8, "num_blocks": 12},
+            [[(0, 0, 8)], [(0, 8, 8)], [(0, 16, 4), (1, 0, 4)], [(0, 20, 1), (1, 4, 7)]],
+            id="no_overtaking_where_blocks_are_wanting",
+        ),
+        pytest.param(
+            [20, 20, 2],
+            {"max_num_batched_tokens": 8, "num_blocks": 13},
+            [[(0, 0, 6), (2, 0, 2)], [(2, 2, 1), (0, 6, 7)], [(2, 3, 1), (0, 13, 7)], [(0, 20, 1), (2, 4, 1)]],
+            id="overtaking_where_they_suffice",
+        ),
     ],
 )
 def test_batches(lengths: list[int], limits: dict[str, int], expected: list[list[tuple[int, int, int]]]) -> None:
@@ -213,6 +289,42 @@ def test_batches(lengths: list[int], limits: dict[str, int], expected: list[list
         engine.add(prompt)
     assert [engine.batch() for _ in expected] == expected
     engine.drain(100)
+
+
+def test_prompt_tokens_are_limited_while_somebody_decodes() -> None:
+    engine = Engine()
+    short, long = prompts(2, 30)
+    engine.add(short, max_tokens=3)
+    assert engine.batch(prompt_limit=1) == [(0, 0, 2)], "nobody decodes yet"
+    engine.add(long)
+    assert [engine.batch(prompt_limit=n) for n in (5, 9)] == [[(0, 2, 1), (1, 0, 5)], [(0, 3, 1), (1, 5, 9)]]
+    assert engine.batch(prompt_limit=1) == [(1, 14, 16)]
+    engine.drain(20)
+
+
+def test_a_prompt_that_the_cache_has_most_of_is_short() -> None:
+    engine = Engine(max_num_batched_tokens=8)
+    (stem,) = prompts(16)
+    engine.add(stem, max_tokens=1)
+    engine.drain(10)
+    engine.add(tuple(range(1000, 1020)))
+    engine.add((*stem, 1, 2, 3))
+    assert engine.batch() == [(1, 0, 5), (2, 16, 3)]
+    engine.drain(20)
+
+
+def test_an_overtaken_prompt_is_the_next_to_run() -> None:
+    """Short prompts that keep coming hold up neither the long one that runs nor the one that waits."""
+    engine = Engine(max_num_batched_tokens=8, num_blocks=60)
+    long, next_long = (engine.add(prompt, max_tokens=1) for prompt in prompts(24, 24))
+    num_steps = 0
+    while next_long.status is not SequenceStatus.FINISHED:
+        engine.add((num_steps, num_steps + 1), max_tokens=2)
+        engine.step()
+        num_steps += 1
+        assert num_steps <= 12, "each gets at least half of the 8 tokens that are left beside decodes"
+    assert long.status is SequenceStatus.FINISHED
+    engine.drain(60)
 
 
 def test_decodes_come_first_in_the_batch() -> None:
@@ -326,9 +438,9 @@ def test_forks_wait_for_the_prompt_and_share_it(enable_prefix_caching: bool) -> 
     first = engine.add(prompt)
     forks = [engine.add(prompt, forked_from=first) for _ in range(2)]
     engine.add(other)
-    assert engine.batch() == [(0, 0, 8)]
-    assert engine.batch() == [(0, 8, 3), (3, 0, 2)], "who comes behind the forks is not held up"
-    assert engine.batch() == [(0, 11, 1), (3, 2, 1), (1, 8, 3), (2, 8, 3)]
+    assert engine.batch() == [(0, 0, 6), (3, 0, 2)], "who comes behind the forks is not held up"
+    assert engine.batch() == [(3, 2, 1), (0, 6, 5)]
+    assert engine.batch() == [(0, 11, 1), (3, 3, 1), (1, 8, 3), (2, 8, 3)]
     assert [fork.num_cached_tokens for fork in forks] == [8, 8]
     tables = [engine.manager.block_table(seq_id) for seq_id in range(3)]
     assert tables[0][:2] == tables[1][:2] == tables[2][:2]
@@ -570,11 +682,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(num_outputs - 1):
             self.engine.add(prompt, max_tokens, prompt_logprobs=prompt_logprobs, forked_from=first)
 
-    @rule(num_steps=st.integers(1, 6))
-    def step(self, num_steps: int) -> None:
+    @rule(num_steps=st.integers(1, 6), prompt_limit=st.none() | st.integers(1, 12))
+    def step(self, num_steps: int, prompt_limit: int | None) -> None:
         for _ in range(num_steps):
             has_work = self.engine.scheduler.has_unfinished
-            assert bool(self.engine.step().chunks) == has_work
+            assert bool(self.engine.step(prompt_limit=prompt_limit).chunks) == has_work
 
     @precondition(lambda self: self.engine.sequences)
     @rule(data=st.data(), is_midway=st.booleans())

@@ -69,16 +69,17 @@ class Pipeline:
         self.sequences.append(sequence)
         return sequence
 
-    def submit(self) -> list[Chunk] | None:
+    def submit(self, prompt_limit: int | None = None) -> list[Chunk] | None:
         """The chunks of one more plan; None if there is nothing to plan now."""
-        decoding = sum(is_decoding(sequence) for sequence in self.with_status(SequenceStatus.RUNNING))
-        plan = self.scheduler.schedule()
+        decoding = [sequence for sequence in self.with_status(SequenceStatus.RUNNING) if is_decoding(sequence)]
+        plan = self.scheduler.schedule(prompt_limit)
         self.manager.check_integrity()
         if plan is None:
             assert self.in_flight
             self.check_idle()
             return None
-        self.check_plan(plan, decoding)
+        is_awaited = any(s.output_token_ids and s.status is SequenceStatus.RUNNING for s in decoding)
+        self.check_plan(plan, len(decoding), prompt_limit if is_awaited else None)
         sampled = self.rank.run(plan)
         self.left.extend(plan.finished)
         for sequence in self.with_status(SequenceStatus.RUNNING):
@@ -144,13 +145,22 @@ class Pipeline:
         """Sequences whose next token is on its way."""
         return {seq_id for _, sampled in self.in_flight for seq_id in sampled}
 
-    def check_plan(self, plan: StepPlan, num_decoding: int) -> None:
+    def check_plan(self, plan: StepPlan, num_decoding: int, prompt_limit: int | None) -> None:
         """num_decoding: sequences that were decoding before the plan was made."""
         assert not {chunk.seq_id for chunk in plan.chunks} & self.awaited(), "a sequence runs without its last token"
         decodes = [chunk for chunk in plan.chunks if is_decode(chunk.num_tokens, chunk.samples, chunk.resets_blocks)]
         assert len(decodes) <= decode_share(num_decoding, self.max_in_flight)
         room = max_prompt_tokens(self.config.max_num_batched_tokens, self.max_in_flight)
+        if prompt_limit is not None:
+            room = min(room, prompt_limit)
+        prefills = [chunk for chunk in plan.chunks if chunk not in decodes]
         assert plan.num_tokens - len(decodes) <= room
+        cut = [chunk for chunk in prefills if not chunk.samples]
+        assert len(cut) <= 1
+        for long in cut:
+            turn = long.resets_blocks, long.seq_id  # who runs comes before who waits
+            left = sum(c.num_tokens for c in prefills if (c.resets_blocks, c.seq_id) >= turn)
+            assert 2 * long.num_tokens >= left, "the long prompt got less than half"
         in_flight = {chunk.seq_id for old, _ in self.in_flight for chunk in old.chunks}
         again = {chunk.seq_id for chunk in plan.chunks if chunk.resets_blocks}
         assert not in_flight & again, "a preempted sequence was admitted before its former life had ended"
@@ -246,6 +256,27 @@ class TestSpreading:
         assert pipeline.step() == [[(0, 3, 1), (1, 256, 128)]]
         assert pipeline.step() == [[(1, 384, 128)]]
         assert pipeline.step() == [[(0, 4, 1), (1, 512, 88)]]
+        pipeline.drain(20)
+
+    def test_prompt_tokens_are_limited_while_a_token_is_on_its_way(self) -> None:
+        pipeline = Pipeline(2, max_num_batched_tokens=1024, num_blocks=200)
+        short, long = prompts(2, 600)
+        pipeline.add(short, max_tokens=4)
+        pipeline.step()
+        pipeline.add(long)
+        assert pipeline.submit(20) == [(0, 2, 1), (1, 0, 20)]
+        assert pipeline.submit(20) == [(1, 20, 20)], "the first one's next token is on its way"
+        pipeline.collect()
+        pipeline.scheduler.abort(0)
+        assert pipeline.submit(20) == [(1, 40, 128)]
+        pipeline.drain(20)
+
+    def test_a_short_prompt_runs_beside_a_long_one(self) -> None:
+        pipeline = Pipeline(2, max_num_batched_tokens=1024, num_blocks=200)
+        pipeline.add(*prompts(600))
+        pipeline.submit()
+        pipeline.add(tuple(range(5000, 5020)))
+        assert pipeline.submit() == [(0, 128, 108), (1, 0, 20)]
         pipeline.drain(20)
 
     @settings(deadline=None)
@@ -439,9 +470,9 @@ class InFlightMachine(RuleBasedStateMachine):
             self.pipeline.add(prompt, max_tokens, prompt_logprobs=prompt_logprobs, forked_from=first)
 
     @precondition(lambda self: len(self.pipeline.in_flight) < self.pipeline.max_in_flight)
-    @rule()
-    def submit(self) -> None:
-        chunks = self.pipeline.submit()
+    @rule(prompt_limit=st.none() | st.integers(1, 12))
+    def submit(self, prompt_limit: int | None) -> None:
+        chunks = self.pipeline.submit(prompt_limit)
         assert chunks or self.pipeline.in_flight or not self.pipeline.scheduler.has_unfinished
 
     @precondition(lambda self: self.pipeline.in_flight)

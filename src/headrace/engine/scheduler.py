@@ -3,8 +3,17 @@
 A step has room for `max_num_batched_tokens` tokens of at most `max_num_seqs` sequences, given away in three passes:
 
 1. One token to every running sequence that decodes. They always fit, so no long prompt delays them.
-2. Prompt tokens to running sequences whose prompt is not computed yet, oldest first, cut where the room ends.
-3. Waiting sequences, first come first served, each with as much of its prompt as still fits.
+2. Prompt tokens to running sequences whose prompt is not computed yet, oldest first.
+3. Prompt tokens to waiting sequences, first come first served.
+
+Passes 2 and 3 share one room (`prompt_room`): each prompt gets all it needs as long as that fits. The first that does
+not, the long one, gets the rest, but for up to half of it, which goes to later prompts that fit there whole. So a short
+prompt need not wait for a long one, and the long one, which is the oldest as soon as the older ones are done, gets at
+least half of what is there in every step. A short prompt overtakes others that wait only if slots and blocks for all of
+those would be left: it takes from them nothing but room that they could not have had.
+
+Beside sequences that decode, the room may be limited further (`prompt_limit` of `schedule`), so that their next tokens
+do not wait long.
 
 A sequence gets blocks for all tokens it has when it is admitted, so only the first pass ever asks for more. When none
 are left, the running sequence that arrived last gives up its own and starts over later. The oldest therefore always
@@ -38,6 +47,7 @@ from headrace.config import SchedulerConfig
 from headrace.config.checks import check_at_least_one
 from headrace.costs.micro_batches import decode_share, max_prompt_tokens
 from headrace.engine.plan import NewSequence, ScheduledChunk, StepPlan
+from headrace.engine.prompt_room import PromptRoom
 from headrace.engine.sequence import FinishReason, Sequence, SequenceStatus
 from headrace.errors import ConfigError, ContextLengthError, RequestError
 
@@ -63,32 +73,12 @@ _by_arrival = attrgetter("arrival")
 
 @dataclass(eq=False, slots=True)
 class _Draft:
-    """A plan being written. Decodes and prefills are apart because a batch has its decodes first."""
+    """A plan being written. Decodes come first in its batch, then the chunks of a `PromptRoom`."""
 
-    num_free_tokens: int
     new: list[NewSequence] = field(default_factory=list)
     decodes: list[ScheduledChunk] = field(default_factory=list)
-    prefills: list[ScheduledChunk] = field(default_factory=list)
     num_decode_tokens: int = 0
     has_preempted: bool = False
-
-    def add_prefill(self, sequence: Sequence, new_block_ids: tuple[int, ...], *, resets_blocks: bool = False) -> None:
-        """As many of the sequence's tokens as there is room for."""
-        start = sequence.num_scheduled_tokens
-        num_left = sequence.num_tokens - start
-        num_tokens = min(num_left, self.num_free_tokens)
-        self.num_free_tokens -= num_tokens
-        sequence.num_scheduled_tokens = start + num_tokens
-        self.prefills.append(
-            ScheduledChunk(
-                seq_id=sequence.seq_id,
-                start=start,
-                num_tokens=num_tokens,
-                new_block_ids=new_block_ids,
-                resets_blocks=resets_blocks,
-                samples=num_tokens == num_left,
-            )
-        )
 
 
 class Scheduler:
@@ -211,10 +201,12 @@ class Scheduler:
         if entry.is_known_to_ranks:
             self._finished.append(sequence.seq_id)
 
-    def schedule(self) -> StepPlan | None:
+    def schedule(self, prompt_limit: int | None = None) -> StepPlan | None:
         """Plan the next step. Without unfinished sequences it has no chunks, but may still report finished ones.
 
         None if all there is to do waits for plans that are open.
+
+        prompt_limit: of prompt tokens, at least 1, if a sequence decodes; None is no limit.
 
         Raises:
             RuntimeError: an `update` of max_in_flight plans is missing, or a sequence outgrew what `add` allowed it.
@@ -224,12 +216,16 @@ class Scheduler:
             raise RuntimeError(
                 f"step {self._updated_step + 1} was planned but not updated; call update() before schedule()"
             )
-        draft = _Draft(self._max_num_batched_tokens)
-        self._schedule_running(draft)
+        draft = _Draft()
+        prefilling = self._schedule_decodes(draft)
+        room = PromptRoom(self._num_prompt_tokens(draft, prompt_limit))
+        for sequence in prefilling:
+            room.offer(sequence)
         # Blocks that a preemption has just freed go to those who still run, not to a newcomer that would go next.
         if not draft.has_preempted:
-            self._admit_waiting(draft)
-        if num_in_flight and not draft.decodes and not draft.prefills:
+            self._admit_waiting(draft, room)
+        chunks = (*draft.decodes, *room.close())
+        if num_in_flight and not chunks:
             return None
         self._step += 1
         plan = StepPlan(
@@ -237,7 +233,7 @@ class Scheduler:
             sampled=tuple([token for token in self._sampled if token[0] in self._entries]),
             new=tuple(draft.new),
             finished=tuple(self._finished),
-            chunks=(*draft.decodes, *draft.prefills),
+            chunks=chunks,
             num_decode_tokens=draft.num_decode_tokens,
         )
         self._finished.clear()
@@ -327,8 +323,9 @@ class Scheduler:
             f"{remedy}, or give the cache more memory (kv_cache_bytes)"
         )
 
-    def _schedule_running(self, draft: _Draft) -> None:
-        """Passes 1 and 2. The loop over decodes is the scheduler's hot path: a few microseconds per sequence."""
+    def _schedule_decodes(self, draft: _Draft) -> list[Sequence]:
+        """Pass 1; returns who runs and is not done with its prompt. The loop is the scheduler's hot path: a few
+        microseconds per sequence."""
         prefilling: list[Sequence] = []
         num_free_seqs = self._decode_share()
         index = 0
@@ -357,11 +354,21 @@ class Scheduler:
             )
             # The last token of a prompt may come alone, too.
             draft.num_decode_tokens += num_tokens > sequence.num_prompt_tokens
-        draft.num_free_tokens = min(draft.num_free_tokens - len(draft.decodes), self._max_prompt_tokens)
-        for sequence in prefilling:
-            if draft.num_free_tokens == 0:
-                break
-            draft.add_prefill(sequence, ())
+        return prefilling
+
+    def _num_prompt_tokens(self, draft: _Draft, prompt_limit: int | None) -> int:
+        """The room of passes 2 and 3."""
+        num_tokens = min(self._max_num_batched_tokens - len(draft.decodes), self._max_prompt_tokens)
+        if prompt_limit is None or not self._has_decodes(draft):
+            return num_tokens
+        return min(num_tokens, prompt_limit)
+
+    def _has_decodes(self, draft: _Draft) -> bool:
+        """Whether somebody waits for the next token of an output, in this plan or in one that is open."""
+        if draft.num_decode_tokens or self._max_in_flight == 1:
+            return draft.num_decode_tokens > 0
+        sequences = [entry.sequence for entry in self._running]
+        return any(s.output_token_ids and s.num_tokens - s.num_scheduled_tokens <= 1 for s in sequences)
 
     def _decode_share(self) -> int:
         """How many sequences may decode in the next step."""
@@ -393,41 +400,44 @@ class Scheduler:
         self.num_preemptions += 1
         insort(self._waiting, entry, key=_by_arrival)
 
-    def _admit_waiting(self, draft: _Draft) -> None:
-        index = 0
-        while index < len(self._waiting) and len(self._running) < self._max_num_running and draft.num_free_tokens:
+    def _admit_waiting(self, draft: _Draft, room: PromptRoom) -> None:
+        """Pass 3. Nobody overtakes the first that could go, or small requests would starve a large one; but where that
+        one could have gone and finds no room, a short prompt that leaves slot and blocks to it may."""
+        index = num_overtaken = num_overtaken_blocks = 0
+        while (
+            index < len(self._waiting)
+            and len(self._running) + num_overtaken < self._max_num_running
+            and not room.is_full
+        ):
             entry = self._waiting[index]
-            if _waits_for_sibling(entry.sequence):
+            sequence = entry.sequence
+            if _waits_for_sibling(sequence):
                 index += 1
-            elif self._try_start(entry, draft):
-                del self._waiting[index]
-                insort(self._running, entry, key=_by_arrival)
-            else:
-                # Nobody overtakes the first that could go, or small requests would starve a large one.
+                continue
+            # Found out before the cache is searched, as it may be full and the line long.
+            num_reserved_blocks = len(self._running) + num_overtaken + num_overtaken_blocks
+            if entry.last_step > self._updated_step or self._blocks.num_free_blocks <= num_reserved_blocks:
                 return
+            shared = self._find_shared_blocks(sequence)
+            if not room.admits(sequence.num_tokens - len(shared) * self._blocks.block_size):
+                num_overtaken += 1
+                num_overtaken_blocks += self._blocks.num_blocks_for(sequence.num_tokens)
+                index += 1
+                continue
+            if not self._blocks.can_allocate(sequence.num_tokens, shared, num_reserved_blocks):
+                return
+            del self._waiting[index]
+            self._start(entry, shared, draft, room)
+            insort(self._running, entry, key=_by_arrival)
 
-    def _try_start(self, entry: _Entry, draft: _Draft) -> bool:
-        """Give a waiting sequence blocks for all its tokens and a first chunk, if the blocks are there.
-
-        One block for each running sequence stays free: each can then fill the block it is in and the next one before
-        somebody must be preempted. Alone a sequence needs no such reserve.
-        """
-        if entry.last_step > self._updated_step:
-            return False
+    def _start(self, entry: _Entry, shared: tuple[int, ...], draft: _Draft, room: PromptRoom) -> None:
         sequence = entry.sequence
-        num_reserved_blocks = len(self._running)
-        if self._blocks.num_free_blocks <= num_reserved_blocks:
-            return False
-        shared = self._find_shared_blocks(sequence)
-        if not self._blocks.can_allocate(sequence.num_tokens, shared, num_reserved_blocks):
-            return False
         block_ids = self._blocks.allocate(sequence.seq_id, sequence.num_tokens, shared)
         sequence.status = SequenceStatus.RUNNING
         sequence.num_scheduled_tokens = sequence.num_computed_tokens = len(shared) * self._blocks.block_size
         if not entry.is_known_to_ranks:
             self._introduce(entry, draft)
-        draft.add_prefill(sequence, block_ids, resets_blocks=True)
-        return True
+        room.offer(sequence, block_ids, resets_blocks=True)
 
     def _introduce(self, entry: _Entry, draft: _Draft) -> None:
         sequence = entry.sequence
