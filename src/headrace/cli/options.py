@@ -24,7 +24,7 @@ from headrace.config import (
     Softmax,
     Transport,
 )
-from headrace.config.engine import GPU_MEMORY_FRACTION, HOST_MEMORY_FRACTION
+from headrace.config.engine import GPU_MEMORY_FRACTION, HOST_MEMORY_FRACTION, SERVING_STEP_S
 from headrace.demo_model import demo_model_path
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ _ENGINE_SETTINGS = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_model_len",
+    "max_step_s",
     "enable_prefix_caching",
 )
 
@@ -184,6 +185,19 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         action="store_false",
         default=None,
         help="compute every prompt from its first token, even where an earlier one began the same",
+    )
+
+
+def add_step_time_option(group: argparse._ArgumentGroup) -> None:
+    """For commands that serve many at once, beside the model options."""
+    group.add_argument(
+        "--max-step-time",
+        dest="max_step_s",
+        type=parse_step_s,
+        default=SERVING_STEP_S,
+        metavar="S",
+        help="seconds between two tokens of a request, about, while prompts of others are computed, which take longer "
+        "for it; none lets prompts take all of --max-num-batched-tokens (default: %(default)s)",
     )
 
 
@@ -381,6 +395,16 @@ def parse_max_tokens(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text[:80]}' is neither a number of tokens nor 'none'") from None
+
+
+def parse_step_s(text: str) -> float | None:
+    """A number of seconds, or `none` for no limit."""
+    if text.lower() == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text[:80]}' is neither a number of seconds nor 'none'") from None
 
 
 def parse_layer_counts(text: str) -> tuple[int, ...]:

@@ -11,6 +11,11 @@ from headrace.errors import ConfigError
 MAX_THREADS = 4096
 """More than any machine has; a typing error should not ask the system for them."""
 
+SERVING_STEP_S = 0.25
+"""max_step_s of a server: slower than people read, faster than they take for a halt."""
+
+LONGEST_STEP_S = 3600.0
+
 HOST_MEMORY_FRACTION = 0.5
 GPU_MEMORY_FRACTION = 0.9
 
@@ -142,11 +147,17 @@ class CacheConfig:
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """max_num_seqs: requests in one step; max_num_batched_tokens: prompt and decode tokens in one step;
-    max_model_len: prompt plus output tokens of one request, None takes the model's."""
+    max_model_len: prompt plus output tokens of one request, None takes the model's.
+
+    max_step_s: seconds between two tokens of a request, about, while prompts of others are computed: what steps have
+        taken bounds the prompt tokens beside decodes. None lets prompts take all of max_num_batched_tokens, which ends
+        sooner in sum, and runs the same steps each time: for texts that nobody waits for token by token.
+    """
 
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 1024
     max_model_len: int | None = None
+    max_step_s: float | None = None
 
     def __post_init__(self) -> None:
         check_at_least_one("max_num_seqs", self.max_num_seqs)
@@ -157,6 +168,15 @@ class SchedulerConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs ({self.max_num_seqs}); "
                 "a step must have room for one token of each request"
             )
+        _check_step_s(self.max_step_s)
+
+
+def _check_step_s(value: float | None) -> None:
+    if value is None:
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= LONGEST_STEP_S:
+        raise ConfigError(f"max_step_s is {value!r}; allowed: a number above 0, up to {LONGEST_STEP_S:g}, or None")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from headrace.engine.load import LoadedModel
 from headrace.engine.metrics import EngineMetrics, EngineStatistics
 from headrace.engine.outputs import CompletionChunk, RequestUpdate
 from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.prompt_pace import PromptPace
 from headrace.engine.rank_statistics import exchange_totals
 from headrace.engine.request_state import RequestState
 from headrace.engine.scheduler import Scheduler
@@ -49,6 +50,7 @@ class Engine:
         self._num_prompt_tokens = self._num_generation_tokens = 0
         self._finish_reasons: Counter[str] = Counter()
         self._prefix_query_tokens = self._prefix_hit_tokens = self._num_preemptions = 0
+        self._pace = _make_pace(model)
         self._start_afresh()
 
     @property
@@ -130,10 +132,11 @@ class Engine:
         if self._pending:
             pending, self._pending = self._pending, {}
             return list(pending.values())
+        start_s = time.monotonic()
         with self._within_a_step():
             self._fill_pipeline()
             plan = self._in_flight.popleft()
-            updates = self._collect(plan)
+            updates = self._collect(plan, start_s)
         self._drain_if_idle()
         return updates
 
@@ -171,9 +174,10 @@ class Engine:
         Raises:
             RankError: a rank was lost; as from a step.
         """
+        start_s = time.monotonic()
         with self._within_a_step():
             while self._in_flight:
-                for update in self._collect(self._in_flight.popleft()):
+                for update in self._collect(self._in_flight.popleft(), start_s):
                     self._keep(update)
             ranks = self.model.executor.statistics()
             exchange_s = self.model.executor.exchange_s()
@@ -253,7 +257,7 @@ class Engine:
 
     def _fill_pipeline(self) -> None:
         while len(self._in_flight) < self.model.executor.max_in_flight:
-            plan = self._scheduler.schedule()
+            plan = self._scheduler.schedule(None if self._pace is None else self._pace.limit)
             if plan is None:
                 return
             self._mark_scheduled(plan)
@@ -262,12 +266,14 @@ class Engine:
             if not plan.chunks:
                 return
 
-    def _collect(self, plan: StepPlan) -> list[RequestUpdate]:
+    def _collect(self, plan: StepPlan, start_s: float) -> list[RequestUpdate]:
         try:
             result = self.model.executor.collect()
         except OutOfDeviceMemory as error:
             return self._make_room(plan, str(error))
         self._is_last_try = False
+        if self._pace is not None:
+            self._pace.record(plan.num_prefill_tokens, time.monotonic() - start_s)
         self._count(plan)
         return self._report(plan, result)
 
@@ -311,7 +317,7 @@ class Engine:
     def _count(self, plan: StepPlan) -> None:
         self._num_steps += bool(plan.chunks)
         self._num_decode_tokens += plan.num_decode_tokens
-        self._num_prefill_tokens += plan.num_tokens - plan.num_decode_tokens
+        self._num_prefill_tokens += plan.num_prefill_tokens
 
     def _report(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
         """Sequences that have left while the plan was in flight are passed over."""
@@ -353,6 +359,13 @@ class Engine:
         self._num_finished += 1
         self._finish_reasons.update(output.finish_reason or "" for output in finished.outputs)
         return RequestUpdate(request_id=state.request_id, chunks=chunks, finished=finished)
+
+
+def _make_pace(model: LoadedModel) -> PromptPace | None:
+    plan = model.plan
+    if plan.scheduler.max_step_s is None:
+        return None
+    return PromptPace(plan.scheduler.max_step_s, plan.cache.block_size, model.executor.max_in_flight)
 
 
 def _as_token_ids(values: Iterable[SupportsIndex]) -> tuple[int, ...]:

@@ -62,6 +62,10 @@ class StepPlan(NamedTuple):
             return self.num_decode_tokens
         return sum([chunk.num_tokens for chunk in self.chunks])
 
+    @property
+    def num_prefill_tokens(self) -> int:
+        return self.num_tokens - self.num_decode_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
