@@ -7,14 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from headrace._version import __version__
-from headrace.config import SamplingParams
+from headrace.config import PoolingParams, SamplingParams
 
 if TYPE_CHECKING:
     from headrace.engine.llm import LLM
     from headrace.engine.outputs import CompletionOutput, Logprob, RequestOutput
     from headrace.models.quantize_checkpoint import quantize
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "__version__", "quantize"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "PoolingParams",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+    "quantize",
+]
 
 _LAZY = {
     "LLM": "headrace.engine.llm",

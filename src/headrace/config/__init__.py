@@ -31,6 +31,7 @@ from headrace.config.model import (
     RopeType,
 )
 from headrace.config.parallel import AllReduceDtype, KvSharding, ParallelConfig, Transport
+from headrace.config.pooling import Pooling, PoolingParams
 from headrace.config.sampling import SamplingParams
 
 __all__ = [
@@ -56,6 +57,8 @@ __all__ = [
     "NormKind",
     "NormPlacement",
     "ParallelConfig",
+    "Pooling",
+    "PoolingParams",
     "Quantize",
     "RopeConfig",
     "RopeScaling",

@@ -12,7 +12,7 @@ from operator import index
 from typing import SupportsIndex
 
 from headrace.cache.block_manager import BlockManager
-from headrace.config import SamplingParams
+from headrace.config import PoolingParams, SamplingParams
 from headrace.engine.load import LoadedModel
 from headrace.engine.metrics import EngineMetrics, EngineStatistics
 from headrace.engine.outputs import CompletionChunk, RequestUpdate
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15
 """Golden ratio times 2^64: outputs of one request get seeds far apart, and other seeds' outputs miss them."""
+
+_NO_SAMPLING = SamplingParams()
+"""Of requests that nothing is sampled for."""
 
 
 class Engine:
@@ -80,24 +83,44 @@ class Engine:
             RequestError: an id in use, an empty prompt, token ids outside the vocabulary.
             ContextLengthError: prompt and output could never fit the model or the cache.
         """
-        if self.is_live(request_id):
-            raise RequestError(f"request id '{request_id}' is in use; give each request its own")
         token_ids = _as_token_ids(prompt_token_ids)
         self._check_ids(token_ids, params)
-        sequences = self._make_sequences(request_id, token_ids, params)
-        state = RequestState(request_id, prompt, sequences, params, self.model, arrival_s=time.monotonic())
-        # Siblings differ in nothing that admission looks at: if the first is accepted, all are.
-        for sequence in sequences:
-            self._scheduler.add(sequence)
-        self._requests[request_id] = state
-        self._by_sequence |= {sequence.seq_id: state for sequence in sequences}
+        self._queue(request_id, self._make_sequences(request_id, token_ids, params), params, prompt)
 
-    def check_request(self, prompt_token_ids: Iterable[SupportsIndex], params: SamplingParams) -> None:
-        """Refuse what `add_request` would refuse of these. Changes nothing, and may be called from any thread.
+    def add_pooling_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Iterable[SupportsIndex],
+        params: PoolingParams,
+        prompt: str | None = None,
+    ) -> None:
+        """Queue a prompt of which an embedding is to be made: `RequestOutput.embedding` of its only update.
 
         Raises: see `add_request`.
         """
         token_ids = _as_token_ids(prompt_token_ids)
+        self._check_ids(token_ids, _NO_SAMPLING)
+        sequence = Sequence(
+            seq_id=next(self._sequence_ids),
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=_NO_SAMPLING,
+            seed=0,
+            pooling=params,
+        )
+        self._queue(request_id, [sequence], _NO_SAMPLING, prompt)
+
+    def check_request(self, prompt_token_ids: Iterable[SupportsIndex], params: SamplingParams | PoolingParams) -> None:
+        """Refuse what `add_request` or `add_pooling_request` would refuse of these. Changes nothing, and may be called
+        from any thread.
+
+        Raises: see `add_request`.
+        """
+        token_ids = _as_token_ids(prompt_token_ids)
+        if isinstance(params, PoolingParams):
+            self._check_ids(token_ids, _NO_SAMPLING)
+            self._scheduler.check_fits(len(token_ids), max_tokens=0)
+            return
         self._check_ids(token_ids, params)
         self._scheduler.check_fits(len(token_ids), params.max_tokens)
 
@@ -228,6 +251,16 @@ class Engine:
         self._start_afresh()
         self.model.executor.reset()
 
+    def _queue(self, request_id: str, sequences: list[Sequence], params: SamplingParams, prompt: str | None) -> None:
+        if self.is_live(request_id):
+            raise RequestError(f"request id '{request_id}' is in use; give each request its own")
+        state = RequestState(request_id, prompt, sequences, params, self.model, arrival_s=time.monotonic())
+        # Siblings differ in nothing that admission looks at: if the first is accepted, all are.
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+        self._requests[request_id] = state
+        self._by_sequence |= {sequence.seq_id: state for sequence in sequences}
+
     def _check_ids(self, token_ids: tuple[int, ...], params: SamplingParams) -> None:
         vocab_size = self.model.config.vocab_size
         outside = [token_id for token_id in token_ids if not 0 <= token_id < vocab_size]
@@ -310,9 +343,10 @@ class Engine:
             state = self._by_sequence[new.seq_id]
             if state.mark_scheduled(time.monotonic()):
                 self._num_prompt_tokens += len(new.prompt_token_ids)
-            if new.params.prompt_logprobs is None and self.model.plan.cache.enable_prefix_caching:
+            sequence = state.sequence(new.seq_id)
+            if not sequence.needs_whole_prompt and self.model.plan.cache.enable_prefix_caching:
                 self._prefix_query_tokens += len(new.prompt_token_ids)
-            self._prefix_hit_tokens += state.sequence(new.seq_id).num_cached_tokens
+            self._prefix_hit_tokens += sequence.num_cached_tokens
 
     def _count(self, plan: StepPlan) -> None:
         self._num_steps += bool(plan.chunks)
@@ -342,6 +376,13 @@ class Engine:
             if reason is not None:
                 del self._by_sequence[token.seq_id]
                 self._scheduler.finish(state.sequence(token.seq_id), reason)
+        for embedding in result.embeddings:
+            state = self._by_sequence.pop(embedding.seq_id, None)
+            if state is None:
+                continue
+            touched[state.request_id] = state
+            state.take_embedding(embedding)
+            self._scheduler.finish(state.sequence(embedding.seq_id), FinishReason.STOP)
         return [self._update(state) for state in touched.values()]
 
     def _update(self, state: RequestState) -> RequestUpdate:

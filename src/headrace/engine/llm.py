@@ -20,6 +20,7 @@ from headrace.config import (
     KvSharding,
     LoadConfig,
     ParallelConfig,
+    PoolingParams,
     Quantize,
     SamplingParams,
     SchedulerConfig,
@@ -110,8 +111,8 @@ class LLM:
         Raises:
             RequestError: a prompt or its parameters cannot run; then none of them does.
         """
-        many = [prompts] if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) else list(prompts)
-        return self._run([(*self._encode(prompt), p) for prompt, p in self._pairs(many, sampling_params)])
+        pairs = self._pairs(_as_list(prompts), sampling_params)
+        return self._run([(*self._encode(prompt), p) for prompt, p in pairs])
 
     def chat(
         self,
@@ -124,6 +125,19 @@ class LLM:
         many: list[Any] = [messages] if not messages or isinstance(messages[0], Mapping) else list(messages)
         pairs = self._pairs([self.chat_prompt(m, tools=tools) for m in many], sampling_params)
         return self._run([(*self._encode(text, add_special_tokens=False), p) for text, p in pairs])
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], pooling_params: PoolingParams | None = None
+    ) -> list[RequestOutput]:
+        """One vector of each prompt, in `RequestOutput.embedding`, from the model's last hidden states.
+
+        Raises:
+            RequestError: a prompt cannot run; then none of them does.
+        """
+        params = pooling_params or PoolingParams()
+        if not isinstance(params, PoolingParams):
+            raise RequestError(f"pooling_params are {params!r:.80}; give PoolingParams(...)")
+        return self._run([(*self._encode(prompt), params) for prompt in _as_list(prompts)])
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "CompletionStream":
         """Complete one prompt, piece by piece."""
@@ -189,7 +203,7 @@ class LLM:
     def _no_tokenizer(self) -> RequestError:
         return RequestError(f"{self.engine.model.tokenizer_error}; without a tokenizer, give prompt_token_ids")
 
-    def _run(self, requests: list[tuple[Any, str | None, SamplingParams]]) -> list[RequestOutput]:
+    def _run(self, requests: list[tuple[Any, str | None, SamplingParams | PoolingParams]]) -> list[RequestOutput]:
         ids = [self._next_id() for _ in requests]
         outputs: dict[str, RequestOutput] = {}
 
@@ -199,7 +213,10 @@ class LLM:
 
         try:
             for request_id, (token_ids, prompt, params) in zip(ids, requests, strict=True):
-                self.engine.add_request(request_id, token_ids, params, prompt)
+                if isinstance(params, PoolingParams):
+                    self.engine.add_pooling_request(request_id, token_ids, params, prompt)
+                else:
+                    self.engine.add_request(request_id, token_ids, params, prompt)
                 self._listeners[request_id] = lambda: listen
             while len(outputs) < len(ids):
                 self._step()
@@ -331,6 +348,10 @@ def _engine_config(load: LoadConfig, device: Device, settings: dict[str, Any]) -
         device=device,
         **{k: v for k, v in settings.items() if k in own},
     )
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    return [prompts] if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) else list(prompts)
 
 
 def _member(kind: Any, name: str, value: str) -> Any:

@@ -55,6 +55,11 @@ class OutputState:
         self._last_token_s = now_s
         return chunk
 
+    def stop(self) -> CompletionChunk:
+        """End an output that no token is sampled for."""
+        self.output.finish_reason = FinishReason.STOP.value
+        return self._chunk(0, (), None)
+
     def fail(self, error: str) -> CompletionChunk:
         before = len(self.output.text)
         self._flush()

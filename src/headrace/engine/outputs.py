@@ -6,6 +6,9 @@ What is made at every step is no frozen dataclass, which costs three times as mu
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from headrace.engine.metrics import RequestMetrics
 
 
@@ -41,7 +44,11 @@ class CompletionOutput:
 
 @dataclass(kw_only=True)
 class RequestOutput:
-    """A finished request. prompt_logprobs has one entry per prompt token, None for the first."""
+    """A finished request.
+
+    prompt_logprobs: one entry per prompt token, None for the first.
+    embedding: [hidden_size] of a prompt that was pooled; its one output then has no text, and says how it ended.
+    """
 
     request_id: str
     prompt: str | None
@@ -49,6 +56,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    embedding: NDArray[np.float32] | None = None
 
 
 @dataclass(kw_only=True, slots=True)

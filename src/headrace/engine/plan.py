@@ -10,17 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from headrace.config import SamplingParams
+from headrace.config import PoolingParams, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewSequence:
-    """A sequence the ranks have not seen: what they need to run and sample it to its end."""
+    """A sequence the ranks have not seen: what they need to run and sample it to its end.
+
+    pooling: how its prompt becomes an embedding; it is then never sampled.
+    """
 
     seq_id: int
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     seed: int
+    pooling: PoolingParams | None = None
 
 
 class ScheduledChunk(NamedTuple):
@@ -28,7 +32,7 @@ class ScheduledChunk(NamedTuple):
 
     new_block_ids: appended to the rank's block table; if `resets_blocks`, the table is emptied first (admission, and
         re-admission after a preemption).
-    samples: the chunk reaches the sequence's last token, so the next one is sampled from its logits.
+    samples: the chunk reaches the last token of a sequence that generates, so the next one is sampled from its logits.
     """
 
     seq_id: int
@@ -93,9 +97,17 @@ class PromptLogprobs:
     rows: tuple[tuple[TokenLogprob, ...], ...]
 
 
+class Embedding(NamedTuple):
+    """Of a prompt that was pooled; values: float32, as they lie in memory."""
+
+    seq_id: int
+    values: bytes
+
+
 class StepResult(NamedTuple):
-    """failed: why no token could be sampled, by sequence id."""
+    """failed: why no token could be sampled, or no embedding made, by sequence id."""
 
     sampled: tuple[SampledToken, ...]
     prompt_logprobs: tuple[PromptLogprobs, ...]
     failed: Mapping[int, str]
+    embeddings: tuple[Embedding, ...] = ()

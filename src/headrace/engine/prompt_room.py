@@ -63,5 +63,5 @@ def _next_chunk(
         num_tokens=num_tokens,
         new_block_ids=new_block_ids,
         resets_blocks=resets_blocks,
-        samples=sequence.num_scheduled_tokens == sequence.num_tokens,
+        samples=sequence.pooling is None and sequence.num_scheduled_tokens == sequence.num_tokens,
     )

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence as Sequences
 
+import numpy as np
+from numpy.typing import NDArray
+
 from headrace.config import SamplingParams
 from headrace.engine.load import LoadedModel
 from headrace.engine.metrics import RequestMetrics
 from headrace.engine.output_state import OutputState, decode_logprobs
 from headrace.engine.outputs import CompletionChunk, RequestOutput, TokenLogprobs
-from headrace.engine.plan import PromptLogprobs, SampledToken
+from headrace.engine.plan import Embedding, PromptLogprobs, SampledToken
 from headrace.engine.sequence import FinishReason, Sequence
 
 
@@ -35,6 +38,7 @@ class RequestState:
         self._num_unfinished = len(self._outputs)
         self._chunks: list[CompletionChunk] = []
         self._prompt_logprobs: dict[int, TokenLogprobs] | None = None if params.prompt_logprobs is None else {}
+        self._embedding: NDArray[np.float32] | None = None
         num_prompt_tokens = sequences[0].num_prompt_tokens
         self._metrics = RequestMetrics(
             arrival_s=arrival_s, num_prompt_tokens=num_prompt_tokens, num_outputs=len(sequences)
@@ -64,6 +68,12 @@ class RequestState:
             return None
         self._num_unfinished -= 1
         return FinishReason(chunk.finish_reason)
+
+    def take_embedding(self, found: Embedding) -> None:
+        """The prompt has been pooled, which is all that was asked for."""
+        self._embedding = np.frombuffer(found.values, dtype=np.float32).copy()
+        self._chunks.append(self._outputs[found.seq_id].stop())
+        self._num_unfinished -= 1
 
     def fail(self, seq_id: int, error: str) -> None:
         self._chunks.append(self._outputs[seq_id].fail(error))
@@ -104,6 +114,7 @@ class RequestState:
             outputs=[state.output for state in self._outputs.values()],
             metrics=metrics,
             prompt_logprobs=self._all_prompt_logprobs(len(prompt_token_ids)),
+            embedding=self._embedding,
         )
 
     def _all_prompt_logprobs(self, num_prompt_tokens: int) -> list[TokenLogprobs | None] | None:

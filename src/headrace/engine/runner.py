@@ -96,6 +96,10 @@ class ModelRunner:
         has_largest = not logits.is_cpu and logits.shape[1] > 0
         return Logits(logits, read_largest(*self._decoder.kernels.argmax(logits)) if has_largest else None)
 
+    def last_hidden_states(self, hidden_states: Tensor) -> Tensor:
+        """The model's, of what `run` returned, or of some rows of that."""
+        return self._decoder.last_hidden_states(hidden_states)
+
     # Not around a whole step: a replayed one has nothing that torch could track, and entering the mode costs as much as
     # several ops do.
     @torch.inference_mode()

@@ -143,7 +143,7 @@ class Scheduler:
         if sequence.seq_id in self._entries or sequence.status is not SequenceStatus.WAITING:
             raise ValueError(f"sequence {sequence.seq_id} was added before; each output needs its own sequence and id")
         self._check_sibling(sequence)
-        self.check_fits(sequence.num_prompt_tokens, sequence.params.max_tokens)
+        self.check_fits(sequence.num_prompt_tokens, sequence.max_tokens)
         entry = _Entry(sequence, self._num_arrived)
         self._num_arrived += 1
         self._entries[sequence.seq_id] = entry
@@ -152,22 +152,26 @@ class Scheduler:
     def check_fits(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
         """Refuse what could not run alone, so that whatever is admitted can end. May be called from any thread.
 
+        max_tokens: 0 for a prompt that nothing is generated from; None for as many as fit.
+
         Raises:
             RequestError: the prompt is empty.
             ContextLengthError: prompt and output are too long for the model or the cache.
         """
         if num_prompt_tokens == 0:
             raise RequestError("the prompt has 0 tokens; give at least one token to continue from")
-        if num_prompt_tokens >= self._max_model_len:
+        max_prompt_tokens = self._max_model_len - (max_tokens != 0)
+        if num_prompt_tokens > max_prompt_tokens:
+            what = "prompt and output together" if max_tokens != 0 else "it"
             raise ContextLengthError(
-                f"the prompt has {num_prompt_tokens} tokens, but prompt and output together may have "
-                f"{self._max_model_len} (max_model_len); shorten the prompt to at most {self._max_model_len - 1} tokens"
+                f"the prompt has {num_prompt_tokens} tokens, but {what} may have "
+                f"{self._max_model_len} (max_model_len); shorten the prompt to at most {max_prompt_tokens} tokens"
             )
         max_num_tokens = self._max_model_len
         if max_tokens is not None:
             max_num_tokens = min(max_num_tokens, num_prompt_tokens + max_tokens)
         # The last token is sampled but never run, so it needs no room.
-        num_needed = self._blocks.num_blocks_for(max_num_tokens - 1)
+        num_needed = self._blocks.num_blocks_for(max(max_num_tokens - 1, num_prompt_tokens))
         if num_needed > self._blocks.num_blocks:
             raise self._does_not_fit(num_prompt_tokens, max_num_tokens, num_needed)
 
@@ -350,7 +354,7 @@ class Scheduler:
             sequence.num_scheduled_tokens = num_tokens
             draft.decodes.append(
                 # By position: names would cost a seventh of the loop.
-                ScheduledChunk(sequence.seq_id, num_tokens - 1, 1, new_block_ids, False, True)
+                ScheduledChunk(sequence.seq_id, num_tokens - 1, 1, new_block_ids, False, sequence.pooling is None)
             )
             # The last token of a prompt may come alone, too.
             draft.num_decode_tokens += num_tokens > sequence.num_prompt_tokens
@@ -449,15 +453,16 @@ class Scheduler:
                 prompt_token_ids=sequence.prompt_token_ids,
                 params=sequence.params,
                 seed=sequence.seed,
+                pooling=sequence.pooling,
             )
         )
 
     def _find_shared_blocks(self, sequence: Sequence) -> tuple[int, ...]:
-        """What the cache has, else what the sibling holds; nothing if the logits of all prompt tokens are needed.
+        """What the cache has, else what the sibling holds; nothing if all of the prompt must be computed.
 
         The cache has everything that a sibling holds, and perhaps more, unless prefix caching is off.
         """
-        if sequence.params.prompt_logprobs is not None:
+        if sequence.needs_whole_prompt:
             return ()
         cached = self._blocks.cached_prefix(sequence.tokens, sequence.num_tokens)
         sibling = sequence.forked_from
@@ -485,7 +490,7 @@ def _waits_for_sibling(sequence: Sequence) -> bool:
         sibling is not None
         and sibling.status is not SequenceStatus.FINISHED
         and sibling.num_computed_tokens < sibling.num_prompt_tokens
-        and sequence.params.prompt_logprobs is None
+        and not sequence.needs_whole_prompt
     )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from headrace.config import SamplingParams
+from headrace.config import Pooling, PoolingParams, SamplingParams
 
 
 class SequenceStatus(Enum):
@@ -13,8 +13,8 @@ class SequenceStatus(Enum):
 
 
 class FinishReason(Enum):
-    """STOP: a stop token or stop string; LENGTH: max_tokens or the model's length; ABORT: the client went away;
-    ERROR: no token could be chosen (logits that are not numbers)."""
+    """STOP: a stop token or stop string, or the embedding is made; LENGTH: max_tokens or the model's length; ABORT: the
+    client went away; ERROR: no token could be chosen, or no embedding made (numbers that are none)."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -24,10 +24,11 @@ class FinishReason(Enum):
 
 @dataclass(eq=False, kw_only=True)
 class Sequence:
-    """One of a request's `params.n` outputs.
+    """One of a request's `params.n` outputs, or a prompt that becomes an embedding.
 
     seed: names the stream of random draws that belongs to this sequence alone.
     forked_from: the sibling whose prompt this one repeats; it waits for the sibling's prefill and shares its blocks.
+    pooling: how the prompt becomes an embedding; such a sequence generates nothing, whatever params say.
     num_scheduled_tokens: tokens that are computed once all plans made so far have run; back to 0 on preemption.
     num_computed_tokens: those whose keys and values are known to be in the cache.
     num_cached_tokens: prompt tokens found in the cache at first admission instead of being computed.
@@ -39,6 +40,7 @@ class Sequence:
     params: SamplingParams
     seed: int
     forked_from: "Sequence | None" = None
+    pooling: PoolingParams | None = None
     output_token_ids: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
@@ -46,6 +48,18 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens to generate; None is as many as fit."""
+        return self.params.max_tokens if self.pooling is None else 0
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Every prompt token's hidden state is asked for, so that none may be taken from the cache."""
+        if self.pooling is not None:
+            return self.pooling.pooling is Pooling.MEAN
+        return self.params.prompt_logprobs is not None
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -1,11 +1,13 @@
 """Plans and results as messages between ranks: JSON, by position where something is sent at every step."""
 
 import json
+from base64 import b64decode, b64encode
 from enum import Enum
 from typing import Any
 
-from headrace.config import SamplingParams
+from headrace.config import PoolingParams, SamplingParams
 from headrace.engine.plan import (
+    Embedding,
     NewSequence,
     PromptLogprobs,
     SampledToken,
@@ -31,7 +33,10 @@ class Kind(Enum):
 
 
 def encode_plan(plan: StepPlan) -> bytes:
-    new = [(n.seq_id, n.prompt_token_ids, n.params.to_mapping(), n.seed) for n in plan.new]
+    new = [
+        (n.seq_id, n.prompt_token_ids, n.params.to_mapping(), n.seed, n.pooling and n.pooling.to_mapping())
+        for n in plan.new
+    ]
     return json.dumps(plan._replace(new=new)).encode()  # type: ignore[arg-type]
 
 
@@ -50,11 +55,12 @@ def decode_plan(message: bytes) -> StepPlan:
 def encode_result(result: StepResult) -> bytes:
     prompts = [(p.seq_id, p.start, [_logprobs(row) for row in p.rows]) for p in result.prompt_logprobs]
     sampled = [(token.seq_id, token.token_id, _logprobs(token.logprobs)) for token in result.sampled]
-    return json.dumps([sampled, prompts, list(result.failed.items())]).encode()
+    embeddings = [(e.seq_id, b64encode(e.values).decode()) for e in result.embeddings]
+    return json.dumps([sampled, prompts, list(result.failed.items()), embeddings]).encode()
 
 
 def decode_result(message: bytes) -> StepResult:
-    sampled, prompts, failed = json.loads(message)
+    sampled, prompts, failed, embeddings = json.loads(message)
     return StepResult(
         sampled=tuple([SampledToken(seq_id, token_id, _as_logprobs(row)) for seq_id, token_id, row in sampled]),
         prompt_logprobs=tuple(
@@ -64,12 +70,19 @@ def decode_result(message: bytes) -> StepResult:
             ]
         ),
         failed=dict(failed),
+        embeddings=tuple([Embedding(seq_id, b64decode(values)) for seq_id, values in embeddings]),
     )
 
 
-def _new_sequence(seq_id: int, prompt: list[int], params: dict[str, Any], seed: int) -> NewSequence:
+def _new_sequence(
+    seq_id: int, prompt: list[int], params: dict[str, Any], seed: int, pooling: dict[str, Any] | None
+) -> NewSequence:
     return NewSequence(
-        seq_id=seq_id, prompt_token_ids=tuple(prompt), params=SamplingParams.from_mapping(params), seed=seed
+        seq_id=seq_id,
+        prompt_token_ids=tuple(prompt),
+        params=SamplingParams.from_mapping(params),
+        seed=seed,
+        pooling=None if pooling is None else PoolingParams.from_mapping(pooling),
     )
 
 

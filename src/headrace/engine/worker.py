@@ -18,6 +18,7 @@ from headrace.engine.device_sampler import DeviceSampler
 from headrace.engine.exchange_check import ExchangeCheck
 from headrace.engine.logprobs import prompt_logprobs
 from headrace.engine.plan import NewSequence, PromptLogprobs, ScheduledChunk, StepPlan, StepResult
+from headrace.engine.pooler import Pooler, PoolingRows
 from headrace.engine.rank_statistics import RankStatistics
 from headrace.engine.rows import Row
 from headrace.engine.runner import ModelRunner
@@ -77,6 +78,7 @@ class Worker:
         self._runner = runner
         self._device = runner.kernels.device
         self._sampler = _make_sampler(tp_group, runner, gathers_logits)
+        self._pooler = Pooler(runner.last_hidden_states)
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[int, _WorkerSequence] = {}
 
@@ -100,6 +102,7 @@ class Worker:
             self._sequences[seq_id].output_token_ids.append(token_id)
         for seq_id in plan.finished:
             del self._sequences[seq_id]
+            self._pooler.forget(seq_id)
         for new in plan.new:
             self._sequences[new.seq_id] = self._sequence(new)
         if not plan.chunks:
@@ -159,6 +162,7 @@ class Worker:
     def reset(self) -> None:
         """Forget every sequence, as after a step that failed half way."""
         self._sequences.clear()
+        self._pooler.reset()
 
     def _run_checked(self, plan: StepPlan) -> StepResult:
         if self._check is None:
@@ -209,21 +213,30 @@ class Worker:
         return Row(token_ids, chunk.start, sequence.block_table.ids)
 
     def _sample(self, plan: StepPlan, hidden_states: Tensor) -> StepResult:
-        last_rows, sampling, prompts, failed = [], [], [], {}
+        """What the step's hidden states bring: tokens, scored prompts, embeddings."""
+        last_rows, sampling, prompts, pooling, failed = [], [], [], [], {}
         row = 0
         for chunk in plan.chunks:
             sequence = self._sequences[chunk.seq_id]
+            rows = slice(row, row + chunk.num_tokens)
             if sequence.scores_prompt:
                 try:
-                    prompts += self._prompt_logprobs(chunk, sequence, hidden_states[row : row + chunk.num_tokens])
+                    prompts += self._prompt_logprobs(chunk, sequence, hidden_states[rows])
                 except KernelError as error:
                     failed[chunk.seq_id] = str(error)
+            if (params := sequence.new.pooling) is not None:
+                num_prompt_tokens = len(sequence.new.prompt_token_ids)
+                pooling.append(PoolingRows(chunk, params, num_prompt_tokens, hidden_states[rows]))
             row += chunk.num_tokens
             if chunk.samples:
                 last_rows.append(row - 1)
                 sampling.append(sequence.sampling)
+        # Before logits are computed, which a recorded step may put where hidden states are.
+        pooled = self._pooler.pool(pooling)
+        failed |= pooled.failed
         if not sampling:
-            return StepResult(sampled=(), prompt_logprobs=tuple(prompts), failed=failed)
+            self._pooler.keep(pooled)
+            return StepResult((), tuple(prompts), failed, pooled.embeddings)
         # In a decode step every row is a last row.
         if len(last_rows) < row:
             hidden_states = hidden_states[last_rows]
@@ -231,7 +244,8 @@ class Worker:
         if self._check is not None:
             self._check.add_sampling(sampling)
         outcome = self._sampler.sample(logits, sampling, largest)
-        return StepResult(outcome.sampled, tuple(prompts), {**outcome.failed, **failed})
+        self._pooler.keep(pooled)
+        return StepResult(outcome.sampled, tuple(prompts), {**outcome.failed, **failed}, pooled.embeddings)
 
     def _prompt_logprobs(
         self, chunk: ScheduledChunk, sequence: _WorkerSequence, hidden_states: Tensor

@@ -113,8 +113,7 @@ class LmHead:
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Shapes: hidden_states [num_rows, hidden_size]; returns [num_rows, rank's tokens] float32, or
         [num_rows, vocab_size] where logits are gathered."""
-        if self.project_out is not None:
-            hidden_states = self._linear(hidden_states, self.project_out.weight)
+        hidden_states = self.project(hidden_states)
         if self._gathering_group is None:
             logits = self._linear(hidden_states, self.matrix.weight, out_dtype=torch.float32)
         else:
@@ -122,6 +121,12 @@ class LmHead:
         if self._soft_cap is not None:
             logits = self._soft_cap * torch.tanh(logits / self._soft_cap)
         return logits
+
+    def project(self, hidden_states: Tensor) -> Tensor:
+        """To the width of the vocabulary's matrix; the same tensor where that is the model's."""
+        if self.project_out is None:
+            return hidden_states
+        return self._linear(hidden_states, self.project_out.weight)
 
     def matrices(self) -> Iterator[Parameter]:
         """What hidden states are multiplied with, the embedding's rows if it is tied; not a share without tokens."""

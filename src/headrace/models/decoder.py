@@ -159,7 +159,18 @@ class Decoder:
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Last stage: [num_rows, hidden_size] to [num_rows, vocab_size] float32."""
         assert self.lm_head is not None, "only the last stage has the head"
-        return self.lm_head(hidden_states if self.norm is None else self.norm(hidden_states))
+        return self.lm_head(self._normed(hidden_states))
+
+    def last_hidden_states(self, hidden_states: Tensor) -> Tensor:
+        """Last stage: what the vocabulary's matrix is multiplied with; `last_hidden_state` of transformers.
+
+        Shapes: [num_rows, hidden_size]; returns as many rows, of projection_size where the model has that.
+        """
+        assert self.lm_head is not None, "only the last stage has the head"
+        return self.lm_head.project(self._normed(hidden_states))
+
+    def _normed(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states if self.norm is None else self.norm(hidden_states)
 
     def linear_parameters(self) -> Iterator[Parameter]:
         """The matrices that tokens are multiplied with."""
