@@ -1,6 +1,7 @@
-"""A Llama checkpoint of Hugging Face as a GGUF file without a vocabulary, for measuring with token ids.
+"""A Llama checkpoint of Hugging Face as a GGUF file, for measuring with token ids.
 
-`python -m bench.peers.to_gguf folder model.gguf --type q4_0`. Needs gguf and numpy, no torch.
+`python -m bench.peers.to_gguf folder model.gguf --type q4_0`. Needs gguf and numpy, no torch. The file has no
+vocabulary unless `--vocabulary` asks for it: a server needs one to write its answers.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def pair_rotary_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
 
 
-def write_gguf(folder: Path, output: Path, kind: str) -> None:
+def write_gguf(folder: Path, output: Path, kind: str, *, has_vocabulary: bool = False) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] != "llama":
         raise SystemExit(f"{folder} is a {config['model_type']} model; only llama is written here")
@@ -48,6 +49,10 @@ def write_gguf(folder: Path, output: Path, kind: str) -> None:
     matrix_type = gguf.GGMLQuantizationType[kind.upper()]
     writer = gguf.GGUFWriter(output, "llama")
     _write_facts(writer, config, num_kv_heads)
+    if has_vocabulary:
+        _write_vocabulary(writer, config, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    else:
+        writer.add_tokenizer_model("no_vocab")
     for file in sorted(folder.glob("*.safetensors")):
         for name, values in read_tensors(file):
             target = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -80,7 +85,32 @@ def _write_facts(writer: gguf.GGUFWriter, config: dict[str, Any], num_kv_heads: 
     writer.add_rope_freq_base(rope.get("rope_theta") or config.get("rope_theta", 10000.0))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
+
+
+def _write_vocabulary(writer: gguf.GGUFWriter, config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+    """A byte-level BPE of `tokenizers`. llama.cpp cuts texts into words as GPT-2 does, whatever the file says of that:
+    to measure with token ids it need not be the same."""
+    model, kinds = tokenizer["model"], gguf.TokenType
+    if model["type"] != "BPE" or "ByteLevel" not in json.dumps(tokenizer["decoder"]):
+        raise SystemExit(f"the tokenizer is {model['type']}; only a byte-level BPE is written here")
+    added = {token["id"]: token for token in tokenizer["added_tokens"]}
+    names = {index: text for text, index in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
+    size = config["vocab_size"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([names.get(index, f"[unused {index}]") for index in range(size)])
+    writer.add_token_types(
+        [
+            kinds.CONTROL if added.get(i, {}).get("special") else kinds.NORMAL if i in names else kinds.UNUSED
+            for i in range(size)
+        ]
+    )
+    writer.add_token_merges([" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]])
+    writer.add_add_bos_token(False)
+    for add, name in ((writer.add_bos_token_id, "bos_token_id"), (writer.add_eos_token_id, "eos_token_id")):
+        token_id = config.get(name)
+        if isinstance(token_id, int):
+            add(token_id)
 
 
 def main() -> None:
@@ -88,8 +118,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--type", default="q4_0", choices=["q4_0", "q8_0", "bf16"])
+    parser.add_argument("--vocabulary", action="store_true", help="of the folder's tokenizer.json, for a server")
     args = parser.parse_args()
-    write_gguf(args.folder, args.output, args.type)
+    write_gguf(args.folder, args.output, args.type, has_vocabulary=args.vocabulary)
 
 
 if __name__ == "__main__":
