@@ -11,6 +11,7 @@ HeadraceError
 │   └── ContextLengthError    prompt or output longer than the model or the cache can hold
 ├── OutOfDeviceMemory         the model, its cache or a step does not fit the memory of the device it lies on
 ├── RankError                 a rank died, stalled or failed; the engine ends with it
+├── EndpointError             a server that cannot be reached, or does not answer as OpenAI's API does
 └── EngineStopped             the engine no longer takes requests (HTTP 503)
 
 The command line prints any of them as one line and exits with code 2.
@@ -61,6 +62,10 @@ class OutOfDeviceMemory(HeadraceError):
 
 
 class RankError(HeadraceError):
+    pass
+
+
+class EndpointError(HeadraceError):
     pass
 
 
