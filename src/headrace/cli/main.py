@@ -33,6 +33,7 @@ COMMANDS = {
     "bench kernels": ("headrace.cli.bench_kernels", "measure the kernels alone, beside the machine's limits"),
     "bench ablation": ("headrace.cli.bench_ablation", "switch each idea of FlashDecoding++ off and measure without it"),
     "bench quality": ("headrace.cli.bench_quality", "measure what weight and KV cache formats cost in quality"),
+    "bench serve": ("headrace.cli.bench_serve", "put load on an OpenAI endpoint, and measure what answers take"),
     "tune": ("headrace.cli.tune", "measure which kernels suit this machine and a model, and remember it"),
     "calibrate": ("headrace.cli.calibrate", "find the range of a model's attention logits, and remember it"),
     "quantize": ("headrace.cli.quantize", "save a checkpoint with int8 or int4 weights"),
