@@ -34,14 +34,15 @@ class HttpConnection(asyncio.Protocol):
         self._listener: Listener | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._headers: dict[bytes, bytes] = {}
-        self._is_sized = False
+        self._has_head = self._is_sized = False
         self._now_s = 0.0
 
     def send(self, request: bytes, listener: Listener) -> None:
         assert self._listener is None, "one request at a time"
         assert self._transport is not None, "send follows connection_made"
         self._listener, self.has_answered = listener, False
-        self._headers, self._is_sized = {}, False
+        self._headers = {}
+        self._has_head = self._is_sized = False
         self._transport.write(request)
 
     def fail(self, failure: Failure) -> None:
@@ -76,7 +77,7 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_reusable = False
         self._now_s = time.perf_counter()
-        if self._headers and not self._is_sized and exc is None:
+        if self._has_head and not self._is_sized and exc is None:
             self._end(None)  # its length was told by its end
         else:
             reason = (
@@ -93,7 +94,8 @@ class HttpConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if self._listener is not None and status >= 200:
+        self._has_head = status >= 200
+        if self._listener is not None and self._has_head:
             self._listener.on_head(status, self._headers)
 
     def on_body(self, body: bytes) -> None:

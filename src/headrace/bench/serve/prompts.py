@@ -14,7 +14,7 @@ from headrace.bench.serve.words import WORDS
 Prompt = str | list[int]
 CountTokens = Callable[[str], Awaitable[int]]
 
-_MAX_FITS = 6
+_MAX_FITS = 10
 _FIRST_ID = 256
 """Low ids are often special tokens and single bytes."""
 
@@ -52,21 +52,22 @@ class TextPrompts:
         return cls(tuple(_random_words(round(shared_tokens * words_per_token), rng)), words_per_token)
 
     async def next(self, num_tokens: int, rng: np.random.Generator, count: CountTokens | None) -> str:
-        num_words = max(1, round(num_tokens * self.words_per_token))
-        own = _random_words(num_words, rng)
+        shared = list(self.shared[: max(0, round(num_tokens * self.words_per_token) - 1)])
+        own = _random_words(max(1, round(num_tokens * self.words_per_token) - len(shared)), rng)
         if count is None:
-            return self._join(own, num_words)
+            return " ".join([*shared, *own])
+        best, best_excess = "", float("inf")
         for _ in range(_MAX_FITS):
-            excess = await count(self._join(own, num_words)) - num_tokens
-            if not excess or num_words - excess < 1:
+            text = " ".join([*shared, *own])
+            excess = await count(text) - num_tokens
+            if abs(excess) < best_excess:
+                best, best_excess = text, abs(excess)
+            num_words = max(1, round(abs(excess) * self.words_per_token))
+            if not excess or (excess > 0 and len(own) <= num_words):
                 break
-            num_words -= excess
-            own += _random_words(max(0, num_words - len(own)), rng)
-        return self._join(own, num_words)
-
-    def _join(self, own: list[str], num_words: int) -> str:
-        shared = self.shared[: num_words - 1]
-        return " ".join([*shared, *own[: num_words - len(shared)]])
+            # Words that come in place of others are new ones, of other lengths.
+            own = own[:-num_words] if excess > 0 else own + _random_words(num_words, rng)
+        return best
 
 
 def _random_ids(vocab_size: int, num_tokens: int, rng: np.random.Generator) -> list[int]:
