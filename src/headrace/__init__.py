@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from headrace._version import __version__
-from headrace.config import PoolingParams, SamplingParams
+from headrace.config import PoolingParams, SamplingParams, StructuredOutputs
 
 if TYPE_CHECKING:
     from headrace.engine.llm import LLM
@@ -21,6 +21,7 @@ __all__ = [
     "PoolingParams",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "__version__",
     "quantize",
 ]

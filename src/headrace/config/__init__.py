@@ -33,6 +33,7 @@ from headrace.config.model import (
 from headrace.config.parallel import AllReduceDtype, KvSharding, ParallelConfig, Transport
 from headrace.config.pooling import Pooling, PoolingParams
 from headrace.config.sampling import SamplingParams
+from headrace.config.structured_outputs import StructuredOutputs
 
 __all__ = [
     "Activation",
@@ -67,6 +68,7 @@ __all__ = [
     "SchedulerConfig",
     "Softmax",
     "SoftmaxScheme",
+    "StructuredOutputs",
     "Transport",
     "WeightFormat",
 ]

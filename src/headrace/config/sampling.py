@@ -1,13 +1,14 @@
 """How the next token is chosen, and when a request ends. Names and defaults are vLLM's where it has them."""
 
 import math
-import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, Self
 
+from headrace.config.refusals import clipped, refusal, shown
+from headrace.config.structured_outputs import StructuredOutputs, checked_structured_outputs
 from headrace.errors import RequestError, nearest_name
 
 MAX_LOGPROBS = 20
@@ -37,6 +38,9 @@ class SamplingParams:
     seed: fixes the draws of this request, whatever else is in the batch; None draws a fresh seed.
     logprobs: report the chosen token's log probability and this many most likely tokens; taken from the raw logits.
     prompt_logprobs: the same for each prompt token.
+    structured_outputs: the form that the output must have; a mapping of `StructuredOutputs`' fields may be given. An
+        output whose form is complete ends, before min_tokens too. Until then an end-of-sequence token can be chosen
+        only where the form allows the end, and with ignore_eos never.
 
     Not hashable (logit_bias is a mapping); can be compared, pickled, deep-copied and turned into JSON and back.
 
@@ -63,22 +67,23 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         self._normalize_numbers()
         self._normalize_collections()
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
-                raise _refusal(name, getattr(self, name), "true or false")
+                raise refusal(name, getattr(self, name), "true or false")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise _refusal("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
+            raise refusal("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
 
     def _normalize_numbers(self) -> None:
         for name, (is_allowed, allowed) in _FLOAT_RULES.items():
             given = getattr(self, name)
             number = _as_float(given)
             if number is None or not is_allowed(number):
-                raise _refusal(name, given, allowed)
+                raise refusal(name, given, allowed)
             self._set(name, number)
         for name, (low, high, allowed) in _INT_RULES.items():
             given = getattr(self, name)
@@ -88,6 +93,7 @@ class SamplingParams:
     def _normalize_collections(self) -> None:
         self._set("stop", _checked_stop(self.stop))
         self._set("stop_token_ids", _checked_token_ids(self.stop_token_ids))
+        self._set("structured_outputs", checked_structured_outputs(self.structured_outputs))
         self._set("logit_bias", MappingProxyType(_checked_bias(self.logit_bias)))
 
     def _set(self, name: str, value: object) -> None:
@@ -120,6 +126,8 @@ class SamplingParams:
             changed[name] = list(changed[name])
         if "logit_bias" in changed:
             changed["logit_bias"] = {str(token_id): bias for token_id, bias in changed["logit_bias"].items()}
+        if self.structured_outputs is not None:
+            changed["structured_outputs"] = self.structured_outputs.to_mapping()
         return changed
 
     @classmethod
@@ -130,11 +138,11 @@ class SamplingParams:
             RequestError: an unknown name, with the nearest known one; or a value outside its range.
         """
         if not isinstance(given, Mapping):
-            raise _refusal("sampling parameters", given, "a mapping of names to values")
+            raise refusal("sampling parameters", given, "a mapping of names to values")
         for name in given:
             if name not in _DEFAULTS:
                 raise RequestError(
-                    f"unknown sampling parameter {_shown(name)}; {nearest_name(_clipped(name), _DEFAULTS)}"
+                    f"unknown sampling parameter {shown(name)}; {nearest_name(clipped(name), _DEFAULTS)}"
                 )
         return cls(**given)
 
@@ -168,9 +176,6 @@ _INT_RULES: dict[str, tuple[int, int | None, str]] = {
 
 _MAY_BE_NONE = frozenset({"max_tokens", "seed", "logprobs", "prompt_logprobs"})
 
-_SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxother = 80
-
 
 def _as_float(given: object) -> float | None:
     if isinstance(given, bool) or not isinstance(given, Real):
@@ -188,37 +193,37 @@ def _as_int(given: object) -> int | None:
 def _checked_int(name: str, given: object, low: int, high: int | None, allowed: str) -> int:
     number = _as_int(given)
     if number is None or number < low or (high is not None and number > high):
-        raise _refusal(name, given, allowed)
+        raise refusal(name, given, allowed)
     return number
 
 
 def _checked_stop(given: object) -> tuple[str, ...]:
     strings = (given,) if isinstance(given, str) else given
     if not isinstance(strings, Sequence) or isinstance(strings, bytes | bytearray):
-        raise _refusal("stop", given, "a string or a list of strings")
+        raise refusal("stop", given, "a string or a list of strings")
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise _refusal("an item of stop", string, "a string of at least one character")
+            raise refusal("an item of stop", string, "a string of at least one character")
     return tuple(strings)
 
 
 def _checked_token_ids(given: object) -> tuple[int, ...]:
     if not isinstance(given, Iterable) or isinstance(given, str | bytes | bytearray | Mapping):
-        raise _refusal("stop_token_ids", given, "a list of token ids")
+        raise refusal("stop_token_ids", given, "a list of token ids")
     return tuple(_checked_int("an item of stop_token_ids", i, 0, None, "a token id, 0 or more") for i in given)
 
 
 def _checked_bias(given: object) -> dict[int, float]:
     if not isinstance(given, Mapping):
-        raise _refusal("logit_bias", given, "a mapping of token ids to numbers from -100 to 100")
+        raise refusal("logit_bias", given, "a mapping of token ids to numbers from -100 to 100")
     checked: dict[int, float] = {}
     for key, value in given.items():
         token_id = _checked_bias_key(key)
         bias = _as_float(value)
         if bias is None or not -100 <= bias <= 100:
-            raise _refusal(f"logit_bias of token {token_id}", value, "a number from -100 to 100")
+            raise refusal(f"logit_bias of token {token_id}", value, "a number from -100 to 100")
         if token_id in checked:
-            raise _refusal("logit_bias", key, f"token {token_id} once")
+            raise refusal("logit_bias", key, f"token {token_id} once")
         checked[token_id] = bias
     return checked
 
@@ -229,23 +234,6 @@ def _checked_bias_key(given: object) -> int:
     return _checked_int(
         "a key of logit_bias", int(str(given)) if is_digits else given, 0, None, "a token id, 0 or more"
     )
-
-
-def _refusal(name: str, given: object, allowed: str) -> RequestError:
-    return RequestError(f"{name} is {_shown(given)}; allowed: {allowed}")
-
-
-def _shown(given: object) -> str:
-    """A short picture of any value; Python refuses to print integers of thousands of digits."""
-    try:
-        return _SHOWN.repr(given)
-    except ValueError:
-        return f"a huge {type(given).__name__}"
-
-
-def _clipped(name: object) -> str:
-    """At most 80 characters, so that comparing a hostile name with the known ones stays cheap."""
-    return str(name)[:80]
 
 
 _DEFAULTS: dict[str, Any] = {
