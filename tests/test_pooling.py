@@ -142,7 +142,7 @@ def test_a_prompt_as_long_as_the_model_allows(llama):
             llm.embed(as_prompts([[*prompt, 1]]))
     with (
         make_llm(llama, num_blocks=3) as llm,
-        pytest.raises(ContextLengthError, match="need 4 KV .* has 3; shorten the prompt to at most 48 tokens"),
+        pytest.raises(ContextLengthError, match=r"need 4 KV .* has 3; shorten the prompt to at most 48 tokens"),
     ):
         llm.embed(as_prompts([prompt[:49]]))
 
