@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from headrace.config import SamplingParams
+from headrace.config.server import TOOL_FORMATS, ServerConfig
 from headrace.errors import ConfigError, RequestError
 from headrace.server.errors import InvalidParameter
 from headrace.server.tools import (
@@ -328,9 +330,15 @@ def test_the_format_is_found_in_the_template(template, expected):
 
 
 def test_a_format_by_name():
+    assert list(TOOL_FORMATS) == ["auto", *FORMATS]
+    with pytest.raises(ConfigError, match="tool_format is 'herms'; allowed: auto, hermes"):
+        ServerConfig(tool_format="herms")
     assert resolve_tool_format("llama3", HERMES_TEMPLATE) is FORMATS["llama3"]
     with pytest.raises(ConfigError, match="no tool format 'herms'; did you mean 'hermes'"):
         resolve_tool_format("herms", "")
+
+
+PARAMS = SamplingParams(seed=3, max_tokens=None)
 
 
 def plan(choice=None, style="hermes", tools=TOOLS, parallel=None, **options):
@@ -342,7 +350,7 @@ def test_a_plan_without_tools_changes_nothing():
     for nothing in (plan("none"), plan(tools=()), plan(tools=(), style=None, shows_tools=False)):
         assert nothing.template_tools is None
         assert nothing.grammar is None
-        assert nothing.skip_special_tokens
+        assert nothing.apply(PARAMS) is PARAMS
         assert nothing.make_parser() is None
 
 
@@ -351,7 +359,7 @@ def test_plans(style):
     free = plan(style=style)
     assert [tool["function"]["name"] for tool in free.template_tools] == ["weather", "now", "then"]
     assert free.grammar is None
-    assert not free.skip_special_tokens
+    assert free.apply(PARAMS) == SamplingParams(seed=3, max_tokens=None, skip_special_tokens=False)
     assert free.make_parser() is not free.make_parser()
     named = plan({"type": "function", "function": {"name": "now"}}, style)
     assert [tool["function"]["name"] for tool in named.template_tools] == ["now"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from headrace.cli.options import DEMO, add_model_options, engine_config, parse_bytes
 from headrace.cli.terminal import is_watched
 from headrace.config.launched import launched_from
-from headrace.config.server import ServerConfig
+from headrace.config.server import TOOL_FORMATS, ServerConfig
 
 if TYPE_CHECKING:
     from headrace.engine.engine import Engine
@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let web pages from there ask; repeatable, '*' is everywhere (default: only the server's own page)",
     )
     server.add_argument("--served-model-name", metavar="NAME", help="of the model, for clients (default: its own)")
+    server.add_argument(
+        "--tool-format",
+        choices=TOOL_FORMATS,
+        default=ServerConfig.tool_format,
+        help="how the model writes tool calls (default: %(default)s, what its chat template says)",
+    )
     server.add_argument("--no-page", dest="page", action="store_false", help="serve no page at /")
     _add_limits(parser.add_argument_group("limits", "beyond them requests are refused, and told why"))
     add_model_options(parser, with_ranks=True)

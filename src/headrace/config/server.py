@@ -6,6 +6,7 @@ from headrace.errors import ConfigError
 
 LOCALHOST = "127.0.0.1"
 MAX_PORT = 65535
+TOOL_FORMATS = ("auto", "hermes", "llama3", "qwen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class ServerConfig:
     body_timeout_s: for a request's body to arrive. slow_reader_s: for a client to take in what was sent to it.
     drain_s: for running requests to end in after SIGTERM.
     max_restarts: of ranks that were lost, within restart_window_s; then the server ends.
+    tool_format: how the model writes tool calls, one of TOOL_FORMATS; auto asks its chat template.
     """
 
     host: str = LOCALHOST
@@ -43,6 +45,7 @@ class ServerConfig:
     max_restarts: int = 5
     restart_window_s: float = 600.0
     page: bool = True
+    tool_format: str = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= MAX_PORT:
@@ -57,6 +60,8 @@ class ServerConfig:
             raise ConfigError(f"drain_s is {self.drain_s}; allowed: 0 and more seconds")
         if self.max_restarts < 0:
             raise ConfigError(f"max_restarts is {self.max_restarts}; allowed: 0 and more")
+        if self.tool_format not in TOOL_FORMATS:
+            raise ConfigError(f"tool_format is '{self.tool_format}'; allowed: {', '.join(TOOL_FORMATS)}")
         if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in self.api_keys):
             raise ConfigError("an API key is empty or has characters that no header carries; use printable ASCII")
 

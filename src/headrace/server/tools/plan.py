@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.config import SamplingParams
 from headrace.server.errors import InvalidParameter
 from headrace.server.tools.choice import ToolChoice
 from headrace.server.tools.definitions import FunctionTool
@@ -27,10 +28,14 @@ class ToolPlan:
         """For `ChatTemplate.render`."""
         return [tool.to_mapping() for tool in self.tools] or None
 
-    @property
-    def skip_special_tokens(self) -> bool:
-        """Whether decoding may leave special tokens out: the tags of calls may be such."""
-        return self.format is None
+    def apply(self, params: SamplingParams) -> SamplingParams:
+        """The parameters of a request whose text this plan's parsers are to read."""
+        if self.format is None:
+            return params
+        changes: dict[str, Any] = {"skip_special_tokens": False}  # the tags of calls may be special tokens
+        if self.grammar is not None:
+            changes["structured_outputs"] = {"grammar": self.grammar}
+        return SamplingParams.from_mapping(params.to_mapping() | changes)
 
     def make_parser(self) -> ToolCallParser | None:
         """A parser for one output; None where text is only text."""
