@@ -40,7 +40,7 @@ class TestDataflow:
         found = dataflow_choice(model)
         assert found["source"] == "default"
         by_name = {shape["name"]: (shape["n"], shape["k"]) for shape in found["shapes"]}
-        hidden, inner = config.hidden_size, config.layers[0].intermediate_size
+        hidden, inner = config.hidden_size, config.mlp.intermediate_size
         assert by_name["gate_proj + up_proj"] == (2 * inner, hidden)
         assert by_name["down_proj"] == (hidden, inner)
         assert {shape["format"] for shape in found["shapes"]} == {
