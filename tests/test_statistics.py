@@ -42,6 +42,7 @@ class TestTimes:
         monkeypatch.setattr("headrace.engine.engine.time", SimpleNamespace(monotonic=lambda: clock.now_s))
         llm.engine.add_request("a", range(5, 25), replace(GREEDY, n=2))
         latencies_s: dict[int, list[float | None]] = {0: [], 1: []}
+        first_s = []
         for step in count():
             if not llm.engine.has_unfinished:
                 break
@@ -49,7 +50,9 @@ class TestTimes:
             for update in llm.engine.step():
                 for chunk in update.chunks:
                     latencies_s[chunk.index].append(chunk.itl_s)
+                    first_s.append(chunk.ttft_s)
         assert latencies_s == {0: [None, 2, 4, 8, 16, 32, 64], 1: [None, 4, 8, 16, 32, 64, 128]}
+        assert first_s == [1.0, *[None] * 13]
 
 
 class TestCounters:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from headrace.cli.options import DEMO, add_model_options, engine_config, parse_bytes
 from headrace.cli.terminal import is_watched
 from headrace.config.launched import launched_from
+from headrace.config.observability import LogFormat, ObservabilityConfig
 from headrace.config.server import TOOL_FORMATS, ServerConfig
 
 if TYPE_CHECKING:
@@ -51,8 +52,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the model writes tool calls (default: %(default)s, what its chat template says)",
     )
     server.add_argument("--no-page", dest="page", action="store_false", help="serve no page at /")
+    _add_observability(parser.add_argument_group("logs and traces"))
     _add_limits(parser.add_argument_group("limits", "beyond them requests are refused, and told why"))
     add_model_options(parser, with_ranks=True)
+
+
+def _add_observability(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--log-format",
+        choices=[member.value for member in LogFormat],
+        default=ObservabilityConfig.log_format.value,
+        help="of the access log, a line for each request (default: %(default)s)",
+    )
+    group.add_argument("--log-file", type=Path, metavar="FILE", help="append the access log to it (default: stderr)")
+    group.add_argument(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="send traces there, such as http://localhost:4318/v1/traces; needs headrace[otel] (default: none)",
+    )
 
 
 def _add_limits(group: argparse._ArgumentGroup) -> None:
@@ -141,6 +158,11 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
     key = os.environ.get(_KEY_VARIABLE)
     given["api_keys"] = tuple(args.api_keys or ([key] if key else ()))
     given["cors_origins"] = tuple(args.cors_origins or ())
+    given["observability"] = ObservabilityConfig(
+        log_format=LogFormat(args.log_format),
+        log_file=args.log_file,
+        otlp_traces_endpoint=args.otlp_traces_endpoint,
+    )
     return ServerConfig(**given)
 
 

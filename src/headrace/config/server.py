@@ -1,7 +1,8 @@
 """What a server allows: limits are on by default."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from headrace.config.observability import ObservabilityConfig
 from headrace.errors import ConfigError
 
 LOCALHOST = "127.0.0.1"
@@ -26,6 +27,7 @@ class ServerConfig:
     drain_s: for running requests to end in after SIGTERM.
     max_restarts: of ranks that were lost, within restart_window_s; then the server ends.
     tool_format: how the model writes tool calls, one of TOOL_FORMATS; auto asks its chat template.
+    observability: what is said of requests, and where.
     """
 
     host: str = LOCALHOST
@@ -46,6 +48,7 @@ class ServerConfig:
     restart_window_s: float = 600.0
     page: bool = True
     tool_format: str = "auto"
+    observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= MAX_PORT:

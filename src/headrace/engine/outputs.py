@@ -64,7 +64,8 @@ class CompletionChunk:
     """What one step added to one output: text that is final, and the tokens sampled.
 
     The text may lag behind the tokens (half a character, a possible stop string); the last chunk has a finish_reason.
-    itl_s: inter-token latency, from the output's token before this one; None for the first.
+    ttft_s: the request's time to first token, with that token alone.
+    itl_s: inter-token latency, from the output's token before this one; None for its first.
     """
 
     index: int
@@ -73,6 +74,7 @@ class CompletionChunk:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    ttft_s: float | None = None
     itl_s: float | None = None
 
 

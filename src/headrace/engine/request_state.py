@@ -60,9 +60,10 @@ class RequestState:
 
     def append(self, token: SampledToken, now_s: float) -> FinishReason | None:
         """Take a token of one output; the reason if that output has ended."""
+        chunk = self._outputs[token.seq_id].append(token, now_s)
         if self._metrics.first_token_s is None:
             self._metrics.first_token_s = now_s
-        chunk = self._outputs[token.seq_id].append(token, now_s)
+            chunk.ttft_s = self._metrics.ttft_s
         self._chunks.append(chunk)
         if chunk.finish_reason is None:
             return None

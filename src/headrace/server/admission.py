@@ -19,6 +19,8 @@ class Admission:
         self._max_requests, self._max_tokens = max_requests, max_tokens
         self.num_requests = self.num_tokens = 0
         self._starts_s: deque[float] = deque(maxlen=_NUM_REMEMBERED)
+        self.num_refused = {"max_waiting_requests": 0, "max_waiting_tokens": 0, "queue_timeout": 0}
+        """By the limit that they met."""
 
     def check(self, num_requests: int, num_tokens: int, now_s: float) -> None:
         """
@@ -26,11 +28,13 @@ class Admission:
             Overloaded: so many more would be too many.
         """
         if self.num_requests and self.num_requests + num_requests > self._max_requests:
+            self.num_refused["max_waiting_requests"] += 1
             raise Overloaded(
                 f"{self.num_requests} requests wait, and at most {self._max_requests} may; try again later",
                 retry_after_s=self.retry_after_s(now_s),
             )
         if self.num_tokens and self.num_tokens + num_tokens > self._max_tokens:
+            self.num_refused["max_waiting_tokens"] += 1
             raise Overloaded(
                 f"{self.num_tokens} prompt tokens wait, and at most {self._max_tokens} may; try again later",
                 retry_after_s=self.retry_after_s(now_s),

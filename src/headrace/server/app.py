@@ -15,19 +15,22 @@ from headrace.server.body_limit import BodyLimit
 from headrace.server.clients import error_response
 from headrace.server.context import ServerContext
 from headrace.server.errors import ServerError, error_object, explain_validation
+from headrace.server.observability import Observability
 from headrace.server.openapi import describe
 from headrace.server.page import page_routes
-from headrace.server.routes import chat, completions, models, text
+from headrace.server.recorder import RecordedRequests
+from headrace.server.routes import chat, completions, metrics, models, text
 
 logger = logging.getLogger(__name__)
 
-_ROUTERS = (models.router, completions.router, chat.router, text.router)
+_ROUTERS = (models.router, metrics.router, completions.router, chat.router, text.router)
 
 
 def build_app(context: ServerContext) -> FastAPI:
     """An ASGI application that serves one engine."""
     app = FastAPI(title="Headrace", version=__version__, docs_url=None, redoc_url=None)
     app.state.context = context
+    app.state.observability = Observability(context)
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     for router in _ROUTERS:
         app.include_router(router)
@@ -45,6 +48,7 @@ def build_app(context: ServerContext) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
+    app.add_middleware(RecordedRequests, recorder=app.state.observability.recorder)
     return app
 
 

@@ -50,6 +50,8 @@ class AsyncEngine:
         self.is_draining = False
         self.reason = ""
         """Why the engine is not ready."""
+        self.watchers: list[Callable[[Sequence[RequestUpdate]], None]] = []
+        """Called on the loop with what each step has brought, and with what is left of a request that was aborted."""
         self._streams: dict[str, RequestStream] = {}
         self._on_failed = on_failed
         self._engine: Engine | None = None
@@ -199,7 +201,17 @@ class AsyncEngine:
         stream = self._streams.get(request_id)
         if stream is not None:
             self._forget(stream)
-            self._thread.do(lambda engine: _drop(engine, request_id))
+            self._thread.do(partial(self._drop, request_id))
+
+    def _drop(self, request_id: str, engine: Engine) -> None:
+        """On the engine's thread."""
+        update = engine.abort(request_id)
+        if update is not None:
+            self.loop.call_soon_threadsafe(self._show, (update,))
+
+    def _show(self, updates: Sequence[RequestUpdate]) -> None:
+        for watch in self.watchers:
+            watch(updates)
 
     def _end(self, stream: RequestStream, error: TimedOut | Unavailable) -> None:
         if not stream.is_ended:
@@ -211,6 +223,7 @@ class AsyncEngine:
             stream.timer = self.loop.call_later(max(rest_s, 0.0), self._end_late, stream)
             return
         seconds = self.config.queue_timeout_s
+        self.admission.num_refused["queue_timeout"] += 1
         retry_after_s = self.admission.retry_after_s(time.monotonic())
         reason = f"the request waited {seconds:g} s for its first token; try again"
         self._end(stream, Unavailable(reason, retry_after_s=retry_after_s))
@@ -242,6 +255,7 @@ class AsyncEngine:
 
     def take(self, updates: Sequence[RequestUpdate]) -> None:
         """Hand updates to those who wait for them."""
+        self._show(updates)
         now_s = time.monotonic()
         for update in updates:
             stream = self._streams.get(update.request_id)
@@ -296,10 +310,6 @@ class _Relay:
 
     def on_failed(self, error: BaseException) -> None:
         self._to.loop.call_soon_threadsafe(self._to.set_failed, error)
-
-
-def _drop(engine: Engine, request_id: str) -> None:
-    engine.abort(request_id)
 
 
 def _set_result(future: "asyncio.Future[T]", result: T) -> None:

@@ -16,6 +16,7 @@ from headrace.errors import ConfigError, HeadraceError
 from headrace.server.app import build_app
 from headrace.server.async_engine import AsyncEngine
 from headrace.server.context import ServerContext
+from headrace.server.observability import Observability
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +82,11 @@ class Serving:
         self._ending: asyncio.Task[None] | None = None
         self.engine = AsyncEngine(load, config, can_restart=can_restart, on_failed=self._on_failed)
         self.context = ServerContext(engine=self.engine, config=config, model_name=model_name)
+        app = build_app(self.context)
+        self._observability: Observability = app.state.observability
         self.http = HttpServer(
             uvicorn.Config(
-                build_app(self.context),
+                app,
                 access_log=False,
                 log_config=None,
                 log_level=logging.WARNING,
@@ -119,6 +122,7 @@ class Serving:
             raise
         await http
         await self.engine.close()
+        await asyncio.to_thread(self._observability.close)
         if self._failure is not None:
             raise self._failure
 
