@@ -40,7 +40,7 @@ STATS: dict[str, Any] = {
         "source": "measured",
         "shapes": [
             {
-                "name": "qkv",
+                "name": "q_proj + k_proj + v_proj",
                 "n": 2560,
                 "k": 2048,
                 "format": "int4",

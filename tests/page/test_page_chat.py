@@ -97,7 +97,7 @@ def test_an_answer_at_the_largest_number_of_tokens_says_so(page: Page, server: S
     ask(page)
     done(page)
     expect(page.locator(".turn .note")).to_contain_text("Ended at the largest number of tokens.")
-    expect(page.locator(".turn .note")).to_contain_text("1 token ")
+    expect(page.locator(".turn .note")).to_contain_text("1 token in ")
 
 
 def test_a_server_with_keys_is_given_one_that_outlives_a_reload_but_not_the_tab(

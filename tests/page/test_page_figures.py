@@ -105,12 +105,16 @@ def test_the_dataflow_names_the_rows_of_each_implementation_and_marks_those_of_n
 ) -> None:
     expect(page.locator("#dataflow tbody tr")).to_have_count(1)
     cells = page.locator("#dataflow tbody tr > *")
-    assert cells.all_text_contents() == ["qkv", "2560 × 2048", "int4", "1", "2–95", "96+"]
+    assert cells.all_text_contents() == ["q + k + v", "2560 × 2048", "int4", "1", "2–95", "96+"]
     expect(page.locator("#dataflow .now")).to_have_text(["2–95"])
     expect(page.locator("#dataflow-note")).to_contain_text("Measured on this machine.")
+    first = server.stats["dataflow"]["shapes"][0]
+    shapes = [first | {"source": "measured"}, first | {"name": "down_proj", "source": "default"}]
+    show(page, server, dataflow={"source": "partly measured", "shapes": shapes})
+    expect(page.locator("#dataflow-note")).to_contain_text("but for the default points of down.")
     show(page, server, num_running=0, dataflow=server.stats["dataflow"] | {"source": "default"})
     expect(page.locator("#dataflow .now")).to_have_count(0)
-    expect(page.locator("#dataflow-note")).to_contain_text("Not measured on this machine (default)")
+    expect(page.locator("#dataflow-note")).to_have_text("Default points, not measured on this machine.")
 
 
 def test_a_server_that_is_not_ready_is_said_to_be_what_it_is(page: Page, server: ScriptedServer) -> None:
@@ -140,14 +144,14 @@ def test_a_server_without_any_request_yet_shows_dashes_and_no_error(browser: Bro
         "tpot_s": nothing,
         "tokens": {"prompt": 0, "generation": 0},
         "prefix_cache": {"queried": 0, "hit": 0},
-        "dataflow": {"source": "default", "shapes": []},
+        "dataflow": {"source": "none", "shapes": []},
         "softmax": {"schemes": {}, "recomputed_rows": 0},
     }
     with opened(browser, server.url) as watched:
         expect(watched.page.locator("#running")).to_have_text("3 of 64")
         assert watched.page.locator("#latency td:not(:empty)").all_text_contents() == ["–"] * 6
         expect(watched.page.locator("#prefix")).to_have_text("–")
-        expect(watched.page.locator("#dataflow-note")).to_have_text("Not known yet.")
+        expect(watched.page.locator("#dataflow-note")).to_contain_text("but one implementation")
 
 
 def test_a_hidden_page_asks_nothing_and_one_that_is_seen_again_asks_at_once(page: Page, server: ScriptedServer) -> None:

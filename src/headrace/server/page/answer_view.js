@@ -72,12 +72,15 @@ export class AnswerView {
   }
 }
 
-/** What the reader saw of it: tokens, time to the first text, and the pace after it. */
+/** What the reader saw of it: the times are this page's own. A pace needs some time to be one. */
 function cost({ usage, begun, first, ended }) {
-  const tokens = usage?.completion_tokens;
   if (!first) return "";
-  const parts = [`First text after ${seconds((first - begun) / 1000)}`];
-  if (tokens) parts.unshift(`${count(tokens)} ${tokens === 1 ? "token" : "tokens"}`);
-  if (tokens > 1 && ended > first) parts.push(`${rate(((tokens - 1) * 1000) / (ended - first))} tokens/s`);
-  return parts.join(" · ");
+  const whole_s = (ended - begun) / 1000;
+  const after_first_s = (ended - first) / 1000;
+  const tokens = usage?.completion_tokens;
+  const parts = [`first text after ${seconds((first - begun) / 1000)}`];
+  if (tokens) parts.unshift(`${count(tokens)} ${tokens === 1 ? "token" : "tokens"} in ${seconds(whole_s)}`);
+  if (tokens > 1 && after_first_s > 1) parts.push(`${rate((tokens - 1) / after_first_s)} tokens/s`);
+  const text = parts.join(", ");
+  return `${text[0].toUpperCase()}${text.slice(1)}.`;
 }
