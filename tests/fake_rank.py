@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from headrace.config import SchedulerConfig
+from headrace.config import Pooling, PoolingParams, SchedulerConfig
 from headrace.engine.plan import ScheduledChunk, StepPlan
 
 Tokens = tuple[int, ...]
@@ -18,6 +18,7 @@ def next_token(tokens: Tokens, seed: int) -> int:
 class RankSequence:
     tokens: list[int]
     seed: int
+    pooling: PoolingParams | None = None
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
 
@@ -48,7 +49,7 @@ class FakeRank:
         for new in plan.new:
             assert new.seq_id not in self.seen
             self.seen.add(new.seq_id)
-            self.sequences[new.seq_id] = RankSequence(list(new.prompt_token_ids), new.seed)
+            self.sequences[new.seq_id] = RankSequence(list(new.prompt_token_ids), new.seed, new.pooling)
         for chunk in plan.chunks:
             self.update_table(chunk)
         for chunk in plan.chunks:
@@ -63,6 +64,8 @@ class FakeRank:
         assert chunk.num_tokens >= 1
         if chunk.resets_blocks:
             sequence.block_table = []
+            if sequence.pooling is not None and sequence.pooling.pooling is Pooling.MEAN:
+                assert chunk.start == 0, "the mean needs every hidden state"
         else:
             assert chunk.start == sequence.num_computed_tokens
         sequence.block_table.extend(chunk.new_block_ids)
@@ -70,7 +73,8 @@ class FakeRank:
         assert all(0 <= block_id < self.num_blocks for block_id in sequence.block_table)
         assert sequence.num_computed_tokens <= len(sequence.tokens)
         assert sequence.num_computed_tokens <= len(sequence.block_table) * self.block_size
-        assert chunk.samples == (sequence.num_computed_tokens == len(sequence.tokens))
+        reaches_end = sequence.num_computed_tokens == len(sequence.tokens)
+        assert chunk.samples == (reaches_end and sequence.pooling is None)
 
     def slot(self, sequence: RankSequence, position: int) -> int:
         return sequence.block_table[position // self.block_size] * self.block_size + position % self.block_size

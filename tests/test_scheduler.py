@@ -1,5 +1,6 @@
 """Batches against tables, and random loads against a rank that knows nothing but the plans it is sent."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from headrace.cache.block_manager import BlockManager
-from headrace.config import SamplingParams, SchedulerConfig
-from headrace.engine.plan import StepPlan
+from headrace.config import PoolingParams, SamplingParams, SchedulerConfig
+from headrace.engine.plan import ScheduledChunk, StepPlan
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.sequence import FinishReason, Sequence, SequenceStatus
 from headrace.errors import ConfigError, ContextLengthError, RequestError
@@ -45,6 +46,7 @@ class Engine:
         max_tokens: int | None = 4,
         forked_from: Sequence | None = None,
         prompt_logprobs: int | None = None,
+        pooling: PoolingParams | None = None,
     ) -> Sequence:
         seq_id = len(self.sequences)
         params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=prompt_logprobs)
@@ -55,6 +57,7 @@ class Engine:
             params=params,
             seed=seq_id,
             forked_from=forked_from,
+            pooling=pooling,
         )
 
     def add(self, prompt: Tokens, max_tokens: int | None = 4, **kwargs: object) -> Sequence:
@@ -77,7 +80,7 @@ class Engine:
             assert tuple(self.rank.sequences[sequence.seq_id].tokens) == sequence.tokens(0, sequence.num_tokens)
         self.scheduler.update(plan, sampled)
         for sequence in self.with_status(SequenceStatus.RUNNING):
-            if self.has_last_token(sequence):
+            if self.is_done(sequence):
                 self.scheduler.finish(sequence, FinishReason.LENGTH)
         self.manager.check_integrity()
         return plan
@@ -106,12 +109,18 @@ class Engine:
     def with_status(self, status: SequenceStatus) -> list[Sequence]:
         return [sequence for sequence in self.sequences if sequence.status is status]
 
+    def is_done(self, sequence: Sequence) -> bool:
+        if sequence.pooling is not None:
+            return sequence.num_computed_tokens == sequence.num_prompt_tokens
+        return self.has_last_token(sequence)
+
     def has_last_token(self, sequence: Sequence) -> bool:
         max_tokens = sequence.params.max_tokens
         is_full = max_tokens is not None and len(sequence.output_token_ids) >= max_tokens
         return is_full or sequence.num_tokens >= self.max_model_len
 
     def check_output(self, sequence: Sequence) -> None:
+        assert sequence.pooling is None or not sequence.output_token_ids
         tokens = sequence.prompt_token_ids
         for token_id in sequence.output_token_ids:
             assert token_id == next_token(tokens, sequence.seed)
@@ -156,13 +165,16 @@ class Engine:
         ]
         if not overtaken:
             return
-        assert any(not chunk.samples for chunk in plan.chunks), "somebody was overtaken though all prompts fit"
+        assert any(self.is_cut(chunk) for chunk in plan.chunks), "somebody was overtaken though all prompts fit"
         for chunk in plan.chunks:
             if chunk.resets_blocks and chunk.seq_id > overtaken[0].seq_id:
-                assert chunk.samples, "a prompt has overtaken another and is not computed whole"
+                assert not self.is_cut(chunk), "a prompt has overtaken another and is not computed whole"
         num_blocks = sum(self.manager.num_blocks_for(old.num_tokens) + 1 for old in overtaken)
         assert self.manager.num_free_blocks >= num_blocks, "somebody overtakes one who waits for blocks"
         assert self.scheduler.num_running + len(overtaken) <= self.rank.config.max_num_seqs
+
+    def is_cut(self, chunk: ScheduledChunk) -> bool:
+        return chunk.start + chunk.num_tokens < self.sequences[chunk.seq_id].num_tokens
 
     def check_room(self, before: list[Sequence], plan: StepPlan, prompt_limit: int | None) -> None:
         single = {
@@ -175,7 +187,7 @@ class Engine:
         if prompt_limit is not None and plan.num_decode_tokens:
             room = min(room, prompt_limit)
         assert sum(chunk.num_tokens for chunk in prefills) <= room
-        cut = [chunk for chunk in prefills if not chunk.samples]
+        cut = [chunk for chunk in prefills if self.is_cut(chunk)]
         assert len(cut) <= 1
         for long in cut:
             assert sum(chunk.num_tokens for chunk in prefills) == room, "a prompt was cut though there was room for it"
@@ -189,7 +201,7 @@ class Engine:
             sibling is not None
             and sibling.status is not SequenceStatus.FINISHED
             and sibling.num_computed_tokens < sibling.num_prompt_tokens
-            and sequence.params.prompt_logprobs is None
+            and not sequence.needs_whole_prompt
         )
 
 
@@ -620,6 +632,36 @@ def test_finish_keeps_the_first_reason_and_knows_its_sequences() -> None:
         engine.scheduler.finish(engine.make_sequence((1,)), FinishReason.STOP)
 
 
+@pytest.mark.parametrize(("pooling", "num_cached_tokens"), [("last", 8), ("mean", 0)])
+def test_a_prompt_that_is_pooled(pooling: str, num_cached_tokens: int) -> None:
+    """It is computed to its last token, which samples nothing, and may share only where not all of it is needed."""
+    engine = Engine(max_num_batched_tokens=9)
+    prompt, other = prompts(10, 3)
+    engine.add(prompt, max_tokens=1)
+    engine.drain(10)
+    sequence = engine.add(prompt, pooling=PoolingParams(pooling=pooling))  # type: ignore[arg-type]
+    engine.add(other, max_tokens=2)
+    plans = [engine.step() for _ in range(2)]
+    assert sequence.num_cached_tokens == num_cached_tokens
+    assert [chunk.samples for plan in plans for chunk in plan.chunks if chunk.seq_id == 1] == [False] * (
+        2 - num_cached_tokens // 8
+    )
+    assert (sequence.status, sequence.output_token_ids) == (SequenceStatus.FINISHED, [])
+    engine.drain(10)
+
+
+@pytest.mark.parametrize(("length", "num_blocks", "fits"), [(20, 5, True), (21, 6, False), (20, 4, False)])
+def test_a_prompt_that_is_pooled_may_have_the_whole_length(length: int, num_blocks: int, fits: bool) -> None:
+    engine = Engine(num_blocks=num_blocks, max_model_len=20)
+    prompt = tuple(range(length))
+    if not fits:
+        with pytest.raises(ContextLengthError, match=r"shorten the prompt to at most (20|16) tokens"):
+            engine.add(prompt, pooling=PoolingParams())
+        return
+    engine.add(prompt, pooling=PoolingParams())
+    engine.drain(1)
+
+
 def test_an_idle_scheduler_plans_nothing() -> None:
     plan = Engine().scheduler.schedule()
     assert (plan.new, plan.finished, plan.chunks) == ((), (), ())
@@ -681,6 +723,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         for _ in range(num_outputs - 1):
             self.engine.add(prompt, max_tokens, prompt_logprobs=prompt_logprobs, forked_from=first)
+
+    @rule(prompt=random_prompts, pooling=st.sampled_from(["last", "mean"]))
+    def pool(self, prompt: Tokens, pooling: str) -> None:
+        with suppress(ContextLengthError):
+            self.engine.add(prompt, pooling=PoolingParams(pooling=pooling))  # type: ignore[arg-type]
 
     @rule(num_steps=st.integers(1, 6), prompt_limit=st.none() | st.integers(1, 12))
     def step(self, num_steps: int, prompt_limit: int | None) -> None:

@@ -5,6 +5,7 @@ its stages are: each of them sees the same plans in the same order, and no plan 
 """
 
 from collections import deque
+from contextlib import suppress
 
 import pytest
 from fake_rank import FakeRank, Tokens, next_token
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from headrace.cache.block_manager import BlockManager
-from headrace.config import SamplingParams, SchedulerConfig
+from headrace.config import PoolingParams, SamplingParams, SchedulerConfig
 from headrace.costs.micro_batches import MIN_MICRO_BATCH_TOKENS, decode_share, max_prompt_tokens
-from headrace.engine.plan import StepPlan
+from headrace.engine.plan import ScheduledChunk, StepPlan
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.sequence import FinishReason, Sequence, SequenceStatus
 from headrace.errors import ConfigError, ContextLengthError
@@ -55,6 +56,7 @@ class Pipeline:
         max_tokens: int | None = 4,
         forked_from: Sequence | None = None,
         prompt_logprobs: int | None = None,
+        pooling: PoolingParams | None = None,
     ) -> Sequence:
         seq_id = len(self.sequences)
         sequence = Sequence(
@@ -64,6 +66,7 @@ class Pipeline:
             params=SamplingParams(max_tokens=max_tokens, prompt_logprobs=prompt_logprobs),
             seed=seq_id,
             forked_from=forked_from,
+            pooling=pooling,
         )
         self.scheduler.add(sequence)
         self.sequences.append(sequence)
@@ -106,7 +109,8 @@ class Pipeline:
         self.manager.check_integrity()
         for chunk in plan.chunks:
             sequence = self.sequences[chunk.seq_id]
-            if sequence.status is not SequenceStatus.FINISHED and self.has_last_token(sequence):
+            is_done = self.is_pooled(chunk) or (sequence.pooling is None and self.has_last_token(sequence))
+            if sequence.status is not SequenceStatus.FINISHED and is_done:
                 self.scheduler.finish(sequence, FinishReason.LENGTH)
         self.manager.check_integrity()
 
@@ -142,8 +146,12 @@ class Pipeline:
         return is_full or sequence.num_tokens >= self.max_model_len
 
     def awaited(self) -> set[int]:
-        """Sequences whose next token is on its way."""
-        return {seq_id for _, sampled in self.in_flight for seq_id in sampled}
+        """Sequences whose next token, or whose embedding, is on its way."""
+        return {c.seq_id for plan, _ in self.in_flight for c in plan.chunks if c.samples or self.is_pooled(c)}
+
+    def is_pooled(self, chunk: ScheduledChunk) -> bool:
+        sequence = self.sequences[chunk.seq_id]
+        return sequence.pooling is not None and chunk.start + chunk.num_tokens == sequence.num_prompt_tokens
 
     def check_plan(self, plan: StepPlan, num_decoding: int, prompt_limit: int | None) -> None:
         """num_decoding: sequences that were decoding before the plan was made."""
@@ -155,7 +163,7 @@ class Pipeline:
             room = min(room, prompt_limit)
         prefills = [chunk for chunk in plan.chunks if chunk not in decodes]
         assert plan.num_tokens - len(decodes) <= room
-        cut = [chunk for chunk in prefills if not chunk.samples]
+        cut = [c for c in prefills if c.start + c.num_tokens < self.sequences[c.seq_id].num_tokens]
         assert len(cut) <= 1
         for long in cut:
             turn = long.resets_blocks, long.seq_id  # who runs comes before who waits
@@ -175,7 +183,9 @@ class Pipeline:
         for token_id in sequence.output_token_ids:
             assert token_id == next_token(tokens, sequence.seed)
             tokens = (*tokens, token_id)
-        if sequence.finish_reason is FinishReason.LENGTH:
+        if sequence.pooling is not None:
+            assert not sequence.output_token_ids
+        elif sequence.finish_reason is FinishReason.LENGTH:
             assert self.has_last_token(sequence)
 
 
@@ -468,6 +478,11 @@ class InFlightMachine(RuleBasedStateMachine):
             return
         for _ in range(num_outputs - 1):
             self.pipeline.add(prompt, max_tokens, prompt_logprobs=prompt_logprobs, forked_from=first)
+
+    @rule(prompt=random_prompts, pooling=st.sampled_from(["last", "mean"]))
+    def pool(self, prompt: Tokens, pooling: str) -> None:
+        with suppress(ContextLengthError):
+            self.pipeline.add(prompt, pooling=PoolingParams(pooling=pooling))  # type: ignore[arg-type]
 
     @precondition(lambda self: len(self.pipeline.in_flight) < self.pipeline.max_in_flight)
     @rule(prompt_limit=st.none() | st.integers(1, 12))
