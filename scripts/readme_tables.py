@@ -4,6 +4,7 @@
     python -m scripts.demo_model.formats --json runs/formats.json
     headrace bench --json > runs/bench.json
     python -m bench.compare comparison.toml --json runs/peers.json
+    python -m bench.serve_compare --model MODEL --quantize int4 --json runs/load.json ...
     python -m scripts.readme_tables
 
 A table stands between `<!-- name -->` and `<!-- /name -->`; everything else in the README is left as it is, and so is a
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import table as peers
+from bench.serve_report import table as load
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -88,6 +90,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "bench": bench,
     "peers": peers,
     "peers-135m": peers,
+    "load": load,
 }
 
 

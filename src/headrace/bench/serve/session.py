@@ -14,6 +14,7 @@ from headrace.bench.serve.load import LoadGenerator, LoadRun
 from headrace.bench.serve.metrics import LoadMetrics, summarize
 from headrace.bench.serve.prompts import CountTokens, TextPrompts, TokenIdPrompts
 from headrace.bench.serve.requests import FileRequests, ReadyRequest, Requests, RequestWriter, SyntheticRequests
+from headrace.bench.serve.seeds import draws
 from headrace.bench.serve.settings import MAX_AUTO_LEVELS, ServeBench
 from headrace.errors import EndpointError
 
@@ -137,9 +138,7 @@ class Session:
         return _replay(ready)
 
     def _rng(self, purpose: str, index: int = 0) -> np.random.Generator:
-        """Draws of their own for each purpose: no level repeats another's prompts, and more of one thing changes no
-        other."""
-        return np.random.default_rng([self.bench.workload.seed, index, *purpose.encode()])
+        return draws(self.bench.workload.seed, purpose, index)
 
 
 def is_saturated(before: LevelResult, after: LevelResult) -> bool:
