@@ -7,29 +7,30 @@ from contextlib import aclosing
 
 from headrace.config import SamplingParams
 from headrace.engine.outputs import CompletionOutput, RequestOutput, RequestUpdate
-from headrace.server.async_engine import AsyncEngine
+from headrace.server.context import ServerContext
 from headrace.server.errors import ServerError
 from headrace.server.prompts import EncodedPrompt
 from headrace.server.request_stream import RequestStream
 
 
-def submit_all(
-    engine: AsyncEngine, request_id: str, prompts: Sequence[EncodedPrompt], params: Sequence[SamplingParams]
+async def submit_all(
+    context: ServerContext, request_id: str, prompts: Sequence[EncodedPrompt], params: SamplingParams
 ) -> list[RequestStream]:
-    """One stream for each prompt, with its parameters.
+    """One stream for each prompt.
 
     Raises:
         RequestError: one of them can never run.
         Overloaded: they are too many for the queue.
         Unavailable: no engine.
     """
-    for prompt, own in zip(prompts, params, strict=True):
-        engine.check(prompt.token_ids, own)
-    num_outputs = sum(own.n for own in params)
-    engine.admission.check(num_outputs, sum(len(prompt.token_ids) for prompt in prompts), time.monotonic())
+    engine = context.engine
+    for prompt in prompts:
+        engine.check(prompt.token_ids, params)
+    num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    engine.admission.check(params.n * len(prompts), num_tokens, time.monotonic())
     return [
-        engine.submit(f"{request_id}-{index}", prompt.token_ids, own, prompt.text)
-        for index, (prompt, own) in enumerate(zip(prompts, params, strict=True))
+        engine.submit(f"{request_id}-{index}", prompt.token_ids, params, prompt.text)
+        for index, prompt in enumerate(prompts)
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from headrace.config import SamplingParams
 from headrace.server.errors import InvalidParameter
 from headrace.server.protocol.sampling import SamplingFields
+from headrace.server.structured import structured_outputs_of
 
 _PASSED_ON = (
     "temperature",
@@ -59,5 +60,5 @@ def make_sampling_params(
         raise InvalidParameter("prompt_logprobs", "prompt_logprobs are not streamed; set stream to false")
     if request.stream_options is not None and not request.stream:
         raise InvalidParameter("stream_options", "stream_options are for streams; set stream to true")
-    given |= {"max_tokens": max_tokens, "logprobs": logprobs}
+    given |= {"max_tokens": max_tokens, "logprobs": logprobs, "structured_outputs": structured_outputs_of(request)}
     return SamplingParams.from_mapping({**recommended, **given})

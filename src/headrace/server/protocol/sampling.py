@@ -22,6 +22,8 @@ class StreamOptions(RequestModel):
 
 
 class JsonSchemaFormat(RequestModel):
+    """strict: outputs always follow the schema here, so that either value will do."""
+
     name: str = Field(min_length=1, max_length=64)
     description: str | None = None
     schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")

@@ -21,7 +21,11 @@ from headrace.server.request_stream import RequestStream
 from headrace.server.routes.models import check_model
 from headrace.server.sampling import make_sampling_params
 from headrace.server.strict_json import StrictRoute
+from headrace.server.structured import structured_outputs_of
+from headrace.server.tool_plans import tool_plan
+from headrace.server.tools import ToolPlan, finish_reason, prepare_messages
 from headrace.server.usage import Usage, UsageOptions
+from headrace.server.voice import Voice, whole_message
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -30,17 +34,19 @@ router = APIRouter(route_class=StrictRoute)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, context: Context) -> Response:
     """Answer a conversation."""
     check_model(body.model, context)
+    form = structured_outputs_of(body)
+    plan = tool_plan(context, body.tools, body.tool_choice, body.parallel_tool_calls, has_output_form=form is not None)
     prompt = await encode_chat(
         context,
-        [message.model_dump(exclude_unset=True) for message in body.messages],
-        tools=body.tools,
+        prepare_messages([message.model_dump(exclude_unset=True) for message in body.messages]),
+        tools=plan.template_tools,
         add_generation_prompt=body.add_generation_prompt is not False,
         template_variables=body.chat_template_kwargs,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
     )
-    params = _params(body, context, prompt)
-    answer = _ChatCompletion(body, context, request_id_of(request), params)
-    streams = submit_all(context.engine, answer.id, [prompt], [params])
+    params = plan.apply(_params(body, context, prompt))
+    answer = _ChatCompletion(body, context, request_id_of(request), params, plan)
+    streams = await submit_all(context, answer.id, [prompt], params)
     if body.stream:
         return EventStream(answer.events(streams), streams, slow_reader_s=context.config.slow_reader_s)
     [output] = await finish_for(request.receive, streams, finish_all(streams))
@@ -66,10 +72,15 @@ class _ChatCompletion:
     """One answer, of n choices."""
 
     def __init__(
-        self, body: ChatCompletionRequest, context: ServerContext, request_id: str, params: SamplingParams
+        self,
+        body: ChatCompletionRequest,
+        context: ServerContext,
+        request_id: str,
+        params: SamplingParams,
+        plan: ToolPlan,
     ) -> None:
         self.id = f"chatcmpl-{request_id}"
-        self._body, self._params = body, params
+        self._body, self._params, self._plan = body, params, plan
         self._head = {
             "id": self.id,
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -93,16 +104,17 @@ class _ChatCompletion:
         options = UsageOptions.of(self._body.stream_options)
         encoder = EventEncoder(self._head, has_usage=options.is_wanted)
         usage = Usage(streams)
-        has_begun = [False] * self._params.n
+        voices: dict[int, Voice] = {}
         async for _, update in updates_of(streams):
             usage.add(update)
             for chunk in update.chunks:
-                if not has_begun[chunk.index]:
-                    has_begun[chunk.index] = True
+                voice = voices.get(chunk.index)
+                if voice is None:
+                    voice = voices[chunk.index] = Voice(self._plan.make_parser())
                     yield encoder.choice(_begin(chunk.index))
-                if not chunk.text and chunk.finish_reason is None and chunk.logprobs is None:
+                choice = self._choice(chunk, voice)
+                if choice is None:
                     continue
-                choice = self._choice(chunk)
                 if options.is_continuous:
                     yield encoder.choice_with_usage(choice, usage.so_far())
                 else:
@@ -111,12 +123,16 @@ class _ChatCompletion:
             yield encoder.usage(usage.so_far())
         yield DONE
 
-    def _choice(self, chunk: CompletionChunk) -> dict[str, Any]:
+    def _choice(self, chunk: CompletionChunk, voice: Voice) -> dict[str, Any] | None:
+        """None if the chunk has nothing to say yet."""
+        delta = voice.say(chunk.text, is_last=chunk.finish_reason is not None)
+        if not delta and chunk.finish_reason is None and chunk.logprobs is None:
+            return None
         choice: dict[str, Any] = {
             "index": chunk.index,
-            "delta": {"content": chunk.text} if chunk.text else {},
+            "delta": delta,
             "logprobs": chat_logprobs(chunk, self._params.logprobs or 0),
-            "finish_reason": chunk.finish_reason,
+            "finish_reason": finish_reason(chunk.finish_reason, voice.num_calls),
         }
         if chunk.stop_reason is not None:
             choice["stop_reason"] = chunk.stop_reason
@@ -125,11 +141,12 @@ class _ChatCompletion:
         return choice
 
     def _whole_choice(self, completion: CompletionOutput) -> dict[str, Any]:
+        message, num_calls = whole_message(completion.text, self._plan.make_parser())
         choice: dict[str, Any] = {
             "index": completion.index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "message": message,
             "logprobs": chat_logprobs(completion, self._params.logprobs or 0),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": finish_reason(completion.finish_reason, num_calls),
             "stop_reason": completion.stop_reason,
         }
         if self._body.return_token_ids:

@@ -46,7 +46,7 @@ async def create_completion(body: CompletionRequest, request: Request, context: 
     )
     params = _params(body, context)
     answer = _Completion(body, context, request_id_of(request), prompts, params)
-    streams = submit_all(context.engine, answer.id, prompts, [params] * len(prompts))
+    streams = await submit_all(context, answer.id, prompts, params)
     if body.stream:
         return EventStream(answer.events(streams), streams, slow_reader_s=context.config.slow_reader_s)
     outputs = await finish_for(request.receive, streams, finish_all(streams))
