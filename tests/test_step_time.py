@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from headrace import LLM, RequestOutput, SamplingParams
-from headrace.cli.options import add_model_options, add_step_time_option, engine_config
+from headrace.cli import serve
+from headrace.cli.options import engine_config
 from headrace.config.engine import SERVING_STEP_S
 from headrace.demo_model import demo_model_path
 from headrace.engine import engine as engine_module
@@ -118,16 +119,15 @@ def test_alone_a_prompt_takes_the_whole_budget(model, executor):
     ("given", "max_step_s"),
     [([], SERVING_STEP_S), (["--max-step-time", "0.5"], 0.5), (["--max-step-time", "none"], None)],
 )
-def test_the_option(given, max_step_s):
+def test_the_option_of_a_server(given, max_step_s):
     parser = argparse.ArgumentParser()
-    add_model_options(parser)
-    add_step_time_option(parser.add_argument_group("serving"))
+    serve.add_arguments(parser)
     assert engine_config(parser.parse_args(given), show_progress=False).scheduler.max_step_s == max_step_s
 
 
 def test_a_time_that_is_none(capsys):
     parser = argparse.ArgumentParser()
-    add_step_time_option(parser.add_argument_group("serving"))
+    serve.add_arguments(parser)
     with pytest.raises(SystemExit):
         parser.parse_args(["--max-step-time", "soon"])
     assert "'soon' is neither a number of seconds nor 'none'" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headrace.cli.options import DEMO, add_model_options, engine_config, parse_bytes
+from headrace.cli.options import DEMO, add_model_options, add_step_time_option, engine_config, parse_bytes
 from headrace.cli.terminal import is_watched
 from headrace.config.launched import launched_from
 from headrace.config.observability import LogFormat, ObservabilityConfig
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--no-page", dest="page", action="store_false", help="serve no page at /")
     _add_observability(parser.add_argument_group("logs and traces"))
     _add_limits(parser.add_argument_group("limits", "beyond them requests are refused, and told why"))
+    add_step_time_option(parser.add_argument_group("fairness"))
     add_model_options(parser, with_ranks=True)
 
 

@@ -197,10 +197,9 @@ class Engine:
         Raises:
             RankError: a rank was lost; as from a step.
         """
-        start_s = time.monotonic()
         with self._within_a_step():
             while self._in_flight:
-                for update in self._collect(self._in_flight.popleft(), start_s):
+                for update in self._collect(self._in_flight.popleft()):
                     self._keep(update)
             ranks = self.model.executor.statistics()
             exchange_s = self.model.executor.exchange_s()
@@ -299,13 +298,14 @@ class Engine:
             if not plan.chunks:
                 return
 
-    def _collect(self, plan: StepPlan, start_s: float) -> list[RequestUpdate]:
+    def _collect(self, plan: StepPlan, start_s: float | None = None) -> list[RequestUpdate]:
+        """start_s: since when its ranks had nothing else to do for it; None if that is not known."""
         try:
             result = self.model.executor.collect()
         except OutOfDeviceMemory as error:
             return self._make_room(plan, str(error))
         self._is_last_try = False
-        if self._pace is not None:
+        if self._pace is not None and start_s is not None:
             self._pace.record(plan.num_prefill_tokens, time.monotonic() - start_s)
         self._count(plan)
         return self._report(plan, result)
