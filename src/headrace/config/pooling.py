@@ -38,6 +38,11 @@ class PoolingParams:
             raise RequestError(f"normalize is {self.normalize!r:.80}; allowed: true or false")
         object.__setattr__(self, "pooling", Pooling(given))
 
+    @property
+    def n(self) -> int:
+        """Outputs of a request, as `SamplingParams.n`."""
+        return 1
+
     def to_mapping(self) -> dict[str, Any]:
         """Plain data, fit for JSON; `from_mapping` reads it back."""
         return {"pooling": self.pooling.value, "normalize": self.normalize}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from headrace.config import SamplingParams
+from headrace.config import PoolingParams, SamplingParams
 from headrace.config.server import ServerConfig
 from headrace.engine.engine import Engine
 from headrace.engine.outputs import RequestUpdate
@@ -107,18 +107,14 @@ class AsyncEngine:
         return None
 
     def submit(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams | PoolingParams,
+        prompt: str | None = None,
     ) -> RequestStream:
-        """Queue a request.
-
-        Raises:
-            RequestError: it can never run; says why.
-            Overloaded: too many wait.
-            Unavailable: no engine, or the server is about to end.
-        """
-        self.check(prompt_token_ids, params)
-        now_s = time.monotonic()
-        self.admission.check(params.n, len(prompt_token_ids), now_s)
+        """Queue a request that generates, or a prompt of which an embedding is to be made; `check` and `admission` have
+        let it pass, together with all that come with it."""
         stream = RequestStream(request_id, len(prompt_token_ids), params.n, self._abort)
         self._streams[request_id] = stream
         self.admission.enter(stream.num_outputs, stream.num_prompt_tokens)
@@ -126,8 +122,12 @@ class AsyncEngine:
         self._thread.do(partial(self._add, stream, tuple(prompt_token_ids), params, prompt))
         return stream
 
-    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """What `submit` raises, but for the length of the queue."""
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams | PoolingParams) -> None:
+        """
+        Raises:
+            RequestError: it can never run; says why.
+            Unavailable: no engine, or the server is about to end.
+        """
         if self.trouble is not None:
             raise self._unavailable()
         self.engine.check_request(prompt_token_ids, params)
@@ -179,7 +179,7 @@ class AsyncEngine:
         self,
         stream: RequestStream,
         prompt_token_ids: tuple[int, ...],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         prompt: str | None,
         engine: Engine,
     ) -> None:
@@ -187,7 +187,10 @@ class AsyncEngine:
         if stream.is_ended:
             return
         try:
-            engine.add_request(stream.request_id, prompt_token_ids, params, prompt)
+            if isinstance(params, PoolingParams):
+                engine.add_pooling_request(stream.request_id, prompt_token_ids, params, prompt)
+            else:
+                engine.add_request(stream.request_id, prompt_token_ids, params, prompt)
         except Exception as error:
             self.loop.call_soon_threadsafe(self._refuse, stream, error)
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
-from headrace.config import SamplingParams
+from headrace.config import PoolingParams, SamplingParams
 from headrace.engine.outputs import CompletionOutput, RequestOutput, RequestUpdate
 from headrace.server.context import ServerContext
 from headrace.server.errors import ServerError
@@ -14,7 +14,10 @@ from headrace.server.request_stream import RequestStream
 
 
 async def submit_all(
-    context: ServerContext, request_id: str, prompts: Sequence[EncodedPrompt], params: SamplingParams
+    context: ServerContext,
+    request_id: str,
+    prompts: Sequence[EncodedPrompt],
+    params: SamplingParams | PoolingParams,
 ) -> list[RequestStream]:
     """One stream for each prompt.
 

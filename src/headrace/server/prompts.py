@@ -26,15 +26,19 @@ async def encode_prompts(
     *,
     add_special_tokens: bool = True,
     truncate_prompt_tokens: int | None = None,
+    field: str = "prompt",
+    max_prompts: int = MAX_PROMPTS,
 ) -> list[EncodedPrompt]:
     """One prompt or several: texts, or token ids; truncate_prompt_tokens: of each only so many, the last ones.
+
+    field: that they were sent in.
 
     Raises:
         RequestError: none, too many, or text for a model without a tokenizer.
     """
-    prompts = _as_list(prompt)
-    if len(prompts) > MAX_PROMPTS:
-        raise InvalidParameter("prompt", f"prompt is a list of {len(prompts)}; send at most {MAX_PROMPTS} at once")
+    prompts = _as_list(prompt, field)
+    if len(prompts) > max_prompts:
+        raise InvalidParameter(field, f"{field} is a list of {len(prompts)}; send at most {max_prompts} at once")
     encode = partial(_encode_all, context.model, prompts, add_special_tokens, truncate_prompt_tokens)
     return await asyncio.get_running_loop().run_in_executor(context.text_threads, encode)
 
@@ -75,11 +79,11 @@ def tokenizer_of(model: LoadedModel) -> Tokenizer:
     return model.tokenizer
 
 
-def _as_list(prompt: Any) -> list[str | list[int]]:
+def _as_list(prompt: Any, field: str) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise InvalidParameter("prompt", "prompt is empty; send a text, or at least one token id")
+        raise InvalidParameter(field, f"{field} is empty; send a text, or at least one token id")
     return [list(prompt)] if isinstance(prompt[0], int) else list(prompt)
 
 
