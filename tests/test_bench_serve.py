@@ -392,14 +392,23 @@ class TestSweep:
         assert levels in ([1, 2], [1, 2, 4])
         assert found["levels"][-1]["goodput_per_s"] < found["levels"][-2]["goodput_per_s"]
 
-    def test_a_table_and_a_plot(self, bench, tmp_path):
+    @pytest.mark.parametrize(("mix", "num_refused"), [("4:3", 0), ("4:1", 0), ("4:3", 99)])
+    def test_a_table_and_a_plot(self, server, bench, tmp_path, mix, num_refused):
+        """Also where nothing has two tokens, or where the second level has no answer at all."""
+        server.script = lambda asked: (
+            json_answer({"error": {"message": "full"}}, "429 Too Many Requests")
+            if num_refused and len(server.completions()) > 5
+            else sound(asked)
+        )
         file = tmp_path / "sweep.svg"
-        argv = ["--sweep", "concurrency", "1,2", "--num-requests", 4, "--goodput", "ttft:60000", "--plot", file]
-        code, out, err = bench(*argv)
+        argv = ["--sweep", "concurrency", "1,2", "--num-requests", 4, "--request-mix", mix, "--goodput", "ttft:60000"]
+        code, out, err = bench(*argv, "--plot", file)
         assert (code, err) == (0, "")
         lines = out.splitlines()
         assert lines[0].split()[:3] == ["done", "failed", "requests/s"]
-        assert [line.split()[:4] for line in lines[1:3]] == [["concurrency", n, "4", "0"] for n in "12"]
+        assert lines[1].split()[:4] == ["concurrency", "1", "4", "0"]
+        assert lines[2].split()[:4] == ["concurrency", "2", *(["0", "4"] if num_refused else ["4", "0"])]
+        assert ("failed at concurrency 2: 4 x status 429: full" in out) == bool(num_refused)
         assert "<svg" in file.read_text()
 
 

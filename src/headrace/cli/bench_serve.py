@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         from headrace.cli.bench_serve_plot import plot
 
-        plot(results, args.plot)
+        plot(results, bench.goodput, args.plot)
     if args.json:
         print(json.dumps(to_json(session, results), allow_nan=False))
     else:

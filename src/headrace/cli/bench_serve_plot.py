@@ -2,40 +2,62 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from headrace.bench.serve.arrivals import ClosedLoop
+from headrace.bench.serve.metrics import Goodput
 from headrace.bench.serve.session import LevelResult
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-def plot(results: Sequence[LevelResult], file: Path) -> None:
-    """Throughput, time to first token and time per output token against the load, one panel each."""
+
+def plot(results: Sequence[LevelResult], limits: Goodput | None, file: Path) -> None:
+    """A panel each for tokens, requests, time to first token and time per output token, against the load.
+
+    limits: drawn beside the latencies; goodput then stands beside the requests.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
-    is_closed = isinstance(results[0].arrivals, ClosedLoop)
     loads = [_load(result) for result in results]
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    panels = figure.subplots(1, 3)
-    panels[0].plot(loads, [r.metrics.output_tokens_per_s for r in results], marker=".", label="output tokens/s")
-    panels[0].set(ylabel="output tokens/s", ylim=(0, None))
-    if results[0].metrics.goodput_per_s is not None:
-        beside = panels[0].twinx()
-        requests = [r.metrics.requests_per_s for r in results]
-        beside.plot(loads, requests, marker=".", color="gray", linestyle="--", label="requests/s")
-        beside.plot(loads, [r.metrics.goodput_per_s for r in results], marker=".", color="tab:green", label="goodput")
-        beside.set(ylabel="requests/s", ylim=(0, None))
-        beside.legend(loc="lower right")
-    for panel, name in zip(panels[1:], ("ttft", "tpot"), strict=True):
-        found = [(load, d) for load, r in zip(loads, results, strict=True) if (d := getattr(r.metrics, name))]
-        for percentile in (50, 99):
-            values = [d.percentiles[percentile] * 1e3 for _, d in found]
-            panel.plot([load for load, _ in found], values, marker=".", label=f"p{percentile}")
-        panel.set(ylabel=f"{name.upper()}, ms", ylim=(0, None))
-        panel.legend()
-    for panel in panels:
+    is_closed = isinstance(results[0].arrivals, ClosedLoop)
+    figure = Figure(figsize=(15, 3.6), layout="constrained")
+    tokens, requests, ttft, tpot = figure.subplots(1, 4)
+    tokens.plot(loads, [r.metrics.output_tokens_per_s for r in results], marker=".")
+    tokens.set(ylabel="output tokens/s", ylim=(0, None))
+    requests.plot(loads, [r.metrics.requests_per_s for r in results], marker=".", label="completed")
+    if limits is not None:
+        goodput = [r.metrics.goodput_per_s for r in results]
+        requests.plot(loads, goodput, marker="o", fillstyle="none", linestyle="--", label="within limits")
+    requests.set(ylabel="requests/s", ylim=(0, None))
+    requests.legend()
+    _plot_latency(ttft, loads, results, "ttft", None if limits is None else limits.ttft_s)
+    _plot_latency(tpot, loads, results, "tpot", None if limits is None else limits.tpot_s)
+    for panel in (tokens, requests, ttft, tpot):
         panel.set(xlabel="requests at once" if is_closed else "requests/s offered", xscale="log")
         panel.set_xticks(loads, [f"{load:g}" for load in loads], minor=False)
-        panel.minorticks_off()
+        panel.xaxis.set_minor_locator(NullLocator())
     figure.savefig(file)
+
+
+def _plot_latency(
+    panel: "Axes", loads: Sequence[float], results: Sequence[LevelResult], name: str, limit_s: float | None
+) -> None:
+    """Logarithmic: beyond saturation a queue grows for as long as the load goes on."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    found = [(load, d) for load, r in zip(loads, results, strict=True) if (d := getattr(r.metrics, name)) is not None]
+    for percentile in (50, 99):
+        values = [d.percentiles[percentile] * 1e3 for _, d in found]
+        panel.plot([load for load, _ in found], values, marker=".", label=f"p{percentile}")
+    if limit_s is not None:
+        panel.axhline(limit_s * 1e3, linestyle=":", color="gray", label="limit")
+    panel.set(ylabel=f"{name.upper()}, ms", yscale="log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.legend()
 
 
 def _load(result: LevelResult) -> float:
