@@ -19,11 +19,19 @@ from headrace.server.observability import Observability
 from headrace.server.openapi import describe
 from headrace.server.page import page_routes
 from headrace.server.recorder import RecordedRequests
-from headrace.server.routes import chat, completions, embeddings, metrics, models, text
+from headrace.server.routes import chat, completions, embeddings, metrics, models, responses, text
 
 logger = logging.getLogger(__name__)
 
-_ROUTERS = (models.router, metrics.router, completions.router, chat.router, embeddings.router, text.router)
+_ROUTERS = (
+    models.router,
+    metrics.router,
+    completions.router,
+    chat.router,
+    responses.router,
+    embeddings.router,
+    text.router,
+)
 
 
 def build_app(context: ServerContext) -> FastAPI:

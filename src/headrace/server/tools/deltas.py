@@ -23,15 +23,19 @@ class ToolCallDelta:
         return {"index": self.index, "id": self.id, "type": "function", "function": function}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ToolDelta:
-    """What some more text has made certain: content, and at most one piece of each call."""
+    """What some more text has made certain: content and pieces of calls, in order; at most one piece of each call."""
 
-    content: str = ""
-    tool_calls: tuple[ToolCallDelta, ...] = ()
+    parts: tuple[str | ToolCallDelta, ...] = ()
 
-    def __bool__(self) -> bool:
-        return bool(self.content or self.tool_calls)
+    @property
+    def content(self) -> str:
+        return "".join([part for part in self.parts if isinstance(part, str)])
+
+    @property
+    def tool_calls(self) -> tuple[ToolCallDelta, ...]:
+        return tuple([part for part in self.parts if isinstance(part, ToolCallDelta)])
 
 
 @dataclass
@@ -58,34 +62,42 @@ class DeltaBuilder:
 
     def __init__(self, make_id: Callable[[], str]) -> None:
         self._make_id = make_id
-        self._content: list[str] = []
+        self._parts: list[list[str] | _Call] = []
         self._space = ""
-        self._calls: list[_Call] = []
         self.num_calls = 0
 
     def text(self, text: str) -> None:
         if body := text.rstrip():
-            self._content.append(self._space + body)
+            self._add_content(self._space + body)
             self._space = text[len(body) :]
         else:
             self._space += text
 
     def begin_call(self, name: str) -> None:
-        self._calls.append(_Call(self.num_calls, self._make_id(), name))
+        self._parts.append(_Call(self.num_calls, self._make_id(), name))
         self.num_calls += 1
 
     def arguments(self, fragment: str) -> None:
         """More of the call that was begun last."""
-        if not self._calls:
-            self._calls.append(_Call(self.num_calls - 1, None, None))
-        self._calls[-1].arguments.append(fragment)
+        if not self._parts:
+            self._parts.append(_Call(self.num_calls - 1, None, None))
+        call = self._parts[-1]
+        assert isinstance(call, _Call), "a call's arguments come without content between them"
+        call.arguments.append(fragment)
 
     def finish(self) -> None:
-        if not self.num_calls:
-            self._content.append(self._space)
+        if self._space and not self.num_calls:
+            self._add_content(self._space)
         self._space = ""
 
     def take(self) -> ToolDelta:
-        delta = ToolDelta(content="".join(self._content), tool_calls=tuple(call.delta() for call in self._calls))
-        self._content, self._calls = [], []
+        delta = ToolDelta(tuple([part.delta() if isinstance(part, _Call) else "".join(part) for part in self._parts]))
+        self._parts = []
         return delta
+
+    def _add_content(self, text: str) -> None:
+        if not self._parts or isinstance(self._parts[-1], _Call):
+            self._parts.append([])
+        content = self._parts[-1]
+        assert isinstance(content, list)
+        content.append(text)

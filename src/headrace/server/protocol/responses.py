@@ -1,0 +1,88 @@
+"""`/v1/responses`."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from headrace.server.protocol.base import RequestModel
+from headrace.server.protocol.sampling import INT64, MAX_STOP_STRINGS, Stop
+
+MAX_ITEMS = 4096
+
+
+class TextFormat(RequestModel):
+    """type json_schema needs name and schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = Field(default=None, min_length=1, max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class TextConfig(RequestModel):
+    format: TextFormat | None = None
+
+    @classmethod
+    def unsupported(cls) -> Mapping[str, tuple[Any, ...]]:
+        return {"verbosity": ("medium",)}
+
+
+class ResponsesStreamOptions(RequestModel):
+    @classmethod
+    def unsupported(cls) -> Mapping[str, tuple[Any, ...]]:
+        return {"include_obfuscation": (False,)}
+
+
+class ResponsesRequest(RequestModel):
+    """Answer a conversation, given as items. Nothing is stored: each request carries the whole conversation.
+
+    metadata, user, safety_identifier, prompt_cache_key: for the client's own books; they change no answer.
+    """
+
+    model: str | None = None
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_ITEMS)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=1e6)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
+    ignore_eos: bool | None = None
+    text: TextConfig | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    stream: bool | None = None
+    stream_options: ResponsesStreamOptions | None = None
+    metadata: dict[str, str] | None = Field(default=None, max_length=16)
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    store: bool | None = None
+    previous_response_id: str | None = None
+
+    @classmethod
+    def unsupported(cls) -> Mapping[str, tuple[Any, ...]]:
+        return {
+            "background": (False,),
+            "context_management": ([],),
+            "conversation": (),
+            "include": ([],),
+            "max_tool_calls": (),
+            "moderation": (),
+            "prompt": (),
+            "prompt_cache_options": (),
+            "prompt_cache_retention": ("in_memory",),
+            "reasoning": ({},),
+            "service_tier": ("auto", "default"),
+            "top_logprobs": (0,),
+            "truncation": ("disabled",),
+        }

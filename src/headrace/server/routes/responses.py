@@ -1,0 +1,131 @@
+"""`/v1/responses`: OpenAI's Responses API, of which nothing is stored."""
+
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from starlette.responses import JSONResponse
+
+from headrace.config import SamplingParams
+from headrace.errors import HeadraceError
+from headrace.server.clients import EventStream, finish_for
+from headrace.server.context import Context, ServerContext, request_id_of
+from headrace.server.encoding import event, usage_of
+from headrace.server.errors import ClientLeft, InvalidParameter
+from headrace.server.generation import finish_all, submit_all, updates_of
+from headrace.server.openapi import answers
+from headrace.server.prompts import EncodedPrompt, encode_chat
+from headrace.server.protocol.responses import ResponsesRequest
+from headrace.server.request_stream import RequestStream
+from headrace.server.responses.answer import Answer
+from headrace.server.responses.conversation import make_messages
+from headrace.server.responses.output import Event
+from headrace.server.routes.models import check_model
+from headrace.server.strict_json import StrictRoute
+from headrace.server.tool_plans import tool_plan
+
+router = APIRouter(route_class=StrictRoute)
+
+_PASSED_ON = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop",
+    "min_tokens",
+    "ignore_eos",
+)
+
+
+@router.post("/v1/responses", responses=answers(streams=True))
+async def create_response(body: ResponsesRequest, request: Request, context: Context) -> Response:
+    """Answer a conversation, given as items."""
+    check_model(body.model, context)
+    _check_nothing_is_stored(body)
+    form = _output_form(body)
+    plan = tool_plan(
+        context,
+        body.tools,
+        body.tool_choice,
+        body.parallel_tool_calls,
+        has_output_form=form is not None,
+        is_flat=True,
+    )
+    messages = make_messages(body.input, body.instructions)
+    prompt = await encode_chat(context, messages, tools=plan.template_tools)
+    params = plan.apply(_params(body, context, prompt, form))
+    answer = Answer(body, f"resp_{request_id_of(request)}", context.model_name, params, plan)
+    streams = await submit_all(context, f"resp-{request_id_of(request)}", [prompt], params)
+    if body.stream:
+        return EventStream(_events(answer, streams), streams, slow_reader_s=context.config.slow_reader_s)
+    [output] = await finish_for(request.receive, streams, finish_all(streams))
+    return JSONResponse(answer.whole(output.outputs[0], usage_of([output])))
+
+
+def _check_nothing_is_stored(body: ResponsesRequest) -> None:
+    """A client that leaves `store` out, though OpenAI's default is true, is served: it may not care."""
+    if body.store:
+        raise InvalidParameter("store", "store: this server stores no responses; set it to false or leave it out")
+    if body.previous_response_id is not None:
+        raise InvalidParameter(
+            "previous_response_id",
+            "previous_response_id: this server stores no responses; send the whole conversation as input",
+        )
+
+
+def _output_form(body: ResponsesRequest) -> dict[str, Any] | None:
+    """The structured outputs that `text.format` asks for."""
+    asked = body.text.format if body.text else None
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return {"json_object": True}
+    if asked.name is None or asked.schema_ is None:
+        missing = "name" if asked.name is None else "schema"
+        raise InvalidParameter(f"text.format.{missing}", f"text.format.{missing} is missing; json_schema needs it")
+    return {"json": asked.schema_}
+
+
+def _params(
+    body: ResponsesRequest, context: ServerContext, prompt: EncodedPrompt, form: dict[str, Any] | None
+) -> SamplingParams:
+    """Without a limit an answer may be as long as the model and the cache allow."""
+    if body.stream_options is not None and not body.stream:
+        raise InvalidParameter("stream_options", "stream_options are for streams; set stream to true")
+    given = {name: getattr(body, name) for name in _PASSED_ON if getattr(body, name) is not None}
+    room = max(1, context.engine.engine.max_num_tokens - len(prompt.token_ids))
+    given["max_tokens"] = body.max_output_tokens or room
+    if form is not None:
+        given["structured_outputs"] = form
+    return SamplingParams.from_mapping({**context.recommended, **given})
+
+
+async def _events(answer: Answer, streams: list[RequestStream]) -> AsyncGenerator[bytes, None]:
+    """Nothing is sent before the engine has answered, so that a request that fails before has its own status."""
+    has_begun = False
+    try:
+        async with aclosing(updates_of(streams)) as updates:
+            async for _, update in updates:
+                if not has_begun:
+                    has_begun = True
+                    yield _encode(answer.begin())
+                for chunk in update.chunks:
+                    if data := _encode(answer.add(chunk)):
+                        yield data
+                if update.finished is not None:
+                    yield _encode(answer.finish(update.finished.outputs[0], usage_of([update.finished])))
+    except ClientLeft:
+        raise
+    except HeadraceError as error:
+        if not has_begun:
+            raise
+        yield _encode(answer.fail(error))
+
+
+def _encode(events: Iterable[Event]) -> bytes:
+    return b"".join([b"event: " + one["type"].encode() + b"\n" + event(one) for one in events])
