@@ -19,13 +19,13 @@ class Llama3Parser(JsonCallParser):
         self._next = yield
         yield from self._spaces()
         yield from self._calls()
+        self._give_back()
         while self._next:
             if self._next != "<":
-                yield from self._advance()
+                yield from self._content()
             elif (yield from self._literal(_TAG)):
                 yield from self._calls()
             self._give_back()
-        self._give_back()
 
     def _calls(self) -> Reading[None]:
         """Read calls for as long as there are some; what follows them is left in `taken`."""

@@ -29,6 +29,7 @@ class ToolCallParser(ABC):
     def __init__(self, make_id: Callable[[], str] = new_call_id) -> None:
         self._out = DeltaBuilder(make_id)
         self._next = ""  # the character to be read next, "" at the end of the text
+        self._is_in_text = False  # the character to come is content, unless it is "<"
         self._taken: list[str] = []  # read, and not yet known to be content or a call
         self._reading = self._read()
         next(self._reading)
@@ -38,8 +39,16 @@ class ToolCallParser(ABC):
         return self._out.num_calls
 
     def feed(self, text: str) -> ToolDelta:
-        for character in text:
-            self._reading.send(character)
+        start = 0
+        while start < len(text):
+            if self._is_in_text:  # only a bracket means anything, so that what is before it is given at once
+                stop = text.find("<", start)
+                stop = len(text) if stop < 0 else stop
+                self._out.text(text[start:stop])
+                start = stop
+            if start < len(text):
+                self._reading.send(text[start])
+                start += 1
         return self._out.take()
 
     def finish(self) -> ToolDelta:
@@ -58,6 +67,13 @@ class ToolCallParser(ABC):
     def _advance(self) -> Reading[None]:
         self._taken.append(self._next)
         self._next = yield
+
+    def _content(self) -> Reading[None]:
+        """A character that is content."""
+        self._out.text(self._next)
+        self._is_in_text = True
+        self._next = yield
+        self._is_in_text = False
 
     def _literal(self, text: str) -> Reading[bool]:
         for character in text:
@@ -98,11 +114,11 @@ class TaggedParser(ToolCallParser):
         self._next = yield
         is_open = False
         while self._next:
-            is_tag = self._next == "<"
+            if self._next != "<":
+                yield from self._content()
+                continue
             yield from self._advance()
-            if not is_tag:
-                self._give_back()
-            elif is_open and self._next == "/":
+            if is_open and self._next == "/":
                 is_open = not (yield from self._literal("/tool_call>"))
                 self._give_back() if is_open else self._drop()
             elif (yield from self._literal("tool_call>")) and (yield from self._call()):
