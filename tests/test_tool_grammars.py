@@ -30,9 +30,6 @@ class Vocabulary:
     def token_to_id(self, token: str) -> int | None:
         return self.tags.get(token)
 
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self.special_token_ids
-
     def encode(self, text: str) -> list[int]:
         ids = []
         while text:

@@ -92,9 +92,6 @@ class NoTags:
     def token_to_id(self, token: str) -> int | None:
         return None
 
-    def is_special(self, token_id: int) -> bool:
-        return False
-
 
 def test_tools_are_read():
     weather, now = parse_tools([tool(description="d", parameters=PARAMETERS, strict=True), tool("now", strict=None)])

@@ -12,8 +12,6 @@ class TokenNames(Protocol):
 
     def token_to_id(self, token: str) -> int | None: ...
 
-    def is_special(self, token_id: int) -> bool: ...
-
 
 def literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
@@ -34,9 +32,3 @@ def tag(text: str, tokenizer: TokenNames) -> str:
     """A tag as the one token that the vocabulary has for it, as models were trained to write it; else as text."""
     token_id = tokenizer.token_to_id(text)
     return literal(text) if token_id is None else f"<[{token_id}]>"
-
-
-def is_special(text: str, tokenizer: TokenNames) -> bool:
-    """Whether the text is a special token, which no rule for text can produce."""
-    token_id = tokenizer.token_to_id(text)
-    return token_id is not None and tokenizer.is_special(token_id)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from headrace.server.tools.definitions import FunctionTool
 from headrace.server.tools.json_calls import JsonCallParser
 from headrace.server.tools.json_grammar import free_schema, json_call
-from headrace.server.tools.lark import TokenNames, is_special, tag
+from headrace.server.tools.lark import TokenNames, tag
 from headrace.server.tools.parser import Reading
 
 _TAG = "<|python_tag|>"
@@ -52,9 +52,7 @@ class Llama3Format:
 
     def free_grammar(self, tools: Sequence[FunctionTool], tokenizer: TokenNames, *, is_single: bool) -> str:
         """An answer that begins with a brace is a call."""
-        text = r"/([ \t\r\n]*([^{ \t\r\n](?s:.*))?)/"
-        if not is_special(_TAG, tokenizer):
-            text += r" & ~/(?s:.*)<\|python_tag\|>(?s:.*)/"
+        text = r"/([ \t\r\n]*([^{ \t\r\n](?s:.*))?)/ & ~/(?s:.*)<\|python_tag\|>(?s:.*)/"
         start = f"start: {tag(_TAG, tokenizer)}? calls | TEXT"
         return "\n".join(["%llguidance {}", start, f"TEXT: {text}", *_rules(tools, is_single, is_forced=False)])
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from headrace.server.tools.lark import TokenNames, is_special, literal, tag
+from headrace.server.tools.lark import TokenNames, literal, tag
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-TEXT = r"TEXT: /(?s:.*)/"
 
 
 def forced(call_rules: Sequence[str], tokenizer: TokenNames, *, is_single: bool) -> str:
@@ -18,21 +17,24 @@ def forced(call_rules: Sequence[str], tokenizer: TokenNames, *, is_single: bool)
 
 
 def free(call_rules: Sequence[str], tokenizer: TokenNames, *, is_single: bool) -> str:
-    """Any text; after an opening tag, a call."""
-    rest = f'"\\n" ({_any_of(call_rules)}) "\\n" {tag(CLOSE, tokenizer)}'
-    rules = ["%llguidance {}", TEXT]
-    if is_special(OPEN, tokenizer):
-        rules += [
-            f"start: TEXT {'(call)?' if is_single else '(call TEXT)*'}",
-            f"call: {tag(OPEN, tokenizer)} {rest}",
+    """Any text; after an opening tag, a call.
+
+    The tag may be a token that text cannot hold, or text like any other, however it is cut into tokens; the first one
+    that is complete counts.
+    """
+    start = "call | TEXT" if is_single else "call* TEXT"
+    opening, token = literal(OPEN), tag(OPEN, tokenizer)
+    return "\n".join(
+        [
+            "%llguidance {}",
+            f"start: {start}",
+            "TEXT: /(?s:.*)/",
+            f"begin[lazy]: TEXT {opening}",
+            f'call: {"begin" if token == opening else f"(begin | TEXT {token})"} "\\n" ({_any_of(call_rules)}) "\\n" '
+            + tag(CLOSE, tokenizer),
+            *call_rules,
         ]
-    else:  # the tag is text like any other, however it is cut into tokens, and the first one that is complete counts
-        rules += [
-            f"start: {'call | TEXT' if is_single else 'call* TEXT'}",
-            f"begin[lazy]: TEXT {literal(OPEN)}",
-            f"call: begin {rest}",
-        ]
-    return "\n".join([*rules, *call_rules])
+    )
 
 
 def _any_of(call_rules: Sequence[str]) -> str:
