@@ -10,22 +10,23 @@ from hypothesis import strategies as st
 
 from headrace.errors import RequestError
 from headrace.server.tools import FORMATS, FunctionTool, parse_whole
+from headrace.server.tools.loose_schema import loosened
 
-TAGS = ["<tool_call>", "</tool_call>", "<|python_tag|>"]
+TAGS = ["<tool_call>", "</tool_call>", "<|python_tag|>", "<think>", "</think>"]
 
 
 class Vocabulary:
-    """The end, three tags, and every byte; the tags special or not, or not in it at all."""
+    """The end, tags, and every byte; the tags special or not, or not in it at all."""
 
     eos_token_id, bos_token_id = 0, None
 
     def __init__(self, tags: str) -> None:
         self.tags = {} if tags == "absent" else {text: 1 + index for index, text in enumerate(TAGS)}
-        self.special_token_ids = [0, 1, 2, 3] if tags == "special" else [0]
+        self.special_token_ids = [0, 1, 2, 3, 4, 5] if tags == "special" else [0]
         self.tokens = [b"<eos>", *(tag.encode() for tag in TAGS), *(bytes([byte]) for byte in range(256))]
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return [4 + byte for byte in (text if isinstance(text, bytes) else text.encode())]
+        return [6 + byte for byte in (text if isinstance(text, bytes) else text.encode())]
 
     def token_to_id(self, token: str) -> int | None:
         return self.tags.get(token)
@@ -152,6 +153,8 @@ def test_free_text_with_strict_calls(style, tags):
         assert not accepts(grammar, tags, "Look: <|python_tag|>" + bad)
     else:
         assert accepts(grammar, tags, f"Look:\n{good}\nThat is it.")
+        assert accepts(grammar, tags, f"<think>\nWell\n</think>\n{good}")
+        assert not accepts(grammar, tags, f"<think>\nWell\n</think>\n{bad}")
         assert not accepts(grammar, tags, f"Look:\n{bad}")
 
 
@@ -163,6 +166,9 @@ def test_at_most_one_call_in_free_text(style, tags):
     assert accepts(grammar, tags, "Hello")
     assert accepts(grammar, tags, now)
     assert not accepts(grammar, tags, now + SEPARATORS[style] + now)
+    if style != "llama3":
+        assert accepts(grammar, tags, f"<think>\nWell\n</think>\n{now}")
+        assert not accepts(grammar, tags, f"<think>\nWell\n</think>\n{now}{now}")
 
 
 @styles
@@ -171,19 +177,37 @@ def test_calls_that_are_not_strict_are_free_where_nobody_forces_them(style):
     assert accepts(grammar, "special", WRITERS[style]("weather", {"days": "three", "x": 1}))
 
 
-def test_unknown_keywords_bind_strict_functions_alone():
-    schema = {"type": "object", "properties": {"a": {"type": "string", "format": "binary"}}, "required": ["a"]}
-    loose = forced("hermes", "special", [FunctionTool(name="f", parameters=schema)])
-    assert accepts(loose, "special", hermes("f", {"a": "x"}))
-    strict = forced("hermes", "special", [FunctionTool(name="f", parameters=schema, strict=True)])
-    assert "binary" in llguidance.LLMatcher.validate_grammar(llguidance.grammar_from("lark", strict))
+LOOSE = {
+    "a format": ({"type": "string", "format": "binary"}, ["x"], [1]),
+    "a word of nobody": ({"type": "integer", "nullable": True, "x-y": 1}, [1], ["x"]),
+    "one of several": ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, [1, 1.5], ["x"]),
+    "nested": ({"type": "array", "items": {"not": {}, "enum": [1]}}, [[1, 1]], [[2]]),
+    "named": ({"$ref": "#/$defs/x"}, [1], ["1"]),
+}
+
+
+@pytest.mark.parametrize(("schema", "good", "bad"), list(LOOSE.values()), ids=list(LOOSE))
+def test_what_cannot_be_enforced_binds_strict_functions_alone(schema, good, bad):
+    root = {"type": "object", "properties": {"a": schema}, "required": ["a"], "$defs": {"x": {"enum": [1], "if": {}}}}
+    grammar = forced("hermes", "special", [FunctionTool(name="f", parameters=root)])
+    assert [accepts(grammar, "special", hermes("f", {"a": value})) for value in good] == [True] * len(good)
+    assert [accepts(grammar, "special", hermes("f", {"a": value})) for value in bad] == [False] * len(bad)
+    strict = forced("hermes", "special", [FunctionTool(name="f", parameters=root, strict=True)])
+    assert json.dumps(schema) in strict
+
+
+def test_schemas_without_end_are_loosened_to_one():
+    schema = {}
+    for _ in range(200):
+        schema = {"type": "array", "items": schema}
+    assert json.dumps(loosened(schema)).count("array") == 64
 
 
 def test_a_schema_cannot_write_grammar():
     key, value = 'a"} | /.*/ \n start: /.*/ #', '"\n%json {"'
     for write, style in ((hermes, "hermes"), (qwen, "qwen")):
         key = key if style == "hermes" else key.replace("\n", "")
-        schema = {"properties": {key: {"const": value}}, "required": [key], "x-guidance": {"lenient": 1}}
+        schema = {"properties": {key: {"const": value}}, "required": [key]}
         grammar = forced(style, "special", [FunctionTool(name="f", parameters=schema)])
         assert accepts(grammar, "special", write("f", {key: value}))
         assert not accepts(grammar, "special", write("f", {key: "x"}))

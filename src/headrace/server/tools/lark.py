@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-_COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+from headrace.server.tools.loose_schema import loosened
 
 
 class TokenNames(Protocol):
@@ -18,14 +18,8 @@ def literal(text: str) -> str:
 
 
 def json_schema(schema: Mapping[str, Any], *, is_exact: bool) -> str:
-    """JSON of a schema, on one line: white space without end would be JSON too, and models get lost in it.
-
-    is_exact: what the grammar cannot express is refused when it is compiled; else keywords that it cannot express (an
-        unknown `format`, say) are left out.
-    """
-    guidance = _COMPACT if is_exact else {**_COMPACT, "lenient": True}
-    plain = {key: value for key, value in schema.items() if key != "x-guidance"}
-    return "%json " + json.dumps({"x-guidance": guidance, **plain}, ensure_ascii=False)
+    """JSON of a schema; is_exact: what cannot be enforced is refused when it is compiled, rather than left out."""
+    return "%json " + json.dumps(schema if is_exact else loosened(schema), ensure_ascii=False)
 
 
 def tag(text: str, tokenizer: TokenNames) -> str:

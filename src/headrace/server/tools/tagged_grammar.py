@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from headrace.server.tools.lark import TokenNames, literal, tag
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_THOUGHT_TAGS = ("<think>", "</think>")
+"""Tokens that models write around what they think before they answer; text alone could not hold them."""
 
 
 def forced(call_rules: Sequence[str], tokenizer: TokenNames, *, is_single: bool) -> str:
@@ -17,21 +19,26 @@ def forced(call_rules: Sequence[str], tokenizer: TokenNames, *, is_single: bool)
 
 
 def free(call_rules: Sequence[str], tokenizer: TokenNames, *, is_single: bool) -> str:
-    """Any text; after an opening tag, a call.
+    """Any text, with thoughts; after an opening tag, a call.
 
     The tag may be a token that text cannot hold, or text like any other, however it is cut into tokens; the first one
     that is complete counts.
     """
-    start = "call | TEXT" if is_single else "call* TEXT"
     opening, token = literal(OPEN), tag(OPEN, tokenizer)
+    begin = "begin" if token == opening else f"(begin | TEXT {token})"
+    thoughts = [tag(text, tokenizer) for text in _THOUGHT_TAGS if tokenizer.token_to_id(text) is not None]
+    if is_single:
+        start = "thought* (call | TEXT)" if thoughts else "call | TEXT"
+    else:
+        start = "(thought | call)* TEXT" if thoughts else "call* TEXT"
     return "\n".join(
         [
             "%llguidance {}",
             f"start: {start}",
             "TEXT: /(?s:.*)/",
             f"begin[lazy]: TEXT {opening}",
-            f'call: {"begin" if token == opening else f"(begin | TEXT {token})"} "\\n" ({_any_of(call_rules)}) "\\n" '
-            + tag(CLOSE, tokenizer),
+            f'call: {begin} "\\n" ({_any_of(call_rules)}) "\\n" {tag(CLOSE, tokenizer)}',
+            *([f"thought: TEXT ({' | '.join(thoughts)})"] if thoughts else []),
             *call_rules,
         ]
     )
