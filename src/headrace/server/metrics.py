@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from headrace import __version__
@@ -14,6 +15,8 @@ from headrace.server.engine_collector import EngineCollector
 from headrace.server.engine_watch import EngineWatch
 from headrace.server.latencies import REQUEST_SECONDS, Latencies
 from headrace.server.request_record import RequestRecord
+
+_OPENMETRICS = "application/openmetrics-text"
 
 
 class ServerMetrics:
@@ -58,7 +61,11 @@ class ServerMetrics:
     async def render(self, accept: str) -> tuple[bytes, str]:
         """The page in the format that a client accepts (Prometheus' text or OpenMetrics), and its type."""
         await self.look()
-        encode, content_type = choose_encoder(accept)
+        if _OPENMETRICS in accept:
+            # The library's own choice writes the colons of names as underscores, though they are allowed.
+            body: bytes = openmetrics.generate_latest(self.registry, openmetrics.ALLOWUTF8)  # type: ignore[no-untyped-call]
+            return body, openmetrics.CONTENT_TYPE_LATEST
+        encode, content_type = choose_encoder("")
         return encode(self.registry), content_type
 
 
