@@ -50,6 +50,8 @@ class AsyncEngine:
         self.is_draining = False
         self.reason = ""
         """Why the engine is not ready."""
+        self.num_lost = 0
+        """Requests that ended with their engine."""
         self.watchers: list[Callable[[Sequence[RequestUpdate]], None]] = []
         """Called on the loop with what each step has brought, and with what is left of a request that was aborted."""
         self._streams: dict[str, RequestStream] = {}
@@ -288,6 +290,7 @@ class AsyncEngine:
 
     def _fail_all(self, reason: str) -> None:
         for stream in list(self._streams.values()):
+            self.num_lost += 1
             stream.fail(Unavailable(f"the request was lost: {reason}; send it again", retry_after_s=_RETRY_AFTER_S))
             self._forget(stream)
 

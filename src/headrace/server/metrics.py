@@ -96,6 +96,7 @@ class _ServerCollector(Collector):
         for reason, number in engine.admission.num_refused.items():
             refused.add_metric((reason,), number)
         yield refused
+        yield CounterMetricFamily("headrace:lost_requests", "Prompts that ended with their ranks.", engine.num_lost)
         yield CounterMetricFamily(
             "headrace:engine_restarts", "Times that lost ranks were started again.", engine.restarts.num_restarts
         )
