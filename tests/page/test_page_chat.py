@@ -92,6 +92,25 @@ def test_an_answer_that_breaks_off_is_kept_and_said_to_be_incomplete(page: Page,
     expect(page.locator(".prose")).to_have_text("Half an")
 
 
+def test_what_broke_off_is_no_part_of_what_is_tried_again(page: Page, server: ScriptedServer) -> None:
+    server.answer, server.cut = ["Half an"], True
+    ask(page)
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("alert")).to_be_visible()
+    expect(page.locator(".turn")).to_have_count(1)
+    assert [request["messages"] for request in server.requests] == [[{"role": "user", "content": "Why?"}]] * 2
+
+
+def test_a_question_without_an_answer_is_left_out_of_later_requests(page: Page, server: ScriptedServer) -> None:
+    server.answer, server.cut = [], True
+    ask(page)
+    expect(page.get_by_role("alert")).to_be_visible()
+    server.answer, server.cut = ["Yes."], False
+    ask(page, "And now?")
+    done(page)
+    assert server.requests[1]["messages"] == [{"role": "user", "content": "And now?"}]
+
+
 def test_an_answer_at_the_largest_number_of_tokens_says_so(page: Page, server: ScriptedServer) -> None:
     server.finish_reason = "length"
     ask(page)

@@ -55,17 +55,35 @@ def test_rates_and_shares_are_of_the_last_interval_alone(page: Page, server: Scr
     assert widths == ["60%", "30%", "10%"]
 
 
+def test_figures_that_the_server_repeats_are_no_second_without_tokens(page: Page, server: ScriptedServer) -> None:
+    expect(page.locator("#running")).to_have_text("3 of 64")
+    pass_a_second(page, server)
+    expect(page.locator("#generation-rate")).to_have_text("50.0")
+    show(page, server, uptime_s=server.stats["uptime_s"] + 1, num_waiting=8)
+    expect(page.locator("#waiting")).to_have_text("8")
+    expect(page.locator("#generation-rate")).to_have_text("50.0")
+
+
 def test_a_server_that_started_again_is_not_taken_for_one_that_went_backwards(
     page: Page, server: ScriptedServer
 ) -> None:
     expect(page.locator("#running")).to_have_text("3 of 64")
     pass_a_second(page, server)
     expect(page.locator("#generation-rate")).to_have_text("50.0")
-    show(page, server, uptime_s=1.0, tokens={"generation": 0, "prompt": 0}, num_running=0)
+    time_s = dict.fromkeys(("compute", "communication", "waiting"), 0)
+    show(page, server, uptime_s=1.0, tokens={"generation": 0, "prompt": 0}, time_s=time_s, num_running=0)
     expect(page.locator("#running")).to_have_text("0 of 64")
     expect(page.locator("#generation-rate")).to_have_text("–")
     pass_a_second(page, server)
     expect(page.locator("#generation-rate")).to_have_text("50.0")
+
+
+def test_counters_that_began_anew_give_no_negative_rate(page: Page, server: ScriptedServer) -> None:
+    expect(page.locator("#running")).to_have_text("3 of 64")
+    time_s = server.stats["time_s"] | {"waiting": 1000}
+    show(page, server, tokens={"generation": 0, "prompt": 0}, time_s=time_s, num_running=0)
+    expect(page.locator("#running")).to_have_text("0 of 64")
+    expect(page.locator("#generation-rate")).to_have_text("–")
 
 
 def exchange(operation: str, phase: str, wire_bytes: int, predicted: int, calls: int = 4) -> dict[str, Any]:
@@ -137,21 +155,29 @@ def test_the_line_of_two_minutes_has_a_gap_where_nothing_is_known(page: Page, se
     assert [len(run) for run in runs] == [3, 2]
 
 
-def test_a_server_without_any_request_yet_shows_dashes_and_no_error(browser: Browser, server: ScriptedServer) -> None:
-    nothing = {"last": None, "p50": None, "p95": None}
-    server.stats |= {
-        "ttft_s": nothing,
-        "tpot_s": nothing,
-        "tokens": {"prompt": 0, "generation": 0},
-        "prefix_cache": {"queried": 0, "hit": 0},
-        "dataflow": {"source": "none", "shapes": []},
-        "softmax": {"schemes": {}, "recomputed_rows": 0},
-    }
+def test_an_engine_that_is_not_there_yet_shows_dashes_and_no_error(browser: Browser, server: ScriptedServer) -> None:
+    known = {"model", "version", "uptime_s", "state"}
+    latencies = dict.fromkeys(("ttft_s", "tpot_s"), dict.fromkeys(("last", "p50", "p95")))
+    server.stats = {key: value if key in known else None for key, value in server.stats.items()} | latencies
+    server.stats |= {"state": "starting", "trouble": "the engine is not ready"}
     with opened(browser, server.url) as watched:
-        expect(watched.page.locator("#running")).to_have_text("3 of 64")
-        assert watched.page.locator("#latency td:not(:empty)").all_text_contents() == ["–"] * 6
-        expect(watched.page.locator("#prefix")).to_have_text("–")
-        expect(watched.page.locator("#dataflow-note")).to_contain_text("but one implementation")
+        page = watched.page
+        expect(page.get_by_role("status")).to_have_text("Starting")
+        assert page.locator("#latency td:not(:empty)").all_text_contents() == ["–"] * 6
+        for figure in ("running", "waiting", "preemptions", "prefix", "blocks", "generation-rate"):
+            expect(page.locator(f"#{figure}")).to_have_text("–")
+        expect(page.locator("#communication-note")).to_have_text("Not known yet.")
+        expect(page.locator("#dataflow-note")).to_have_text("Not known yet.")
+        show(page, server, state="failed", trouble="rank 1 was lost")
+        expect(page.get_by_role("status")).to_contain_text("(rank 1 was lost)")
+
+
+def test_what_has_no_choice_and_no_request_says_so(page: Page, server: ScriptedServer) -> None:
+    expect(page.locator("#prefix")).to_have_text("25 %")
+    nothing = {"source": "none", "shapes": []}
+    show(page, server, prefix_cache={"queried": 0, "hit": 0}, dataflow=nothing)
+    expect(page.locator("#prefix")).to_have_text("–")
+    expect(page.locator("#dataflow-note")).to_contain_text("but one implementation")
 
 
 def test_a_hidden_page_asks_nothing_and_one_that_is_seen_again_asks_at_once(page: Page, server: ScriptedServer) -> None:

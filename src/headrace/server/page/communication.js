@@ -3,7 +3,9 @@
 import { byId, setRows, setText } from "./dom.js";
 import { count } from "./format.js";
 
-export function drawCommunication({ communication = [], layout }) {
+export function drawCommunication(stats) {
+  const { layout } = stats;
+  const communication = stats.communication ?? [];
   const table = byId("communication");
   table.parentElement.hidden = communication.length === 0;
   setText(byId("communication-note"), note(communication, layout));
@@ -24,8 +26,9 @@ function row({ group, operation, phase, calls, wire_bytes, predicted_calls, pred
 const isDifferent = (line) => line.calls !== line.predicted_calls || line.wire_bytes !== line.predicted_wire_bytes;
 
 function note(communication, layout) {
+  if (!layout) return "Not known yet.";
   if (communication.length === 0) {
-    const isAlone = layout && layout.tensor_parallel_size * layout.pipeline_parallel_size === 1;
+    const isAlone = layout.tensor_parallel_size * layout.pipeline_parallel_size === 1;
     return isAlone ? "One rank: nothing is exchanged." : "Nothing has been exchanged yet.";
   }
   const different = communication.filter(isDifferent).length;

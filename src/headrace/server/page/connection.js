@@ -8,9 +8,9 @@ import { failureSentence } from "./stats.js";
 const STATES = {
   starting: ["warn", "Starting"],
   ready: ["good", "Ready"],
-  recovering: ["warn", "Recovering: a rank died, and all are being started again"],
-  draining: ["warn", "Draining: it finishes what runs and takes nothing new"],
-  failed: ["bad", "Failed: it does not serve until it is started again"],
+  recovering: ["warn", "Recovering: what was lost is being started again"],
+  draining: ["warn", "Draining: what runs is finished, and nothing new is taken"],
+  failed: ["bad", "Failed: nothing is served until it is started again"],
 };
 
 export class Connection {
@@ -27,9 +27,10 @@ export class Connection {
     });
   }
 
-  answered({ state }) {
+  answered({ state, trouble }) {
     this.#hideKey();
-    this.#say(...(STATES[state] ?? ["warn", String(state)]), false);
+    const [tone, sentence] = STATES[state] ?? ["warn", String(state)];
+    this.#say(tone, trouble && state !== "starting" ? `${sentence} (${trouble})` : sentence, false);
   }
 
   failed(error) {

@@ -17,7 +17,7 @@ export function seconds(value) {
   return `${value.toFixed(value < 9.995 ? 2 : 1)} s`;
 }
 
-export const percent = (share) => (known(share) ? `${(share * 100).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %` : NONE);
+export const percent = (share) => (known(share) ? `${(share * 100).toFixed(share > 0 && share < 0.0995 ? 1 : 0)} %` : NONE);
 
 /** How long something has lasted: its two largest units. */
 export function duration(value) {

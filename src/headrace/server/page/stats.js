@@ -36,15 +36,14 @@ export class StatsPoll {
 
   async #ask(paused) {
     const begun = performance.now();
-    try {
-      const stats = await getStats(AbortSignal.any([paused, AbortSignal.timeout(PATIENCE_MS)]));
-      if (paused.aborted) return;
-      this.#listener.onStats(stats);
-    } catch (error) {
-      if (paused.aborted) return;
-      this.#listener.onFailure(error);
-    }
+    const [stats, error] = await getStats(AbortSignal.any([paused, AbortSignal.timeout(PATIENCE_MS)])).then(
+      (stats) => [stats, null],
+      (error) => [null, error],
+    );
+    if (paused.aborted) return;
     this.#timer = setTimeout(() => this.#ask(paused), Math.max(100, PERIOD_MS - (performance.now() - begun)));
+    if (error) this.#listener.onFailure(error);
+    else this.#listener.onStats(stats);
   }
 }
 
@@ -55,36 +54,49 @@ export function failureSentence(error) {
   return "The server does not answer.";
 }
 
-/** Turns counters since the server's start into rates of the last interval, and keeps two minutes of them. */
+/** Turns counters since the engine's start into rates of the last interval, and keeps two minutes of them. */
 export class Rates {
   #last = null;
+  #rates = null;
   /** @type {{at_s: number, generation: number | null}[]} newest last; null where there is a gap */
   history = [];
 
-  /** @returns {{prompt: number, generation: number, time: object} | null} null with no earlier figures of the same server */
+  /** @returns {{prompt: number, generation: number, time: object} | null} null with no earlier figures of the same engine */
   add(stats) {
-    const rates = this.#last && difference(this.#last, stats);
+    if (!stats.time_s) {
+      this.break();
+      return null;
+    }
+    // The server asks its engine once a second at most: it may have said the same before.
+    if (this.#last && clock_s(stats) === clock_s(this.#last)) return this.#rates;
+    this.#rates = this.#last && difference(this.#last, stats);
     this.#last = stats;
-    const now_s = performance.now() / 1000;
-    this.history.push({ at_s: now_s, generation: rates ? rates.generation : null });
-    this.history = this.history.filter(({ at_s }) => at_s >= now_s - HISTORY_S - 2);
-    return rates;
+    this.#keep(this.#rates?.generation ?? null);
+    return this.#rates;
   }
 
-  /** The next figures may be of another process: nothing is to be drawn across. */
+  /** The next figures may be of another engine: nothing is to be drawn across. */
   break() {
-    if (this.#last) this.history.push({ at_s: performance.now() / 1000, generation: null });
-    this.#last = null;
+    if (this.#last) this.#keep(null);
+    this.#last = this.#rates = null;
+  }
+
+  #keep(generation) {
+    const now_s = performance.now() / 1000;
+    this.history.push({ at_s: now_s, generation });
+    this.history = this.history.filter(({ at_s }) => at_s >= now_s - HISTORY_S - 2);
   }
 }
 
+/** What the engine's time was spent on is all of its time: a clock of its own, read when the counters were. */
+const clock_s = ({ time_s }) => time_s.compute + time_s.communication + time_s.waiting;
+
+/** Null if the engine has started again in between. */
 function difference(before, after) {
-  const elapsed_s = after.uptime_s - before.uptime_s;
-  const since = (name, key) => (after[name]?.[key] ?? NaN) - (before[name]?.[key] ?? NaN);
-  const generation = since("tokens", "generation") / elapsed_s;
-  if (!(elapsed_s > 0) || generation < 0) return null; // it has started again in between
-  const parts = ["compute", "communication", "waiting"].map((key) => [key, Math.max(0, since("time_s", key))]);
-  const total = parts.reduce((sum, [, value]) => sum + value, 0);
-  const time = total > 0 ? Object.fromEntries(parts.map(([key, value]) => [key, value / total])) : null;
-  return { prompt: since("tokens", "prompt") / elapsed_s, generation, time };
+  const elapsed_s = clock_s(after) - clock_s(before);
+  const prompt = (after.tokens.prompt - before.tokens.prompt) / elapsed_s;
+  const generation = (after.tokens.generation - before.tokens.generation) / elapsed_s;
+  if (elapsed_s < 0 || prompt < 0 || generation < 0) return null;
+  const shares = Object.keys(after.time_s).map((key) => [key, (after.time_s[key] - before.time_s[key]) / elapsed_s]);
+  return { prompt, generation, time: Object.fromEntries(shares) };
 }
