@@ -121,6 +121,13 @@ def test_a_wrong_field_is_named(client: openai.OpenAI, settings: dict, param: st
         assert param in refused.value.message
 
 
+def test_a_field_of_several_types_is_explained_once(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="demo", prompt=[1, "two"])
+    assert refused.value.param == "prompt"
+    assert refused.value.body["message"] == "prompt: Input should be a valid string, or a valid integer, or a valid list"
+
+
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         client.completions.create(model="gpt-5", prompt="Hello")

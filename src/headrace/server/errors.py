@@ -3,10 +3,14 @@
 An error object is {"error": {"message", "type", "param", "code"}}; `param` names the field that is at fault.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headrace.errors import ContextLengthError, EngineStopped, HeadraceError, RequestError
+
+_FIELD_NAME = re.compile(r"(?!(str|int|float|bool|dict)$)\w+")
+"""pydantic puts the types of a union between the names: `str`, `list[str]`, `constrained-int`."""
 
 
 class ServerError(HeadraceError):
@@ -96,14 +100,31 @@ def explain_validation(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | 
     errors: as pydantic lists them.
     """
     first = errors[0]
-    where = [str(part) for part in first.get("loc", ()) if part not in ("body", "query")]
-    param = ".".join(where) or None
+    param = ".".join(_field(first)) or None
     if first.get("type") == "unsupported":
-        return str(first["msg"]), ".".join([*where, first["ctx"]["name"]])
+        return str(first["msg"]), ".".join([*_field(first), first["ctx"]["name"]])
     if first.get("type") == "extra_forbidden":
         return f"'{param}' is not a field that this server knows; leave it out", param
     if first.get("type") == "json_invalid":
         reason = (first.get("ctx") or {}).get("error", "it cannot be parsed")
         return f"the body is not valid JSON: {reason}", None
-    reason = str(first.get("msg", "it is not valid")).removeprefix("Value error, ")
+    # A field of several types has an error for each of them.
+    reasons = dict.fromkeys(_reason(error) for error in errors if _field(error) == _field(first))
+    shortened = [reason.removeprefix("Input should be ") for reason in reasons]
+    reason = ", or ".join([next(iter(reasons)), *shortened[1:]])
     return (f"{param}: {reason}" if param else reason), param
+
+
+def _field(error: Mapping[str, Any]) -> list[str]:
+    """Where an error lies, by the names of fields and the places in lists, without those of types."""
+    field: list[str] = []
+    for part in error.get("loc", ()):
+        if isinstance(part, str) and not _FIELD_NAME.fullmatch(part):
+            break
+        if part not in ("body", "query"):
+            field.append(str(part))
+    return field
+
+
+def _reason(error: Mapping[str, Any]) -> str:
+    return str(error.get("msg", "it is not valid")).removeprefix("Value error, ")
