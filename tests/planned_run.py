@@ -66,10 +66,11 @@ def run_of(plans: list[StepPlan], vocab_size: int, tensor_parallel_size: int) ->
                     run[WholeRows(phase, min(PROMPT_ROWS, num_scored - start))] += 1
         sampled = [live[chunk.seq_id] for chunk in plan.chunks if chunk.samples]
         if sampled:
+            masked = dict(plan.masks)
             records = [
                 row_record(
                     row.new.params,
-                    changes_logits=row.changes_logits,
+                    changes_logits=row.changes_logits or row.new.seq_id in masked,
                     vocab_size=vocab_size,
                     largest_shard=largest_shard,
                 )

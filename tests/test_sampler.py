@@ -357,8 +357,9 @@ def test_bad_rows_fail_alone() -> None:
         1: "no token for sequence 1: the logits hold +inf",
         2: "no token for sequence 2: every token is forbidden: all logits are -inf",
         3: "no token for sequence 3: every token is forbidden: all logits are -inf"
-        " after logit_bias, min_tokens and penalties",
-        5: "no token for sequence 5: the logits hold +inf after logit_bias, min_tokens and penalties",
+        " after logit_bias, min_tokens, penalties and structured_outputs",
+        5: "no token for sequence 5: the logits hold +inf"
+        " after logit_bias, min_tokens, penalties and structured_outputs",
     }
 
 

@@ -33,7 +33,7 @@ LOGPROB_CANDIDATES = 64
 class RowRecord:
     """What each rank brings for one row beside its largest logit, in this order.
 
-    num_candidates: of the largest logits after bias, forbidden tokens and penalties, ids first.
+    num_candidates: of the largest logits after mask, bias, forbidden tokens and penalties, ids first.
     has_weight_sum: sum(exp((logit - largest) / temperature)) of those logits over the shard.
     num_raw_candidates: of the largest raw logits, ids first, and then sum(exp(logit - largest)) of raw logits.
     is_drawn_by_owner: all tokens may be drawn; the rank whose share of the sum holds the draw finds the token.
@@ -68,7 +68,7 @@ class RowRecord:
 def row_record(params: SamplingParams, *, changes_logits: bool, vocab_size: int, largest_shard: int) -> RowRecord:
     """The record of a row with these parameters.
 
-    changes_logits: bias, penalties, or tokens forbidden for now; greedy rows without any need no candidates.
+    changes_logits: a mask, bias, penalties, or tokens forbidden for now; greedy rows without any need no candidates.
     """
     num_raw = max(params.logprobs, LOGPROB_CANDIDATES) if params.logprobs is not None else 0
 

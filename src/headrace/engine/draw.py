@@ -62,9 +62,20 @@ def largest_tokens(logits: Row, k: int) -> Ids:
         num_groups = len(logits) // group_size
         maxima = logits[: num_groups * group_size].reshape(group_size, num_groups).max(axis=0)
     bound = np.partition(maxima, len(maxima) - k)[len(maxima) - k]
+    if bound == -np.inf:
+        return _few_largest_tokens(logits, k)
     candidates = np.flatnonzero(logits >= bound)
     order = np.argsort(-logits[candidates], kind="stable")
     return candidates[order[:k]]
+
+
+def _few_largest_tokens(logits: Row, k: int) -> Ids:
+    """`largest_tokens` where fewer than k are allowed: sorts those, and not all that are not."""
+    is_allowed = logits > -np.inf
+    allowed = np.flatnonzero(is_allowed)
+    allowed = allowed[np.argsort(-logits[allowed], kind="stable")]
+    others = np.flatnonzero(~is_allowed)
+    return np.concatenate([allowed, others])[:k]
 
 
 def draw_from_top_k(token_ids: Ids, logits: Row, params: SamplingParams, uniform: float) -> int:

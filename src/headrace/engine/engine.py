@@ -13,6 +13,8 @@ from typing import SupportsIndex
 
 from headrace.cache.block_manager import BlockManager
 from headrace.config import PoolingParams, SamplingParams
+from headrace.engine.grammar import Grammar, GrammarCompiler
+from headrace.engine.guides import Guides
 from headrace.engine.load import LoadedModel
 from headrace.engine.metrics import EngineMetrics, EngineStatistics
 from headrace.engine.outputs import CompletionChunk, RequestUpdate
@@ -48,6 +50,9 @@ class Engine:
         self._pending: dict[str, RequestUpdate] = {}
         """News that no step has reported yet, by request."""
         self._started_s, self._busy_s = time.monotonic(), 0.0
+        self.grammar_compiler = GrammarCompiler(model.tokenizer, model.config.vocab_size, model.eos_token_ids)
+        """May be called from other threads, before `add_request` is."""
+        self._guides = Guides(self.grammar_compiler)
         self._sequence_ids = count()
         self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = self._num_finished = 0
         self._num_prompt_tokens = self._num_generation_tokens = 0
@@ -76,16 +81,23 @@ class Engine:
         prompt_token_ids: Iterable[SupportsIndex],
         params: SamplingParams,
         prompt: str | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         """Queue a request, or refuse it and leave everything as it was.
 
+        grammar: what params.structured_outputs asks for, if it has been compiled before.
+
         Raises:
-            RequestError: an id in use, an empty prompt, token ids outside the vocabulary.
+            RequestError: an id in use, an empty prompt, token ids outside the vocabulary, a form that cannot be had.
             ContextLengthError: prompt and output could never fit the model or the cache.
         """
         token_ids = _as_token_ids(prompt_token_ids)
         self._check_ids(token_ids, params)
-        self._queue(request_id, self._make_sequences(request_id, token_ids, params), params, prompt)
+        grammar = self._guides.compile(params, grammar)
+        sequences = self._make_sequences(request_id, token_ids, params)
+        self._queue(request_id, sequences, params, prompt)
+        if grammar is not None:
+            self._guides.add(sequences, grammar)
 
     def add_pooling_request(
         self,
@@ -271,6 +283,8 @@ class Engine:
 
     def _make_sequences(self, request_id: str, token_ids: tuple[int, ...], params: SamplingParams) -> list[Sequence]:
         seed = secrets.randbits(64) if params.seed is None else params.seed
+        # What is compiled stays here; ranks get a mask at every step.
+        params = replace(params, structured_outputs=None) if params.structured_outputs is not None else params
         # One output scores the prompt for all: the others can share its blocks.
         sibling_params = replace(params, prompt_logprobs=None) if params.prompt_logprobs is not None else params
         sequences: list[Sequence] = []
@@ -293,6 +307,7 @@ class Engine:
             if plan is None:
                 return
             self._mark_scheduled(plan)
+            plan = self._guides.masked(plan)
             self.model.executor.submit(plan)
             self._in_flight.append(plan)
             if not plan.chunks:
@@ -324,6 +339,7 @@ class Engine:
 
     def _fail(self, seq_id: int, error: str) -> RequestState:
         state = self._by_sequence.pop(seq_id)
+        self._guides.drop(seq_id)
         state.fail(seq_id, error)
         self._scheduler.finish(state.sequence(seq_id), FinishReason.ERROR)
         return state
@@ -372,10 +388,14 @@ class Engine:
                 continue
             touched[state.request_id] = state
             self._num_generation_tokens += 1
-            reason = state.append(token, now)
+            progress = self._guides.take(token)
+            reason = state.append(token, now, is_complete=progress.is_complete)
             if reason is not None:
                 del self._by_sequence[token.seq_id]
+                self._guides.drop(token.seq_id)
                 self._scheduler.finish(state.sequence(token.seq_id), reason)
+            elif progress.error is not None:
+                self._fail(token.seq_id, progress.error)
         for embedding in result.embeddings:
             state = self._by_sequence.pop(embedding.seq_id, None)
             if state is None:
@@ -396,6 +416,7 @@ class Engine:
         del self._requests[state.request_id]
         for sequence in state.sequences:
             self._by_sequence.pop(sequence.seq_id, None)
+            self._guides.drop(sequence.seq_id)
         finished = state.finish(now_s=time.monotonic())
         self._num_finished += 1
         self._finish_reasons.update(output.finish_reason or "" for output in finished.outputs)

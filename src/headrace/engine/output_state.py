@@ -37,8 +37,11 @@ class OutputState:
         )
         self._matcher = StopStringMatcher(params.stop, params.include_stop_str_in_output) if params.stop else None
 
-    def append(self, token: SampledToken, now_s: float) -> CompletionChunk:
-        """Take a sampled token; the chunk has a finish_reason if it was the last."""
+    def append(self, token: SampledToken, now_s: float, *, is_complete: bool = False) -> CompletionChunk:
+        """Take a sampled token; the chunk has a finish_reason if it was the last.
+
+        is_complete: nothing may follow it.
+        """
         output, before = self.output, len(self.output.text)
         output.token_ids.append(token.token_id)
         logprobs = None
@@ -46,7 +49,11 @@ class OutputState:
             logprobs = (decode_logprobs(token.logprobs, self._tokenizer),)
             output.logprobs.extend(logprobs)
         reason = self._check_token(token.token_id)
-        if self._take_text(token.token_id, reason):
+        is_silent = reason is FinishReason.STOP and not self._params.include_stop_str_in_output
+        if is_complete:
+            # Before "length" too, which would say that something is missing.
+            reason = FinishReason.STOP
+        if self._take_text(token.token_id, is_silent=is_silent, is_last=reason is not None):
             reason = FinishReason.STOP
         output.finish_reason = reason.value if reason else None
         chunk = self._chunk(before, (token.token_id,), logprobs)
@@ -78,13 +85,12 @@ class OutputState:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_output_tokens >= self._max_tokens else None
 
-    def _take_text(self, token_id: int, reason: FinishReason | None) -> bool:
+    def _take_text(self, token_id: int, *, is_silent: bool, is_last: bool) -> bool:
         """Release the text that is final; true if a stop string ended it. A stop token itself has no text."""
         if self._detokenizer is None:
             return False
-        is_silent = reason is FinishReason.STOP and not self._params.include_stop_str_in_output
         is_stopped = not is_silent and self._release(self._detokenizer.append(token_id))
-        return is_stopped or (reason is not None and self._flush())
+        return is_stopped or (is_last and self._flush())
 
     def _release(self, text: str) -> bool:
         """Put text that is final into the output, less what may be part of a stop string; true if one ended it."""

@@ -1,4 +1,5 @@
-"""What a request changes in its logits before a token is drawn: bias, tokens forbidden for now, penalties.
+"""What a request changes in its logits before a token is drawn: tokens that its form does not allow, bias, tokens
+forbidden for now, penalties.
 
 Logits may be those of a shard of the vocabulary, whose first token is first_id; tokens of other shards are left alone.
 """
@@ -53,6 +54,12 @@ def add_bias_(logits: Row, bias: Mapping[int, float], first_id: int = 0) -> None
     token_ids = np.fromiter(bias.keys(), np.int64, len(bias)) - first_id
     is_inside = _is_inside(token_ids, logits)
     logits[token_ids[is_inside]] += np.fromiter(bias.values(), np.float32, len(bias))[is_inside]
+
+
+def allow_only_(logits: Row, mask: bytes, first_id: int = 0) -> None:
+    """mask: see `StepPlan.masks`."""
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+    logits[bits[first_id : first_id + len(logits)] == 0] = -np.inf
 
 
 def forbid_(logits: Row, token_ids: Iterable[int], first_id: int = 0) -> None:

@@ -50,6 +50,8 @@ class StepPlan(NamedTuple):
         that ranks which hold no logits know them too.
     num_decode_tokens: tokens of outputs, run one at a time; the others are prefill: every prompt token computed, and
         whatever a preemption makes compute again.
+    masks: (sequence id, allowed tokens) of sequences that this step samples and whose outputs must have a certain form;
+        bit i of little-endian 32-bit word j is that of token 32 j + i.
     """
 
     step: int
@@ -58,6 +60,7 @@ class StepPlan(NamedTuple):
     finished: tuple[int, ...]
     chunks: tuple[ScheduledChunk, ...]
     num_decode_tokens: int
+    masks: tuple[tuple[int, bytes], ...] = ()
 
     @property
     def num_tokens(self) -> int:

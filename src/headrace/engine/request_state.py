@@ -58,9 +58,9 @@ class RequestState:
             self._metrics.scheduled_s = now_s
         return is_first
 
-    def append(self, token: SampledToken, now_s: float) -> FinishReason | None:
-        """Take a token of one output; the reason if that output has ended."""
-        chunk = self._outputs[token.seq_id].append(token, now_s)
+    def append(self, token: SampledToken, now_s: float, *, is_complete: bool = False) -> FinishReason | None:
+        """Take a token of one output; the reason if that output has ended. is_complete: nothing may follow it."""
+        chunk = self._outputs[token.seq_id].append(token, now_s, is_complete=is_complete)
         if self._metrics.first_token_s is None:
             self._metrics.first_token_s = now_s
             chunk.ttft_s = self._metrics.ttft_s

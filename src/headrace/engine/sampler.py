@@ -1,8 +1,8 @@
 """Picks the next token of each sequence from its row of logits.
 
-Per row, in this order (transformers' and vLLM's, but for min_p, which vLLM applies before top_k and top_p):
-logit_bias, tokens forbidden until min_tokens, penalties, then the largest logit if greedy, else temperature, top_k,
-top_p, min_p and a draw. Log probabilities are of the raw logits.
+Per row, in this order (transformers' and vLLM's, but for min_p, which vLLM applies before top_k and top_p): tokens that
+the output's form does not allow, logit_bias, tokens forbidden until min_tokens, penalties, then the largest logit if
+greedy, else temperature, top_k, top_p, min_p and a draw. Log probabilities are of the raw logits.
 
 A row's token depends on that row alone, bit for bit: rows are handled one at a time, and the random number of output
 position i is a pure function of (seed, i). Rows are read on the host by numpy, whose argmax of a large float32 row is
@@ -20,7 +20,7 @@ from headrace.config import SamplingParams
 from headrace.engine.draw import Row, draw_token
 from headrace.engine.logits import HostLogits, Largest
 from headrace.engine.logprobs import explain_not_finite, token_logprobs
-from headrace.engine.penalties import TokenCounts, add_bias_, forbid_, penalize_
+from headrace.engine.penalties import TokenCounts, add_bias_, allow_only_, forbid_, penalize_
 from headrace.engine.plan import SampledToken
 from headrace.engine.random_stream import uniform_at
 from headrace.errors import KernelError
@@ -32,6 +32,7 @@ class SamplingRow:
 
     prompt_token_ids, output_token_ids: may be live lists; read, never written. Between steps they may only grow.
     seed: names the stream of draws; outputs of one request have different seeds.
+    mask: the tokens allowed in this step, see `StepPlan.masks`; None allows all.
     """
 
     seq_id: int
@@ -40,13 +41,15 @@ class SamplingRow:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     eos_token_ids: Collection[int] = ()
+    mask: bytes | None = None
     has_penalties: bool = field(init=False, repr=False)
     _is_plain: bool = field(init=False, repr=False)
     """Greedy, and nothing that changes logits but perhaps min_tokens. Known once, asked at every token."""
 
     def __post_init__(self) -> None:
         params = self.params
-        is_plain = params.is_greedy and params.logprobs is None and not params.logit_bias and not params.has_penalties
+        changes_always = bool(params.logit_bias) or params.has_penalties or self.mask is not None
+        is_plain = params.is_greedy and params.logprobs is None and not changes_always
         object.__setattr__(self, "has_penalties", params.has_penalties)
         object.__setattr__(self, "_is_plain", is_plain)
 
@@ -56,7 +59,7 @@ class SamplingRow:
 
     @property
     def changes_logits(self) -> bool:
-        return bool(self.params.logit_bias) or self.has_penalties or self.must_continue
+        return self.mask is not None or bool(self.params.logit_bias) or self.has_penalties or self.must_continue
 
     @property
     def takes_largest(self) -> bool:
@@ -142,8 +145,10 @@ class Sampler:
         return SampledToken(seq_id=row.seq_id, token_id=token_id, logprobs=logprobs)
 
     def changed(self, logits: Row, row: SamplingRow, first_id: int = 0) -> Row:
-        """A copy with bias, forbidden tokens and penalties; logits may be those of a shard that begins at first_id."""
+        """A copy with mask, bias, forbidden tokens and penalties; logits may be those of a shard, from first_id on."""
         logits = logits.copy()
+        if row.mask is not None:
+            allow_only_(logits, row.mask, first_id)
         if row.params.logit_bias:
             add_bias_(logits, row.params.logit_bias, first_id)
         if row.must_continue:
@@ -169,9 +174,11 @@ def check_finite(largest: float) -> None:
 
 
 def check_changed_finite(largest: float) -> None:
-    """`check_finite` of what bias, forbidden tokens and penalties made of a row."""
+    """`check_finite` of what mask, bias, forbidden tokens and penalties made of a row."""
     if not isfinite(largest):
-        raise KernelError(explain_not_finite(largest) + " after logit_bias, min_tokens and penalties")
+        raise KernelError(
+            explain_not_finite(largest) + " after logit_bias, min_tokens, penalties and structured_outputs"
+        )
 
 
 def explain_failure(row: SamplingRow, error: KernelError) -> str:

@@ -37,11 +37,12 @@ def encode_plan(plan: StepPlan) -> bytes:
         (n.seq_id, n.prompt_token_ids, n.params.to_mapping(), n.seed, n.pooling and n.pooling.to_mapping())
         for n in plan.new
     ]
-    return json.dumps(plan._replace(new=new)).encode()  # type: ignore[arg-type]
+    masks = [(seq_id, b64encode(mask).decode()) for seq_id, mask in plan.masks]
+    return json.dumps(plan._replace(new=new, masks=masks)).encode()  # type: ignore[arg-type]
 
 
 def decode_plan(message: bytes) -> StepPlan:
-    step, sampled, new, finished, chunks, num_decode_tokens = json.loads(message)
+    step, sampled, new, finished, chunks, num_decode_tokens, masks = json.loads(message)
     return StepPlan(
         step=step,
         sampled=tuple([(seq_id, token_id) for seq_id, token_id in sampled]),
@@ -49,6 +50,7 @@ def decode_plan(message: bytes) -> StepPlan:
         finished=tuple(finished),
         chunks=tuple([_chunk(*fields) for fields in chunks]),
         num_decode_tokens=num_decode_tokens,
+        masks=tuple([(seq_id, b64decode(mask)) for seq_id, mask in masks]),
     )
 
 

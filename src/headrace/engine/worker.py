@@ -5,7 +5,7 @@ A worker decides nothing. Whoever feeds it the same plans gets the same tokens, 
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -216,6 +216,7 @@ class Worker:
         """What the step's hidden states bring: tokens, scored prompts, embeddings."""
         last_rows, sampling, prompts, pooling, failed = [], [], [], [], {}
         row = 0
+        masks = dict(plan.masks)
         for chunk in plan.chunks:
             sequence = self._sequences[chunk.seq_id]
             rows = slice(row, row + chunk.num_tokens)
@@ -230,7 +231,8 @@ class Worker:
             row += chunk.num_tokens
             if chunk.samples:
                 last_rows.append(row - 1)
-                sampling.append(sequence.sampling)
+                mask = masks.get(chunk.seq_id)
+                sampling.append(sequence.sampling if mask is None else replace(sequence.sampling, mask=mask))
         # Before logits are computed, which a recorded step may put where hidden states are.
         pooled = self._pooler.pool(pooling)
         failed |= pooled.failed

@@ -69,6 +69,11 @@ class FastBackend:
         token: str | None = self._tokenizer.id_to_token(token_id)
         return token
 
+    def vocabulary(self) -> str:
+        """tokenizer.json, with the tokens that only tokenizer_config.json names."""
+        text: str = self._tokenizer.to_str()
+        return text
+
     def _decode_invalid_bytes(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         skipped = self.special_ids if skip_special_tokens else frozenset()
         tokens = [token for i in ids if i not in skipped and (token := self.id_to_token(i)) is not None]

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from headrace.errors import CheckpointError
-from headrace.tokenizer.byte_tokens import replace_invalid_bytes
+from headrace.tokenizer.byte_tokens import byte_of, replace_invalid_bytes
 from headrace.tokenizer.tokenizer_files import TokenizerConfig
 
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""How pieces spell a space."""
 _CHATGLM_CLASS = "ChatGLMTokenizer"
 # In the order of their ids, which follow the SentencePiece vocabulary; ChatGLM2 has only the first five.
 _CHATGLM_TOKENS = (
@@ -102,6 +104,17 @@ class SentencePieceBackend:
             return None
         token: str = self._model.id_to_piece(token_id)
         return token
+
+    def vocabulary(self) -> list[bytes]:
+        """The bytes of each token in the middle of a text; none for ids that stand for no token."""
+        return [self._bytes_of(token_id) for token_id in range(self.vocab_size)]
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        token = self.id_to_token(token_id)
+        if token is None:
+            return b""
+        byte = None if token_id in self._texts else byte_of(token)
+        return token.replace(_SPACE, " ").encode() if byte is None else bytes([byte])
 
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -31,6 +31,8 @@ class TokenizerBackend(Protocol):
 
     def id_to_token(self, token_id: int) -> str | None: ...
 
+    def vocabulary(self) -> str | list[bytes]: ...
+
 
 class Tokenizer:
     """Text to token ids and back.
@@ -105,6 +107,10 @@ class Tokenizer:
     def has_token(self, token_id: int) -> bool:
         """Whether the id stands for a token: true of every id that `id_to_token` can spell."""
         return 0 <= token_id < self.vocab_size and token_id not in self._unused_ids
+
+    def vocabulary(self) -> str | list[bytes]:
+        """For those who need the bytes of each token: tokenizer.json as text, else the bytes by id."""
+        return self._backend.vocabulary()
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self.special_ids

@@ -1,0 +1,194 @@
+"""Which tokens may come next in an output that must have a certain form. llguidance compiles and follows grammars.
+
+A grammar is compiled when a request is admitted, under limits that bound its time and memory. Whatever it is asked
+afterwards is bounded by the same limits; one that runs into them fails its own request.
+"""
+
+import threading
+from collections.abc import Iterable
+from copy import copy
+from functools import cached_property
+
+import llguidance
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.config import StructuredOutputs
+from headrace.engine.grammar_source import grammar_source
+from headrace.engine.grammar_vocabulary import make_ll_tokenizer
+from headrace.errors import RequestError
+from headrace.tokenizer import Tokenizer
+
+Words = NDArray[np.uint32]
+
+_LIMITS = llguidance.LLParserLimits(
+    step_max_items=10_000,  # an ambiguous grammar gives up after 0.1 s, not after minutes
+    initial_lexer_fuel=250_000,  # what no regular expression of 128 KiB needs; bounds its expansion to 50 MB
+    max_lexer_states=20_000,  # of 1 to 2 KB each
+    step_lexer_fuel=100_000,
+    verbose_errors=False,
+)
+
+
+class GrammarCompiler:
+    """From the form asked for to a grammar over one model's tokens. Any thread may call it.
+
+    tokenizer: of the model; without one there are no structured outputs.
+    vocab_size: of the logits. What the tokenizer does not have is never allowed.
+    eos_token_ids: all of them are allowed where an output may end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._lock = threading.Lock()
+
+    def compile(self, form: StructuredOutputs) -> "Grammar":
+        """
+        Raises:
+            RequestError: the model has no tokenizer that llguidance reads; the form is not one, asks for what cannot be
+                enforced, allows nothing, or takes more time or memory than a request may.
+        """
+        source = grammar_source(form)
+        with self._lock:
+            vocabulary = self._vocabulary
+        matcher = llguidance.LLMatcher(vocabulary.ll_tokenizer, source, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise _refused(matcher.get_error())
+        warnings = matcher.get_grammar_warnings()
+        if warnings:
+            raise _refused(warnings[0])
+        start = GrammarMatcher(matcher, vocabulary)
+        if start.is_complete:
+            raise _refused("it allows no output but an empty one")
+        start.fork().probe()
+        return Grammar(start)
+
+    @cached_property
+    def _vocabulary(self) -> "Vocabulary":
+        """Takes 0.2 s with 32,000 tokens, so that it waits for the first request that needs it."""
+        if self._tokenizer is None:
+            raise RequestError("structured outputs need a tokenizer, and this model folder has none")
+        return Vocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids)
+
+
+class Vocabulary:
+    """The tokens of a model as a grammar sees them.
+
+    llguidance knows one end of sequence, which stands for all that the model has, also where it has none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self.eos_token_ids = eos_token_ids
+        known_ids = sorted(i for i in eos_token_ids if i < tokenizer.vocab_size) or sorted(tokenizer.special_ids)
+        if not known_ids:
+            raise RequestError("structured outputs need a tokenizer with special tokens, and this model's has none")
+        self.ll_tokenizer = make_ll_tokenizer(tokenizer, vocab_size, known_ids[0])
+        self.end_id = known_ids[0]
+        self.num_words = (vocab_size + 31) // 32
+        real_ids = [i for i in range(min(vocab_size, tokenizer.vocab_size)) if tokenizer.has_token(i)]
+        self.real = words_of([i for i in real_ids if i != self.end_id], self.num_words)
+        self.eos = words_of([i for i in eos_token_ids if i < vocab_size], self.num_words)
+
+
+class Grammar:
+    """A compiled form. Immutable; each output follows it with a matcher of its own."""
+
+    def __init__(self, start: "GrammarMatcher") -> None:
+        self._start = start
+
+    def matcher(self, *, ignore_eos: bool = False) -> "GrammarMatcher":
+        """
+        ignore_eos: no end of sequence is allowed, so that the output goes on as long as the form does.
+        """
+        return self._start.fork(ignore_eos=ignore_eos)
+
+
+class GrammarMatcher:
+    """Follows one output.
+
+    mask: the tokens that may come next, bit i of word j for token 32 j + i; ceil(vocab_size / 32) little-endian words.
+    is_complete: nothing may, as the form is complete.
+
+    Raises:
+        RequestError: neither may anything come next nor may the output end; or a limit was reached.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocabulary: Vocabulary) -> None:
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+        self._ignore_eos = False
+        self.mask, self.is_complete = b"", False
+        self._look_ahead()
+
+    def fork(self, *, ignore_eos: bool = False) -> "GrammarMatcher":
+        """Another output that goes on from here."""
+        other = copy(self)
+        other._matcher = self._matcher.deep_copy()
+        other._ignore_eos = ignore_eos
+        if ignore_eos:
+            other.mask = (np.frombuffer(self.mask, np.uint32) & ~self._vocabulary.eos).tobytes()
+        return other
+
+    def accept(self, token_id: int) -> None:
+        """Take the token that was chosen. An end of sequence ends the output, and nothing is asked after it.
+
+        Raises:
+            RequestError: the token is not allowed, or see the class.
+        """
+        if token_id in self._vocabulary.eos_token_ids:
+            return
+        if not self._matcher.consume_token(token_id):
+            raise _stopped(self._matcher)
+        self._look_ahead()
+
+    def probe(self) -> None:
+        """Go one token on: what reaches a limit most often does so with the first one.
+
+        Raises:
+            RequestError: see the class.
+        """
+        allowed = np.frombuffer(self.mask, np.uint32) & ~self._vocabulary.eos
+        if allowed.any():
+            word = int(allowed.nonzero()[0][0])
+            self.accept(32 * word + (int(allowed[word]) & -int(allowed[word])).bit_length() - 1)
+
+    def _look_ahead(self) -> None:
+        vocabulary = self._vocabulary
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        if self._matcher.is_error():
+            raise _stopped(self._matcher)
+        # Says that the output may end, and nothing else.
+        may_end = bool(words[vocabulary.end_id // 32] >> vocabulary.end_id % 32 & 1)
+        words = words[: vocabulary.num_words] & vocabulary.real
+        can_go_on = bool(words.any())
+        self.is_complete = may_end and not can_go_on
+        if not may_end and not can_go_on:
+            raise RequestError("the structured output cannot go on: no token of this model continues it")
+        if may_end and not self._ignore_eos:
+            words |= vocabulary.eos
+        self.mask = words.tobytes()
+
+
+def words_of(token_ids: Iterable[int], num_words: int) -> Words:
+    bits = np.zeros(32 * num_words, np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+def _refused(reason: str) -> RequestError:
+    return RequestError(f"structured_outputs cannot be compiled: {_in_one_line(reason)}; change what is asked for")
+
+
+def _stopped(matcher: llguidance.LLMatcher) -> RequestError:
+    return RequestError(
+        f"the structured output cannot go on: {_in_one_line(matcher.get_error())}; make its form simpler"
+    )
+
+
+def _in_one_line(reason: str) -> str:
+    """Of what llguidance says over many lines, with pictures, the line that names the error."""
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return ((named or lines or ["no reason was given"])[0])[:200]

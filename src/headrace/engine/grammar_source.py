@@ -1,0 +1,87 @@
+"""The form asked for, as llguidance reads it."""
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import llguidance
+from llguidance.gbnf_to_lark import any_to_lark
+
+from headrace.config import StructuredOutputs
+from headrace.config.refusals import clipped
+from headrace.engine.json_schema import check_json_schema
+from headrace.errors import RequestError
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+MAX_GRAMMAR_PARTS = 1000
+"""Rules and brackets: the compiler goes down all of them at once, and its stack ends with the process at about 4000."""
+
+_JSON_OPTIONS: "JsonCompileOptions" = {
+    # One space after a comma or a colon, or none: on one line, as most JSON is sent. Where more is allowed a model that
+    # sees no way out of a schema goes on with white space for ever.
+    "whitespace_flexible": False,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "lenient": False,
+    "coerce_one_of": False,
+}
+
+
+def grammar_source(form: StructuredOutputs) -> str:
+    """
+    Raises:
+        RequestError: a schema or a grammar that llguidance should not be given.
+    """
+    if form.json_object:
+        return _of_schema('{"type":"object"}')
+    if form.json is not None:
+        check_json_schema(form.json)
+        return _of_schema(form.json)
+    if form.regex is not None:
+        return llguidance.LLMatcher.grammar_from_regex(form.regex)
+    if form.choice is not None:
+        # As one terminal: alternatives of a rule are followed one by one.
+        return _of_lark(
+            "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in form.choice)
+        )
+    assert form.grammar is not None
+    return _of_lark(_checked_lark(form.grammar))
+
+
+def _of_schema(text: str) -> str:
+    return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
+
+
+def _of_lark(text: str) -> str:
+    # Spelled out, as a text that looks like JSON would be taken for llguidance's own format.
+    return json.dumps({"grammars": [{"lark_grammar": text}]})
+
+
+def _checked_lark(text: str) -> str:
+    _check_parts(text)
+    if re.search(r"^\s*root\s*::=", text, re.MULTILINE):
+        text = _from_gbnf(text)
+        _check_parts(text)
+    if "%json" in text:
+        raise RequestError("the grammar contains %json; give a JSON schema as json instead, or write out its rules")
+    return text
+
+
+def _check_parts(text: str) -> None:
+    num_parts = sum(map(text.count, ":(["))
+    if num_parts > MAX_GRAMMAR_PARTS:
+        raise RequestError(
+            f"the grammar has {num_parts} rules and brackets; allowed: up to {MAX_GRAMMAR_PARTS}; give a smaller one"
+        )
+
+
+def _from_gbnf(text: str) -> str:
+    try:
+        return any_to_lark(text)
+    except Exception as error:
+        raise RequestError(
+            f"the grammar has a rule 'root ::=', but is not GBNF that can be converted ({clipped(error)}); "
+            "write it in llguidance's dialect of Lark, with a rule 'start:'"
+        ) from None

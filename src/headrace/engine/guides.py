@@ -1,0 +1,67 @@
+"""The forms that outputs must have: what each unfinished output may say next."""
+
+from collections.abc import Sequence as Sequences
+from typing import NamedTuple
+
+from headrace.config import SamplingParams
+from headrace.engine.grammar import Grammar, GrammarCompiler, GrammarMatcher
+from headrace.engine.plan import SampledToken, StepPlan
+from headrace.engine.sequence import Sequence
+from headrace.errors import RequestError
+
+
+class Progress(NamedTuple):
+    """is_complete: nothing may follow. error: why nothing can, though the form is not complete."""
+
+    is_complete: bool = False
+    error: str | None = None
+
+
+_FREE = Progress()
+
+
+class Guides:
+    """Owns the matchers of unfinished sequences. What a sequence may say next is looked up as soon as its last token is
+    known, so that a plan only takes it along.
+    """
+
+    def __init__(self, compiler: GrammarCompiler) -> None:
+        self._compiler = compiler
+        self._matchers: dict[int, GrammarMatcher] = {}
+
+    def compile(self, params: SamplingParams, grammar: Grammar | None) -> Grammar | None:
+        """What the parameters ask for, which may have been compiled before.
+
+        Raises:
+            RequestError: see `GrammarCompiler.compile`.
+        """
+        if params.structured_outputs is None:
+            return None
+        return self._compiler.compile(params.structured_outputs) if grammar is None else grammar
+
+    def add(self, sequences: Sequences[Sequence], grammar: Grammar) -> None:
+        self._matchers |= {s.seq_id: grammar.matcher(ignore_eos=s.params.ignore_eos) for s in sequences}
+
+    def drop(self, seq_id: int) -> None:
+        self._matchers.pop(seq_id, None)
+
+    def clear(self) -> None:
+        self._matchers.clear()
+
+    def masked(self, plan: StepPlan) -> StepPlan:
+        """The plan with a mask for each sequence that it samples and that must have a form."""
+        if not self._matchers:
+            return plan
+        sampled = [chunk.seq_id for chunk in plan.chunks if chunk.samples and chunk.seq_id in self._matchers]
+        return plan._replace(masks=tuple([(seq_id, self._matchers[seq_id].mask) for seq_id in sampled]))
+
+    def take(self, token: SampledToken) -> Progress:
+        """Follow a sequence by one token."""
+        matcher = self._matchers.get(token.seq_id)
+        if matcher is None:
+            return _FREE
+        try:
+            matcher.accept(token.token_id)
+        except RequestError as error:
+            return Progress(error=str(error))
+        return Progress(matcher.is_complete)
