@@ -33,7 +33,10 @@ BAD = [
     *({"json": value} for value in [{"a": "x" * MAX_GRAMMAR_BYTES}, "[" * 100_000, '{"a": 1' + "0" * 5000 + "}"]),
     *({"regex": value} for value in ["", 5, b"a", "\ud800", "a" * (MAX_REGEX_BYTES + 1), ["a"]]),
     *({"choice": value} for value in ["yes", [], [""], [1], ["a", None], {"a": 1}, b"ab", ["\udfff"], 5]),
-    *({"choice": value} for value in [["a"] * (MAX_CHOICES + 1), ["é" * MAX_GRAMMAR_BYTES], ["a" * 70_000] * 2]),
+    *(
+        {"choice": value}
+        for value in [["a"] * (MAX_CHOICES + 1), ["é" * MAX_REGEX_BYTES], ["a" * MAX_REGEX_BYTES] * 17]
+    ),
     *({"grammar": value} for value in ["", 5, "\ud800", "a" * (MAX_GRAMMAR_BYTES + 1)]),
     *({"json_object": value} for value in [False, None, 1, "true"]),
     {},

@@ -12,6 +12,8 @@ MAX_GRAMMAR_BYTES = 128 * 1024
 """Of a schema, of all choices together, or of a grammar, as UTF-8."""
 
 MAX_REGEX_BYTES = 8 * 1024
+"""Of a regular expression, or of one choice."""
+
 MAX_CHOICES = 10_000
 
 
@@ -131,7 +133,7 @@ def _checked_choice(given: object) -> tuple[str, ...]:
         raise refusal("choice of structured_outputs", given, "a list of at least one string")
     if len(given) > MAX_CHOICES:
         raise RequestError(f"choice of structured_outputs has {len(given)} strings; allowed: up to {MAX_CHOICES}")
-    choices = tuple(_checked_text("a string of choice", text, MAX_GRAMMAR_BYTES) for text in given)
+    choices = tuple(_checked_text("a string of choice", text, MAX_REGEX_BYTES) for text in given)
     num_bytes = sum(len(text.encode()) for text in choices)
     if num_bytes > MAX_GRAMMAR_BYTES:
         raise _too_large("choice", num_bytes, MAX_GRAMMAR_BYTES)

@@ -5,6 +5,7 @@ afterwards is bounded by the same limits; one that runs into them fails its own 
 """
 
 import threading
+import time
 from collections.abc import Iterable
 from copy import copy
 from functools import cached_property
@@ -22,12 +23,23 @@ from headrace.tokenizer import Tokenizer
 Words = NDArray[np.uint32]
 
 _LIMITS = llguidance.LLParserLimits(
+    max_items_in_row=5000,  # enough for an object of 1000 properties
     step_max_items=10_000,  # an ambiguous grammar gives up after 0.1 s, not after minutes
     initial_lexer_fuel=250_000,  # what no regular expression of 128 KiB needs; bounds its expansion to 50 MB
     max_lexer_states=20_000,  # of 1 to 2 KB each
     step_lexer_fuel=100_000,
     verbose_errors=False,
 )
+
+_MAX_S, _MAX_S_PER_TOKEN = 1.0, 0.01
+"""Of a core's time that one output may take in all: 100 times what following a schema costs. What is within the limits
+at each token but near them at all of them ends here, instead of delaying everybody else."""
+
+_NOTHING = "no token of this model satisfies it"
+_IN_OTHER_WORDS = {
+    "NoExtension": _NOTHING,
+    "coerce_one_of": "options of oneOf that may be true together cannot be told apart; say anyOf where that will do",
+}
 
 
 class GrammarCompiler:
@@ -59,10 +71,13 @@ class GrammarCompiler:
         warnings = matcher.get_grammar_warnings()
         if warnings:
             raise _refused(warnings[0])
-        start = GrammarMatcher(matcher, vocabulary)
+        try:
+            start = GrammarMatcher(matcher, vocabulary)
+            start.fork().probe()
+        except RequestError as error:
+            raise _refused(str(error)) from None
         if start.is_complete:
             raise _refused("it allows no output but an empty one")
-        start.fork().probe()
         return Grammar(start)
 
     @cached_property
@@ -119,6 +134,8 @@ class GrammarMatcher:
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._ignore_eos = False
+        self._num_tokens = 0
+        self._spent_s = 0.0
         self.mask, self.is_complete = b"", False
         self._look_ahead()
 
@@ -139,9 +156,14 @@ class GrammarMatcher:
         """
         if token_id in self._vocabulary.eos_token_ids:
             return
+        start_s = time.thread_time()
         if not self._matcher.consume_token(token_id):
             raise _stopped(self._matcher)
         self._look_ahead()
+        self._num_tokens += 1
+        self._spent_s += time.thread_time() - start_s
+        if self._spent_s > _MAX_S + _MAX_S_PER_TOKEN * self._num_tokens:
+            raise RequestError(f"following it has taken {self._spent_s:.1f} s for {self._num_tokens} tokens, too long")
 
     def probe(self) -> None:
         """Go one token on: what reaches a limit most often does so with the first one.
@@ -165,7 +187,7 @@ class GrammarMatcher:
         can_go_on = bool(words.any())
         self.is_complete = may_end and not can_go_on
         if not may_end and not can_go_on:
-            raise RequestError("the structured output cannot go on: no token of this model continues it")
+            raise RequestError(_NOTHING)
         if may_end and not self._ignore_eos:
             words |= vocabulary.eos
         self.mask = words.tobytes()
@@ -182,13 +204,12 @@ def _refused(reason: str) -> RequestError:
 
 
 def _stopped(matcher: llguidance.LLMatcher) -> RequestError:
-    return RequestError(
-        f"the structured output cannot go on: {_in_one_line(matcher.get_error())}; make its form simpler"
-    )
+    return RequestError(_in_one_line(matcher.get_error()))
 
 
 def _in_one_line(reason: str) -> str:
     """Of what llguidance says over many lines, with pictures, the line that names the error."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return ((named or lines or ["no reason was given"])[0])[:200]
+    line = ((named or lines or ["no reason was given"])[0])[:200]
+    return next((ours for theirs, ours in _IN_OTHER_WORDS.items() if theirs in line), line)

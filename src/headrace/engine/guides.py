@@ -63,5 +63,5 @@ class Guides:
         try:
             matcher.accept(token.token_id)
         except RequestError as error:
-            return Progress(error=str(error))
+            return Progress(error=f"the structured output cannot go on: {error}; ask for a simpler form")
         return Progress(matcher.is_complete)

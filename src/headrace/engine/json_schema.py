@@ -48,9 +48,10 @@ def check_json_schema(text: str) -> None:
         RequestError: a keyword that is not enforced, or more of something than can be compiled in time.
     """
     root = json.loads(text)
-    multiple, references = 1, set()
-    for count, (schema, depth) in enumerate(_walk(root), start=1):
-        if count > MAX_SUBSCHEMAS or depth > MAX_DEPTH:
+    num_parts, multiple, references = 0, 1, set()
+    for schema, depth in _walk(root):
+        num_parts += 1 + sum(_num_containers(schema[name]) for name in ("enum", "const") if name in schema)
+        if num_parts > MAX_SUBSCHEMAS or depth > MAX_DEPTH:
             raise RequestError(
                 f"the JSON schema is too large; allowed: {MAX_SUBSCHEMAS} subschemas, {MAX_DEPTH} levels deep"
             )
@@ -96,8 +97,8 @@ def _check_keywords(schema: Mapping[str, Any]) -> None:
     for name in schema.keys() - _KNOWN - _ANNOTATIONS:
         if name == "x-guidance" or not name.startswith("x-"):
             raise RequestError(
-                f"the JSON schema has {shown(name)}, which is not enforced; "
-                f"leave it out, or name what is meant: {nearest_name(clipped(name), _KNOWN)}"
+                f"the JSON schema has {shown(name)}, which cannot be enforced; leave it out; "
+                f"{nearest_name(clipped(name), _KNOWN)}"
             )
     properties = schema.get("properties")
     if isinstance(properties, Mapping) and len(properties) > MAX_PROPERTIES:
@@ -113,6 +114,12 @@ def _multiple_of(schema: Mapping[str, Any]) -> int:
         return 1
     digits = Decimal(str(given)).as_tuple().digits
     return int("".join(map(str, digits)).rstrip("0") or 1)
+
+
+def _num_containers(value: Any) -> int:
+    """Lists and objects in a value, each of which is compiled like a schema; the list of an enum's values is none."""
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return sum(isinstance(item, Mapping | list) + _num_containers(item) for item in inside)
 
 
 def _height(schema: Any) -> int:
