@@ -43,11 +43,14 @@ def grammar_source(form: StructuredOutputs) -> str:
         return llguidance.LLMatcher.grammar_from_regex(form.regex)
     if form.choice is not None:
         # As one terminal: alternatives of a rule are followed one by one.
-        return _of_lark(
-            "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in form.choice)
-        )
+        return _of_lark("start: CHOICE\nCHOICE: " + " | ".join(map(_quoted, form.choice)))
     assert form.grammar is not None
     return _of_lark(_checked_lark(form.grammar))
+
+
+def _quoted(text: str) -> str:
+    """A string of Lark, which are JSON's; no control character may be in one as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _of_schema(text: str) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""How pieces spell a space."""
 
 
 def byte_of(token: str) -> int | None:
@@ -14,6 +16,12 @@ def byte_of(token: str) -> int | None:
         return int(token[3:5], 16)
     except ValueError:
         return None
+
+
+def token_bytes(token: str) -> bytes:
+    """What a piece adds in the middle of a text."""
+    byte = byte_of(token)
+    return token.replace(_SPACE, " ").encode() if byte is None else bytes([byte])
 
 
 def replace_invalid_bytes(tokens: Sequence[str]) -> list[str]:

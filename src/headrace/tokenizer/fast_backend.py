@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from headrace.errors import CheckpointError
-from headrace.tokenizer.byte_tokens import REPLACEMENT, replace_invalid_bytes
+from headrace.tokenizer.byte_tokens import REPLACEMENT, replace_invalid_bytes, token_bytes
 from headrace.tokenizer.tokenizer_files import AddedToken, TokenizerConfig
 
 
@@ -32,6 +32,7 @@ class FastBackend:
         self.unused_ids = frozenset(range(self.vocab_size)) - used_ids
         decoders = _decoder_types(tokenizer)
         self.joins_bytes = decoders == ["ByteLevel"]
+        self._has_metaspace = "Metaspace" in decoders
         self._has_byte_tokens = "ByteFallback" in decoders
         self._prefix, self._suffix = self._surrounding_ids(config)
 
@@ -69,10 +70,15 @@ class FastBackend:
         token: str | None = self._tokenizer.id_to_token(token_id)
         return token
 
-    def vocabulary(self) -> str:
-        """tokenizer.json, with the tokens that only tokenizer_config.json names."""
-        text: str = self._tokenizer.to_str()
-        return text
+    def vocabulary(self) -> str | list[bytes]:
+        """tokenizer.json, with the tokens that only tokenizer_config.json names. Where its decoder is Metaspace, the
+        bytes: llguidance takes that one's spaces for the character that spells them."""
+        if not self._has_metaspace:
+            text: str = self._tokenizer.to_str()
+            return text
+        added = self._tokenizer.get_added_tokens_decoder()
+        tokens = [self.id_to_token(token_id) or "" for token_id in range(self.vocab_size)]
+        return [token.encode() if i in added else token_bytes(token) for i, token in enumerate(tokens)]
 
     def _decode_invalid_bytes(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         skipped = self.special_ids if skip_special_tokens else frozenset()

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from headrace.errors import CheckpointError
-from headrace.tokenizer.byte_tokens import byte_of, replace_invalid_bytes
+from headrace.tokenizer.byte_tokens import replace_invalid_bytes, token_bytes
 from headrace.tokenizer.tokenizer_files import TokenizerConfig
 
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""How pieces spell a space."""
 _CHATGLM_CLASS = "ChatGLMTokenizer"
 # In the order of their ids, which follow the SentencePiece vocabulary; ChatGLM2 has only the first five.
 _CHATGLM_TOKENS = (
@@ -110,11 +108,8 @@ class SentencePieceBackend:
         return [self._bytes_of(token_id) for token_id in range(self.vocab_size)]
 
     def _bytes_of(self, token_id: int) -> bytes:
-        token = self.id_to_token(token_id)
-        if token is None:
-            return b""
-        byte = None if token_id in self._texts else byte_of(token)
-        return token.replace(_SPACE, " ").encode() if byte is None else bytes([byte])
+        token = self.id_to_token(token_id) or ""
+        return token.encode() if token_id in self._texts else token_bytes(token)
 
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = []
