@@ -45,9 +45,6 @@ class Guides:
     def drop(self, seq_id: int) -> None:
         self._matchers.pop(seq_id, None)
 
-    def clear(self) -> None:
-        self._matchers.clear()
-
     def masked(self, plan: StepPlan) -> StepPlan:
         """The plan with a mask for each sequence that it samples and that must have a form."""
         if not self._matchers:
