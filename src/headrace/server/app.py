@@ -13,7 +13,7 @@ from headrace.errors import HeadraceError
 from headrace.server.auth import ApiKeys
 from headrace.server.body_limit import BodyLimit
 from headrace.server.clients import error_response
-from headrace.server.context import ServerContext
+from headrace.server.context import ServerContext, request_id_of
 from headrace.server.errors import ServerError, error_object, explain_validation
 from headrace.server.observability import Observability
 from headrace.server.openapi import describe
@@ -78,6 +78,9 @@ async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body, error.status_code, dict(error.headers or {}))
 
 
-async def _answer_unforeseen(_: Request, error: Exception) -> JSONResponse:
-    logger.error("a request met an error that nobody foresaw", exc_info=error)
-    return JSONResponse(error_object("the server failed on this request; its log says why", ServerError.kind), 500)
+async def _answer_unforeseen(request: Request, error: Exception) -> JSONResponse:
+    """Sent past all middleware."""
+    request_id = request_id_of(request)
+    logger.error("request %s met an error that nobody foresaw", request_id, exc_info=error)
+    body = error_object("the server failed on this request; its log says why", ServerError.kind)
+    return JSONResponse(body, 500, {"X-Request-Id": request_id})

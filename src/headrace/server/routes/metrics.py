@@ -11,7 +11,10 @@ from headrace.server.stats import build_stats
 router = APIRouter()
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+_TEXT: dict[str, Any] = {"content": {"text/plain": {}, "application/openmetrics-text": {}}}
+
+
+@router.get("/metrics", response_class=Response, responses={200: _TEXT})
 async def show_metrics(request: Request, observed: Observed) -> Response:
     """Counters, gauges and histograms, in Prometheus' text format or as OpenMetrics: see docs/metrics.md."""
     body, content_type = await observed.metrics.render(request.headers.get("accept", ""))
