@@ -21,9 +21,9 @@ from playwright.sync_api import Browser, Page, ViewportSize, expect
 from scripts.chromium import chromium, find_chromium
 from scripts.served_demo import served_demo
 
-QUESTIONS = ("What is a KV cache?", "What is tensor parallelism?")
+QUESTIONS = ("What is a KV cache?", "What is tensor parallelism?", "Tell me a short story.")
 OTHERS = ("Tell me a short story.", "What is the largest ocean?", "What is 17 + 25?", "What is flat GEMM?")
-VIEWPORT = ViewportSize(width=1360, height=1150)
+VIEWPORT = ViewportSize(width=1360, height=1190)
 MOST_AT_A_TIME = 6
 WAVE_S = 23.0
 """The load swells and ebbs with this period, so that the figures have something to show."""

@@ -34,6 +34,23 @@ def test_markdown_becomes_elements_wherever_the_stream_is_cut(page: Page, server
         ]  # fmt: skip
 
 
+def test_a_list_in_a_list_is_one_of_its_own(page: Page) -> None:
+    text = "3. c\n   - x\n   - y\n      1. deep\n4. d\n- other\n  continued"
+    markup = page.evaluate(
+        """(text) => import("./page/markdown.js").then(({ MarkdownStream }) => {
+            const root = document.createElement("div"), stream = new MarkdownStream(root);
+            for (const character of text) stream.append(character);
+            stream.end();
+            const outline = (list) => [list.localName + (list.start ?? ""), ...[...list.children].map((item) =>
+                [item.firstChild.data, ...[...item.children].map(outline)])];
+            return [...root.children].map(outline);
+        })""",
+        text,
+    )
+    deep = ["ol1", ["deep"]]
+    assert markup == [["ol3", ["c", ["ul", ["x"], ["y", deep]]], ["d"]], ["ul", ["other\ncontinued"]]]
+
+
 def test_a_long_answer_is_whole_and_no_element_of_it_grows_without_bound(page: Page, server: ScriptedServer) -> None:
     words = " ".join(f"word{index}" for index in range(6_000))
     code = "".join(f"line {index}\n" for index in range(3_000))

@@ -65,7 +65,7 @@ export class AnswerView {
     if (state === "failed") {
       const retry = make("button", { type: "button", className: "retry", textContent: "Try again" });
       retry.addEventListener("click", this.page.retry);
-      return [make("span", { className: "error", role: "alert", textContent: error.message }), " ", retry];
+      return [make("span", { className: "error", role: "alert", textContent: error.message }), retry];
     }
     const said = state === "stopped" ? "Stopped." : FINISH[finishReason];
     return [[said, cost(this.#turn)].filter(Boolean).join(" ")];

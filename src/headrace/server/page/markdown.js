@@ -21,7 +21,7 @@ export class MarkdownStream {
   #inLine = false; // the line has been decided: what follows belongs to the leaf
   #leaf = null; // the element being written
   #text = ""; // of that leaf
-  #list = null;
+  #lists = []; // those that are open, the innermost last
   #code = null; // {fence, element, lines, block}
 
   /**
@@ -81,7 +81,7 @@ export class MarkdownStream {
 
   #open(parent, tag, kind) {
     this.#finishLeaf();
-    if (parent === this.#root) this.#list = null;
+    if (parent === this.#root) this.#lists = [];
     this.#leaf = parent.appendChild(document.createElement(tag));
     this.#leaf.dataset.kind = kind;
     return this.#leaf;
@@ -95,15 +95,26 @@ export class MarkdownStream {
   }
 
   #openItem([, indent, marker], text) {
+    const width = indent.replaceAll("\t", "    ").length;
     const tag = /\d/.test(marker) ? "ol" : "ul";
-    const depth = Math.min(3, Math.floor(indent.replaceAll("\t", "  ").length / 2));
-    if (this.#list?.localName !== tag && depth === 0) this.#list = null;
-    const list = this.#list ?? this.#root.appendChild(document.createElement(tag));
-    if (!this.#list && tag === "ol") list.start = parseInt(marker, 10);
-    const item = this.#open(list, "li", "item");
-    if (depth) item.dataset.depth = String(depth);
-    this.#list = list;
+    while (this.#lists.length && width < this.#lists.at(-1).width) this.#lists.pop();
+    let inner = this.#lists.at(-1);
+    if (inner && width >= inner.width + 2) {
+      inner = this.#openList(inner.list.lastElementChild, tag, marker, width);
+    } else if (inner?.list.localName !== tag) {
+      this.#lists.pop();
+      inner = this.#openList(this.#lists.at(-1)?.list.lastElementChild ?? this.#root, tag, marker, width);
+    }
+    this.#open(inner.list, "li", "item");
     this.#grow(text);
+  }
+
+  #openList(parent, tag, marker, width) {
+    this.#finishLeaf();
+    const list = parent.appendChild(document.createElement(tag));
+    if (tag === "ol") list.start = parseInt(marker, 10);
+    this.#lists.push({ list, width });
+    return this.#lists.at(-1);
   }
 
   #grow(text) {
@@ -144,7 +155,7 @@ export class MarkdownStream {
     this.#finishLeaf();
     if (this.#code) this.#onBlock(`Code, ${Math.max(0, this.#code.lines)} lines.`);
     this.#code = null;
-    this.#list = null;
+    this.#lists = [];
   }
 
   #openCode(fence, language) {
