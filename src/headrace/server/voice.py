@@ -22,11 +22,8 @@ class Voice:
         """OpenAI's `delta` for some more text, empty if that makes nothing certain."""
         if self._parser is None:
             return {"content": text} if text else {}
-        deltas = [self._parser.feed(text)]
-        if is_last:
-            deltas.append(self._parser.finish())
-        content = "".join(delta.content for delta in deltas)
-        calls = [call.to_mapping() for delta in deltas for call in delta.tool_calls]
+        found = self._parser.finish(text) if is_last else self._parser.feed(text)
+        content, calls = found.content, [call.to_mapping() for call in found.tool_calls]
         return ({"content": content} if content else {}) | ({"tool_calls": calls} if calls else {})
 
 

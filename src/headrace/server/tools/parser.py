@@ -39,6 +39,20 @@ class ToolCallParser(ABC):
         return self._out.num_calls
 
     def feed(self, text: str) -> ToolDelta:
+        self._send(text)
+        return self._out.take()
+
+    def finish(self, text: str = "") -> ToolDelta:
+        """The last text, and what was held back, as no more follows."""
+        self._send(text)
+        try:
+            self._reading.send("")
+        except StopIteration:
+            self._out.finish()
+            return self._out.take()
+        raise AssertionError("a parser asked for more after the end of the text")
+
+    def _send(self, text: str) -> None:
         start = 0
         while start < len(text):
             if self._is_in_text:  # only a bracket means anything, so that what is before it is given at once
@@ -49,16 +63,6 @@ class ToolCallParser(ABC):
             if start < len(text):
                 self._reading.send(text[start])
                 start += 1
-        return self._out.take()
-
-    def finish(self) -> ToolDelta:
-        """What was held back, as no more text follows."""
-        try:
-            self._reading.send("")
-        except StopIteration:
-            self._out.finish()
-            return self._out.take()
-        raise AssertionError("a parser asked for more after the end of the text")
 
     @abstractmethod
     def _read(self) -> Reading[None]:

@@ -23,7 +23,7 @@ class ToolCall:
 
 def parse_whole(parser: ToolCallParser, text: str) -> tuple[str, tuple[ToolCall, ...]]:
     """Content and calls of a text."""
-    return join_deltas((parser.feed(text), parser.finish()))
+    return join_deltas([parser.finish(text)])
 
 
 def join_deltas(deltas: Iterable[ToolDelta]) -> tuple[str, tuple[ToolCall, ...]]:
