@@ -17,13 +17,13 @@ _PLAIN = frozenset(
 _FORMATS = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}  # llguidance's
 )
-_MAX_LEVELS = 64
+_MAX_LEVELS = 48
 
 
 def loosened(schema: Any, num_levels: int = 0) -> Any:
     """A copy that allows all that the schema allows. oneOf becomes anyOf: no grammar can count which of them hold.
 
-    Below 64 levels anything is allowed.
+    Below 48 levels anything is allowed.
     """
     if not isinstance(schema, Mapping):
         return schema
