@@ -369,7 +369,7 @@ class TestDistribution:
 class TestSummary:
     def test_by_hand(self):
         records = [
-            record(start=0.0, chunks=[1.0, 2.0, 3.0], output_tokens=3, prompt_tokens=12, cached_tokens=4),
+            record(start=0.0, late=0.5, chunks=[1.0, 2.0, 3.0], output_tokens=3, prompt_tokens=12, cached_tokens=4),
             record(start=1.0, chunks=[2.0, 6.0], output_tokens=2, prompt_tokens=8, cached_tokens=0),
             record(start=3.0, end=10.0, failure=FAILED),
             record(start=3.0, end=3.5, failure=FAILED),
