@@ -125,7 +125,7 @@ def test_a_field_of_several_types_is_explained_once(client: openai.OpenAI) -> No
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="demo", prompt=[1, "two"])
     assert refused.value.param == "prompt"
-    assert refused.value.body["message"] == "prompt: Input should be a valid string, or a valid integer, or a valid list"
+    assert refused.value.message.endswith("prompt: Input should be a valid string, or a valid integer, or a valid list")
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from headrace.config import PoolingParams, SamplingParams
 from headrace.config.server import ServerConfig
 from headrace.engine.engine import Engine
+from headrace.engine.grammar import Grammar
 from headrace.engine.outputs import RequestUpdate
 from headrace.errors import RequestError
 from headrace.server.admission import Admission
@@ -114,6 +115,7 @@ class AsyncEngine:
         prompt_token_ids: Sequence[int],
         params: SamplingParams | PoolingParams,
         prompt: str | None = None,
+        grammar: Grammar | None = None,
     ) -> RequestStream:
         """Queue a request that generates, or a prompt of which an embedding is to be made; `check` and `admission` have
         let it pass, together with all that come with it."""
@@ -121,7 +123,7 @@ class AsyncEngine:
         self._streams[request_id] = stream
         self.admission.enter(stream.num_outputs, stream.num_prompt_tokens)
         stream.timer = self.loop.call_later(self.config.queue_timeout_s, self._end_waiting, stream)
-        self._thread.do(partial(self._add, stream, tuple(prompt_token_ids), params, prompt))
+        self._thread.do(partial(self._add, stream, tuple(prompt_token_ids), params, prompt, grammar))
         return stream
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams | PoolingParams) -> None:
@@ -183,6 +185,7 @@ class AsyncEngine:
         prompt_token_ids: tuple[int, ...],
         params: SamplingParams | PoolingParams,
         prompt: str | None,
+        grammar: Grammar | None,
         engine: Engine,
     ) -> None:
         """On the engine's thread."""
@@ -192,7 +195,7 @@ class AsyncEngine:
             if isinstance(params, PoolingParams):
                 engine.add_pooling_request(stream.request_id, prompt_token_ids, params, prompt)
             else:
-                engine.add_request(stream.request_id, prompt_token_ids, params, prompt)
+                engine.add_request(stream.request_id, prompt_token_ids, params, prompt, grammar)
         except Exception as error:
             self.loop.call_soon_threadsafe(self._refuse, stream, error)
 

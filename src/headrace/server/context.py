@@ -22,7 +22,9 @@ _NUM_TEXT_THREADS = 2
 @dataclass(frozen=True, kw_only=True)
 class ServerContext:
     """
-    model_name: what clients call the model. text_threads: where text becomes tokens, so that the loop never waits.
+    model_name: what clients call the model.
+    text_threads: where text becomes tokens, so that the loop never waits; grammar_threads: where forms are compiled, so
+        that text does not wait for those either.
     """
 
     engine: AsyncEngine
@@ -31,6 +33,10 @@ class ServerContext:
     created_s: int = field(default_factory=lambda: int(time.time()))
     text_threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(_NUM_TEXT_THREADS, thread_name_prefix="headrace-text")
+    )
+
+    grammar_threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="headrace-grammar")
     )
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
 from headrace.config import PoolingParams, SamplingParams
+from headrace.engine.grammar import Grammar
 from headrace.engine.outputs import CompletionOutput, RequestOutput, RequestUpdate
 from headrace.server.context import ServerContext
 from headrace.server.errors import ServerError
@@ -19,7 +20,7 @@ async def submit_all(
     prompts: Sequence[EncodedPrompt],
     params: SamplingParams | PoolingParams,
 ) -> list[RequestStream]:
-    """One stream for each prompt.
+    """One stream for each prompt. The form that outputs must have is compiled before anything is accepted.
 
     Raises:
         RequestError: one of them can never run.
@@ -27,14 +28,24 @@ async def submit_all(
         Unavailable: no engine.
     """
     engine = context.engine
+    grammar = await _compile(context, params)
     for prompt in prompts:
         engine.check(prompt.token_ids, params)
     num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     engine.admission.check(params.n * len(prompts), num_tokens, time.monotonic())
     return [
-        engine.submit(f"{request_id}-{index}", prompt.token_ids, params, prompt.text)
+        engine.submit(f"{request_id}-{index}", prompt.token_ids, params, prompt.text, grammar)
         for index, prompt in enumerate(prompts)
     ]
+
+
+async def _compile(context: ServerContext, params: SamplingParams | PoolingParams) -> Grammar | None:
+    """On a thread of its own: within its limits a form may take a second or two."""
+    if isinstance(params, PoolingParams) or params.structured_outputs is None:
+        return None
+    compiler = context.engine.engine.grammar_compiler
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(context.grammar_threads, compiler.compile, params.structured_outputs)
 
 
 async def finish_all(streams: Sequence[RequestStream]) -> list[RequestOutput]:
