@@ -22,8 +22,9 @@ from headrace.demo_model import demo_model_path
 from headrace.errors import CheckpointError
 from headrace.models import hub as hub_module
 from headrace.models import hub_download
-from headrace.models.hub import is_hub_id, missing_files, resolve_model_folder
+from headrace.models.hub import missing_files
 from headrace.models.hub_download import Repo, RepoFile, select_files
+from headrace.models.model_folder import is_hub_id, resolve_model_folder
 
 MIB = 2**20
 # huggingface_hub writes in pieces of 10 MiB; a file must be longer to be cut in the middle.
@@ -34,7 +35,7 @@ UNWANTED = {"README.md": b"text", "pytorch_model.bin": b"pickle", "original/cons
 SCRIPT = textwrap.dedent("""
     import sys
     from headrace.errors import CheckpointError
-    from headrace.models.hub import resolve_model_folder
+    from headrace.models.model_folder import resolve_model_folder
     for name in sys.argv[1:]:
         model, _, revision = name.partition("@")
         try:

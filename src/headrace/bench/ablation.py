@@ -20,7 +20,7 @@ from headrace.engine.tune import prepare_dataflow
 from headrace.errors import ConfigError, KernelError
 from headrace.kernels import Kernels, SoftmaxCounts, SoftmaxSpec
 from headrace.kernels.tuning import Inflections, LinearShape
-from headrace.models.hub import resolve_model_folder
+from headrace.models.model_folder import resolve_model_folder
 
 WARM_UP_STEPS = 2
 """Of each turn, not timed: the first one after a change is recorded."""

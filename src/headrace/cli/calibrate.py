@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from headrace.engine.calibrate import calibrate
-    from headrace.models.hub import resolve_model_folder
+    from headrace.models.model_folder import resolve_model_folder
     from headrace.models.softmax_calibration import FILE_NAME, check_can_save, save_calibration
 
     file = args.output

@@ -13,7 +13,7 @@ from headrace.engine.tune import look_up_dataflow
 from headrace.engine.tune_attention import attention_shape
 from headrace.kernels import Kernels
 from headrace.machine import cpu_limits
-from headrace.models.hub import resolve_model_folder
+from headrace.models.model_folder import resolve_model_folder
 from headrace.models.source import open_model, resolve_formats
 from headrace.parallel.place import Place
 

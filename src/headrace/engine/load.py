@@ -22,9 +22,9 @@ from headrace.engine.start import resolve_transport, start_world
 from headrace.engine.tune import LinearWeights
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels
-from headrace.models.hub import resolve_model_folder
 from headrace.models.json_file import read_json
 from headrace.models.loading import WeightFormats
+from headrace.models.model_folder import resolve_model_folder
 from headrace.models.source import ModelSource
 from headrace.tokenizer import ChatTemplate, Tokenizer
 

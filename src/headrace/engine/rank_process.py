@@ -33,7 +33,7 @@ def serve_launched(config: EngineConfig) -> NoReturn:
         HeadraceError: this rank finds no other.
     """
     from headrace.engine.start import resolve_transport, start_world
-    from headrace.models.hub import resolve_model_folder
+    from headrace.models.model_folder import resolve_model_folder
 
     folder = resolve_model_folder(config.load.model, config.load.revision, show_progress=False)
     config = resolve_transport(replace(config, load=replace(config.load, model=str(folder), show_progress=False)))

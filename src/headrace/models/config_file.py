@@ -58,7 +58,8 @@ def _find(model: str, revision: str | None) -> Path:
     if path.exists():
         return path
     # Looking at the hub takes its library half a second to import.
-    from headrace.models.hub import download_config, is_hub_id
+    from headrace.models.hub import download_config
+    from headrace.models.model_folder import is_hub_id
 
     if not is_hub_id(model):
         raise CheckpointError(

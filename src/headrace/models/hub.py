@@ -1,4 +1,4 @@
-"""From the name of a model to a folder on this machine.
+"""From a hub id to a folder on this machine.
 
 Knows the hub's errors and puts each into one line; what is inside the files is the loader's business.
 `huggingface_hub` reads HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE from the environment.
@@ -24,27 +24,6 @@ from headrace.errors import CheckpointError
 from headrace.models.hub_download import HTTP_ERROR, download_files, list_repo, select_files
 
 
-def resolve_model_folder(model: str, revision: str | None, show_progress: bool) -> Path:
-    """The folder of a model: `model` itself if it is one, else the hub's snapshot, downloaded where it is missing.
-
-    Only files that Headrace reads are downloaded. A transfer that was cut off goes on where it stopped. Without a
-    network, a complete snapshot from an earlier download serves.
-
-    Raises:
-        CheckpointError: no such folder, repository or revision, no access, no network, no space, no safetensors.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"'{model}' is a file; give the folder that holds config.json and the safetensors files")
-    if not is_hub_id(model):
-        raise CheckpointError(
-            f"the folder '{model}' does not exist; give an existing folder, or a hub id of the form organization/name"
-        )
-    return _download(model, revision, show_progress)
-
-
 def download_config(repo_id: str, revision: str | None) -> Path:
     """The config.json of a hub repository and nothing else; without a network that of an earlier download.
 
@@ -66,12 +45,15 @@ def download_config(repo_id: str, revision: str | None) -> Path:
         raise CheckpointError(_explain(error, repo_id, revision)) from error
 
 
-def is_hub_id(model: str) -> bool:
-    """Whether a name has the form organization/name and is not written as a path."""
-    return not model.startswith((".", "/", "~")) and model.count("/") == 1 and all(model.split("/"))
+def download_model(model: str, revision: str | None, show_progress: bool) -> Path:
+    """The hub's snapshot of a model, downloaded where it is missing.
 
+    Only files that Headrace reads are downloaded. A transfer that was cut off goes on where it stopped. Without a
+    network, a complete snapshot from an earlier download serves.
 
-def _download(model: str, revision: str | None, show_progress: bool) -> Path:
+    Raises:
+        CheckpointError: no such repository or revision, no access, no network, no space, no safetensors.
+    """
     try:
         repo = list_repo(model, revision)
         return download_files(repo, select_files(repo), show_progress)

@@ -17,8 +17,8 @@ from headrace.kernels import Kernels, kernel_choice_from, resolve_kernels
 from headrace.layers.context import LayerContext
 from headrace.models.checkpoint import Checkpoint
 from headrace.models.decoder import Decoder
-from headrace.models.hub import resolve_model_folder
 from headrace.models.loading import Progress
+from headrace.models.model_folder import resolve_model_folder
 from headrace.models.progress import bytes_progress
 from headrace.models.quantization import quantization_config, quantized_names
 from headrace.models.source import ModelSource, open_model
