@@ -177,6 +177,7 @@ REFUSED_SCHEMAS = {
     "circle": ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "no token"),
     "impossible": ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum"),
     "no value": ({"enum": []}, "empty"),
+    "nested value": ({"const": reduce(lambda inner, _: [inner], range(300), 1)}, "nested|recursion"),
     "nested": (nested(70), "levels deep"),
     "chained": (chained(700), "levels deep"),
     "wide": ({"properties": {f"p{i}": {} for i in range(MAX_PROPERTIES + 1)}}, "properties"),
@@ -231,7 +232,10 @@ REFUSED_FORMS = {
         {"grammar": "start: R0\n" + "\n".join(f"R{i}: R{i + 1} R{i + 1}" for i in range(30)) + '\nR30: "a"'},
         "too big",
     ),
-    "schema in a grammar": ({"grammar": 'start: %json {"not": {}}'}, "%json"),
+    "schema in a grammar": ({"grammar": 'start: %json {"not": {}}'}, "'not'"),
+    "large schema in a grammar": ({"grammar": f"start: %json {json.dumps(chained(700))}"}, "levels deep"),
+    "no schema in a grammar": ({"grammar": 'start: %json {"a": }'}, "no JSON schema after %json"),
+    "rules behind a schema": ({"grammar": "start: a %json {}" + "\na: (a)" * 600}, "rules"),
     "another format": ({"grammar": '{"grammars": [{"json_schema": {"not": {}}}]}'}, "expecting rule"),
     "broken gbnf": ({"grammar": 'root ::= ("a"'}, "GBNF"),
     "deep gbnf": ({"grammar": "root ::= " + "(" * 480 + '"a"' + ")" * 480}, "GBNF|nested"),
@@ -253,6 +257,26 @@ def assert_refused(reason: str, **form: object) -> None:
         compiled(**form)
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) < 600
+
+
+def test_a_grammar_may_have_schemas_read_leniently_or_not():
+    """Their colons and brackets are none of the rules'."""
+    schema = {"type": "object", "properties": {f"p{i}": {"enum": [[], ":("]} for i in range(400)}}
+    lenient = {"type": "integer", "x-guidance": {"lenient": True}, "frobnicate": [1]}
+    grammar = compiled(grammar=f'start: "a" %json {json.dumps(schema)} "b" %json{json.dumps(lenient)} ("c")?')
+    matcher = grammar.matcher()
+    for token_id in DEMO.encode('a{"p7":[]}b12c', add_special_tokens=False):
+        matcher.accept(token_id)
+    assert matcher.is_complete
+
+
+def test_tokens_can_be_named_by_a_grammar():
+    special = min(DEMO.special_ids - {DEMO.eos_token_id})
+    matcher = compiled(grammar=f'start: "a" <[{special}]> "b"').matcher()
+    for token_id in (DEMO.encode("a")[-1], special, DEMO.encode("b")[-1]):
+        assert allowed_ids(matcher) == {token_id}
+        matcher.accept(token_id)
+    assert matcher.is_complete
 
 
 def test_what_is_large_but_allowed_compiles():

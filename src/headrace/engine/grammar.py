@@ -62,14 +62,18 @@ class GrammarCompiler:
             RequestError: the model has no tokenizer that llguidance reads; the form is not one, asks for what cannot be
                 enforced, allows nothing, or takes more time or memory than a request may.
         """
-        source = grammar_source(form)
+        try:
+            source = grammar_source(form)
+        except RecursionError:
+            raise _refused("it is nested too deeply") from None
         with self._lock:
             vocabulary = self._vocabulary
         matcher = llguidance.LLMatcher(vocabulary.ll_tokenizer, source, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise _refused(matcher.get_error())
         warnings = matcher.get_grammar_warnings()
-        if warnings:
+        # A grammar may say of its own schemas that what cannot be enforced is to be read past.
+        if warnings and form.grammar is None:
             raise _refused(warnings[0])
         try:
             start = GrammarMatcher(matcher, vocabulary)

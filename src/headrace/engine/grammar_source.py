@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 MAX_GRAMMAR_PARTS = 1000
 """Rules and brackets: the compiler goes down all of them at once, and its stack ends with the process at about 4000."""
 
+_SCHEMA = re.compile(r"%json\s*")
+
 _JSON_OPTIONS: "JsonCompileOptions" = {
     # One space after a comma or a colon, or none: on one line, as most JSON is sent. Where more is allowed a model that
     # sees no way out of a schema goes on with white space for ever.
@@ -37,7 +39,7 @@ def grammar_source(form: StructuredOutputs) -> str:
     if form.json_object:
         return _of_schema('{"type":"object"}')
     if form.json is not None:
-        check_json_schema(form.json)
+        check_json_schema(json.loads(form.json))
         return _of_schema(form.json)
     if form.regex is not None:
         return llguidance.LLMatcher.grammar_from_regex(form.regex)
@@ -67,17 +69,36 @@ def _checked_lark(text: str) -> str:
     if re.search(r"^\s*root\s*::=", text, re.MULTILINE):
         text = _from_gbnf(text)
         _check_parts(text)
-    if "%json" in text:
-        raise RequestError("the grammar contains %json; give a JSON schema as json instead, or write out its rules")
     return text
 
 
 def _check_parts(text: str) -> None:
-    num_parts = sum(map(text.count, ":(["))
+    """Of the rules; schemas inside are checked as such."""
+    rules = []
+    start = 0
+    for match in _SCHEMA.finditer(text):
+        if match.start() < start:
+            continue
+        rules.append(text[start : match.start()])
+        start = _check_inner_schema(text, match.end())
+    num_parts = sum(sum(map(part.count, ":([")) for part in [*rules, text[start:]])
     if num_parts > MAX_GRAMMAR_PARTS:
         raise RequestError(
             f"the grammar has {num_parts} rules and brackets; allowed: up to {MAX_GRAMMAR_PARTS}; give a smaller one"
         )
+
+
+def _check_inner_schema(text: str, start: int) -> int:
+    """Where it ends. Its "x-guidance" is the dialect's way to say how it is to be read, leniently say, and is taken."""
+    try:
+        schema, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        raise RequestError(f"the grammar has no JSON schema after %json, at character {start}; give one") from None
+    if isinstance(schema, dict):
+        guidance = schema.pop("x-guidance", {})
+        is_lenient = isinstance(guidance, dict) and guidance.get("lenient") is True
+        check_json_schema(schema, is_lenient=is_lenient)
+    return end
 
 
 def _from_gbnf(text: str) -> str:

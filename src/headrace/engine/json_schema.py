@@ -5,7 +5,6 @@ reads past keywords that no draft has, a misspelled one among them, takes instru
 compiler takes time and stack by the square or more of some numbers; these are refused here.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
@@ -42,12 +41,13 @@ _ANNOTATIONS = {
 """These say nothing about what is valid."""
 
 
-def check_json_schema(text: str) -> None:
+def check_json_schema(root: Mapping[str, Any], *, is_lenient: bool = False) -> None:
     """
+    is_lenient: keywords that cannot be enforced are to be read past.
+
     Raises:
         RequestError: a keyword that is not enforced, or more of something than can be compiled in time.
     """
-    root = json.loads(text)
     num_parts, multiple, references = 0, 1, set()
     for schema, depth in _walk(root):
         num_parts += 1 + sum(_num_containers(schema[name]) for name in ("enum", "const") if name in schema)
@@ -55,7 +55,9 @@ def check_json_schema(text: str) -> None:
             raise RequestError(
                 f"the JSON schema is too large; allowed: {MAX_SUBSCHEMAS} subschemas, {MAX_DEPTH} levels deep"
             )
-        _check_keywords(schema)
+        if not is_lenient:
+            _check_keywords(schema)
+        _check_properties(schema)
         references.add(schema.get("$ref"))
         multiple = math.lcm(multiple, _multiple_of(schema))
         if multiple > MAX_MULTIPLE:
@@ -100,6 +102,9 @@ def _check_keywords(schema: Mapping[str, Any]) -> None:
                 f"the JSON schema has {shown(name)}, which cannot be enforced; leave it out; "
                 f"{nearest_name(clipped(name), _KNOWN)}"
             )
+
+
+def _check_properties(schema: Mapping[str, Any]) -> None:
     properties = schema.get("properties")
     if isinstance(properties, Mapping) and len(properties) > MAX_PROPERTIES:
         raise RequestError(
