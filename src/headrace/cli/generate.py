@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headrace.cli.form_options import add_form_options, form_changes
 from headrace.cli.options import add_model_options, add_sampling_options, make_llm, parse_token_ids, sampling_changes
 from headrace.cli.results import summary, to_json
 from headrace.cli.terminal import bold, is_watched, note
@@ -51,11 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object per output, and nothing else")
     parser.add_argument("--quiet", action="store_true", help="print no figures after the text")
     add_sampling_options(parser, max_tokens=_MAX_TOKENS)
+    add_form_options(parser)
     add_model_options(parser, with_ranks=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    prompts, changes = _read_prompts(args), sampling_changes(args)
+    prompts, changes = _read_prompts(args), sampling_changes(args) | form_changes(args)
     if args.logprobs is not None and not args.json:
         raise ConfigError("--logprobs are only shown with --json; add it, or leave --logprobs out")
     llm = make_llm(

@@ -66,6 +66,8 @@ class GrammarCompiler:
             source = grammar_source(form)
         except RecursionError:
             raise _refused("it is nested too deeply") from None
+        except ValueError as error:
+            raise _refused(str(error)) from None
         with self._lock:
             vocabulary = self._vocabulary
         matcher = llguidance.LLMatcher(vocabulary.ll_tokenizer, source, log_level=0, limits=_LIMITS)
