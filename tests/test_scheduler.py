@@ -153,7 +153,7 @@ class Engine:
         self.check_overtaking(before, plan, admitted)
 
     def check_overtaking(self, before: list[Sequence], plan: StepPlan, admitted: set[int]) -> None:
-        """Only prompts that run whole beside a long one overtake, and all they overtake could run, too."""
+        """Only beside a long prompt does anybody overtake, and all who are overtaken could run, too."""
         first = max(admitted, default=-1)
         overtaken = [
             old
@@ -165,16 +165,10 @@ class Engine:
         ]
         if not overtaken:
             return
-        assert any(self.is_cut(chunk) for chunk in plan.chunks), "somebody was overtaken though all prompts fit"
-        for chunk in plan.chunks:
-            if chunk.resets_blocks and chunk.seq_id > overtaken[0].seq_id:
-                assert not self.is_cut(chunk), "a prompt has overtaken another and is not computed whole"
+        assert any(is_cut(chunk, self.sequences) for chunk in plan.chunks), "somebody was overtaken though all fit"
         num_blocks = sum(self.manager.num_blocks_for(old.num_tokens) + 1 for old in overtaken)
         assert self.manager.num_free_blocks >= num_blocks, "somebody overtakes one who waits for blocks"
         assert self.scheduler.num_running + len(overtaken) <= self.rank.config.max_num_seqs
-
-    def is_cut(self, chunk: ScheduledChunk) -> bool:
-        return chunk.start + chunk.num_tokens < self.sequences[chunk.seq_id].num_tokens
 
     def check_room(self, before: list[Sequence], plan: StepPlan, prompt_limit: int | None) -> None:
         single = {
@@ -187,13 +181,7 @@ class Engine:
         if prompt_limit is not None and plan.num_decode_tokens:
             room = min(room, prompt_limit)
         assert sum(chunk.num_tokens for chunk in prefills) <= room
-        cut = [chunk for chunk in prefills if self.is_cut(chunk)]
-        assert len(cut) <= 1
-        for long in cut:
-            assert sum(chunk.num_tokens for chunk in prefills) == room, "a prompt was cut though there was room for it"
-            turn = long.resets_blocks, long.seq_id  # who runs comes before who waits
-            left = room - sum(c.num_tokens for c in prefills if (c.resets_blocks, c.seq_id) < turn)
-            assert 2 * long.num_tokens >= left > 0, "the long prompt got less than half"
+        check_long(prefills, room, self.sequences)
 
     def waits_for_sibling(self, sequence: Sequence) -> bool:
         sibling = sequence.forked_from
@@ -203,6 +191,34 @@ class Engine:
             and sibling.num_computed_tokens < sibling.num_prompt_tokens
             and not sequence.needs_whole_prompt
         )
+
+
+def is_cut(chunk: ScheduledChunk, sequences: list[Sequence]) -> bool:
+    return chunk.start + chunk.num_tokens < sequences[chunk.seq_id].num_tokens
+
+
+def check_long(prefills: list[ScheduledChunk], room: int | None, sequences: list[Sequence]) -> None:
+    """The first that does not fit gets at least half of what is left, and those behind it are short.
+
+    room: None if it need not be full.
+    """
+
+    def num_left(chunk: ScheduledChunk) -> int:
+        return sequences[chunk.seq_id].num_tokens - chunk.start
+
+    cut = [chunk for chunk in prefills if is_cut(chunk, sequences)]
+    assert len(cut) <= 2
+    if not cut:
+        return
+    # Who runs comes before who waits.
+    in_order = sorted(prefills, key=lambda chunk: (chunk.resets_blocks, chunk.seq_id))
+    long = max(cut, key=num_left)
+    behind = in_order[in_order.index(long) + 1 :]
+    assert all(2 * num_left(chunk) <= num_left(long) for chunk in behind)
+    assert set(cut) <= {long, *behind}
+    num_tokens = sum(chunk.num_tokens for chunk in (long, *behind))
+    assert 2 * long.num_tokens >= num_tokens, "the long prompt got less than half"
+    assert room is None or sum(chunk.num_tokens for chunk in prefills) == room, "cut though there was room"
 
 
 def prompts(*lengths: int) -> list[Tokens]:
@@ -264,10 +280,25 @@ def prompts(*lengths: int) -> list[Tokens]:
             id="a_short_prompt_runs_beside_a_long_one",
         ),
         pytest.param(
-            [20, 5, 3, 2, 1],
-            {"max_num_batched_tokens": 8},
-            [[(0, 0, 4), (2, 0, 3), (4, 0, 1)], [(2, 3, 1), (4, 1, 1), (0, 4, 4), (3, 0, 2)]],
-            id="only_what_fits_whole_into_half_runs_beside_it",
+            [20, 11, 5, 9, 2],
+            {"max_num_batched_tokens": 12},
+            [
+                [(0, 0, 6), (4, 0, 2), (2, 0, 4)],
+                [(2, 4, 1), (4, 2, 1), (0, 6, 10)],
+                [(2, 5, 1), (4, 3, 1), (0, 16, 4), (1, 0, 6)],
+            ],
+            id="the_shortest_first_and_none_above_half_of_the_long_one",
+        ),
+        pytest.param(
+            [100, 40, 30],
+            {"max_num_batched_tokens": 16},
+            [
+                [(0, 0, 8), (2, 0, 8)],
+                *([(0, 8 * n, 8), (2, 8 * n, 8)] for n in (1, 2)),
+                [(0, 24, 10), (2, 24, 6)],
+                [(2, 30, 1), (0, 34, 15)],
+            ],
+            id="a_short_prompt_in_chunks_of_its_own",
         ),
         pytest.param(
             [3, 20, 3],

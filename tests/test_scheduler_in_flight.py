@@ -12,6 +12,7 @@ from fake_rank import FakeRank, Tokens, next_token
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from test_scheduler import check_long
 
 from headrace.cache.block_manager import BlockManager
 from headrace.config import PoolingParams, SamplingParams, SchedulerConfig
@@ -163,12 +164,7 @@ class Pipeline:
             room = min(room, prompt_limit)
         prefills = [chunk for chunk in plan.chunks if chunk not in decodes]
         assert plan.num_tokens - len(decodes) <= room
-        cut = [c for c in prefills if c.start + c.num_tokens < self.sequences[c.seq_id].num_tokens]
-        assert len(cut) <= 1
-        for long in cut:
-            turn = long.resets_blocks, long.seq_id  # who runs comes before who waits
-            left = sum(c.num_tokens for c in prefills if (c.resets_blocks, c.seq_id) >= turn)
-            assert 2 * long.num_tokens >= left, "the long prompt got less than half"
+        check_long(prefills, None, self.sequences)
         in_flight = {chunk.seq_id for old, _ in self.in_flight for chunk in old.chunks}
         again = {chunk.seq_id for chunk in plan.chunks if chunk.resets_blocks}
         assert not in_flight & again, "a preempted sequence was admitted before its former life had ended"

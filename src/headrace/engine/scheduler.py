@@ -7,10 +7,10 @@ A step has room for `max_num_batched_tokens` tokens of at most `max_num_seqs` se
 3. Prompt tokens to waiting sequences, first come first served.
 
 Passes 2 and 3 share one room (`prompt_room`): each prompt gets all it needs as long as that fits. The first that does
-not, the long one, gets the rest, but for up to half of it, which goes to later prompts that fit there whole. So a short
-prompt need not wait for a long one, and the long one, which is the oldest as soon as the older ones are done, gets at
-least half of what is there in every step. A short prompt overtakes others that wait only if slots and blocks for all of
-those would be left: it takes from them nothing but room that they could not have had.
+not, the long one, gets the rest, but for up to half of it, which goes to short prompts behind it, the shortest first:
+those with at most half as many tokens left. So a short prompt need not wait for a long one, and the long one, which is
+the oldest as soon as the older ones are done, gets at least half of what is there in every step. Who waits may overtake
+others who wait only if all of them could start at once: it takes from them nothing but room for tokens.
 
 Beside sequences that decode, the room may be limited further (`prompt_limit` of `schedule`), so that their next tokens
 do not wait long.
@@ -40,7 +40,7 @@ the one before it, so all that an earlier plan reads and writes is done when a l
 from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 from headrace.cache.block_manager import BlockManager
 from headrace.config import SchedulerConfig
@@ -223,11 +223,7 @@ class Scheduler:
         draft = _Draft()
         prefilling = self._schedule_decodes(draft)
         room = PromptRoom(self._num_prompt_tokens(draft, prompt_limit))
-        for sequence in prefilling:
-            room.offer(sequence)
-        # Blocks that a preemption has just freed go to those who still run, not to a newcomer that would go next.
-        if not draft.has_preempted:
-            self._admit_waiting(draft, room)
+        self._schedule_prompts(prefilling, draft, room)
         chunks = (*draft.decodes, *room.close())
         if num_in_flight and not chunks:
             return None
@@ -327,10 +323,10 @@ class Scheduler:
             f"{remedy}, or give the cache more memory (kv_cache_bytes)"
         )
 
-    def _schedule_decodes(self, draft: _Draft) -> list[Sequence]:
+    def _schedule_decodes(self, draft: _Draft) -> list[_Entry]:
         """Pass 1; returns who runs and is not done with its prompt. The loop is the scheduler's hot path: a few
         microseconds per sequence."""
-        prefilling: list[Sequence] = []
+        prefilling: list[_Entry] = []
         num_free_seqs = self._decode_share()
         index = 0
         # Oldest first, while preemption takes from the end: nobody who has a chunk already loses its blocks.
@@ -343,7 +339,7 @@ class Scheduler:
             if num_left != 1:
                 # Where none is left, the token that follows is on its way.
                 if num_left:
-                    prefilling.append(sequence)
+                    prefilling.append(entry)
                 continue
             if not num_free_seqs:
                 continue
@@ -404,14 +400,34 @@ class Scheduler:
         self.num_preemptions += 1
         insort(self._waiting, entry, key=_by_arrival)
 
-    def _admit_waiting(self, draft: _Draft, room: PromptRoom) -> None:
-        """Pass 3. Nobody overtakes the first that could go, or small requests would starve a large one; but where that
-        one could have gone and finds no room, a short prompt that leaves slot and blocks to it may."""
-        index = num_overtaken = num_overtaken_blocks = 0
+    def _schedule_prompts(self, prefilling: list[_Entry], draft: _Draft, room: PromptRoom) -> None:
+        """Passes 2 and 3."""
+        behind: list[tuple[int, _Entry]] = []
+        for entry in prefilling:
+            sequence = entry.sequence
+            if not room.has_long and not room.is_full:
+                room.offer(sequence)
+            else:
+                behind.append((sequence.num_tokens - sequence.num_scheduled_tokens, entry))
+        # Blocks that a preemption has just freed go to those who still run, not to a newcomer that would go next.
+        if not draft.has_preempted:
+            self._admit_waiting(draft, room, behind)
+        # Of equals, who arrived first.
+        for num_left, entry in sorted(behind, key=itemgetter(0)):
+            if not room.admits(num_left):
+                return
+            if entry.sequence.status is SequenceStatus.RUNNING:
+                room.offer(entry.sequence)
+            else:
+                self._start(entry, draft, room)
+
+    def _admit_waiting(self, draft: _Draft, room: PromptRoom, behind: list[tuple[int, _Entry]]) -> None:
+        """Pass 3, up to a long prompt, and who waits behind it and could start as well, with the tokens each has left:
+        in the order of arrival, while slots and blocks last. Nobody overtakes one for whom they do not, or small
+        requests would starve a large one."""
+        index = num_behind = num_behind_blocks = 0
         while (
-            index < len(self._waiting)
-            and len(self._running) + num_overtaken < self._max_num_running
-            and not room.is_full
+            index < len(self._waiting) and len(self._running) + num_behind < self._max_num_running and not room.is_full
         ):
             entry = self._waiting[index]
             sequence = entry.sequence
@@ -419,23 +435,33 @@ class Scheduler:
                 index += 1
                 continue
             # Found out before the cache is searched, as it may be full and the line long.
-            num_reserved_blocks = len(self._running) + num_overtaken + num_overtaken_blocks
+            num_reserved_blocks = len(self._running) + num_behind + num_behind_blocks
             if entry.last_step > self._updated_step or self._blocks.num_free_blocks <= num_reserved_blocks:
                 return
             shared = self._find_shared_blocks(sequence)
-            if not room.admits(sequence.num_tokens - len(shared) * self._blocks.block_size):
-                num_overtaken += 1
-                num_overtaken_blocks += self._blocks.num_blocks_for(sequence.num_tokens)
-                index += 1
+            if not room.has_long:
+                if not self._blocks.can_allocate(sequence.num_tokens, shared, num_reserved_blocks):
+                    return
+                self._start(entry, draft, room, shared)
                 continue
-            if not self._blocks.can_allocate(sequence.num_tokens, shared, num_reserved_blocks):
+            # As if it shared nothing: what it would share may be gone when its turn comes.
+            if not self._blocks.can_allocate(sequence.num_tokens, (), num_reserved_blocks):
                 return
-            del self._waiting[index]
-            self._start(entry, shared, draft, room)
-            insort(self._running, entry, key=_by_arrival)
+            num_behind += 1
+            num_behind_blocks += self._blocks.num_blocks_for(sequence.num_tokens)
+            index += 1
+            behind.append((sequence.num_tokens - len(shared) * self._blocks.block_size, entry))
 
-    def _start(self, entry: _Entry, shared: tuple[int, ...], draft: _Draft, room: PromptRoom) -> None:
+    def _start(self, entry: _Entry, draft: _Draft, room: PromptRoom, shared: tuple[int, ...] | None = None) -> None:
+        """Give a waiting sequence blocks for all its tokens and its first chunk.
+
+        shared: what `_find_shared_blocks` has just said; None asks it.
+        """
         sequence = entry.sequence
+        if shared is None:
+            shared = self._find_shared_blocks(sequence)
+        _remove(self._waiting, entry)
+        insort(self._running, entry, key=_by_arrival)
         block_ids = self._blocks.allocate(sequence.seq_id, sequence.num_tokens, shared)
         sequence.status = SequenceStatus.RUNNING
         sequence.num_scheduled_tokens = sequence.num_computed_tokens = len(shared) * self._blocks.block_size
