@@ -260,6 +260,22 @@ class TestRecorder:
         [ended] = middleware.ended
         assert (ended.status, ended.is_disconnected) == (500, False)
 
+    def test_an_answer_that_was_broken_off_is_one_that_nobody_took(self):
+        """A client that does not read is left without a word of its own."""
+
+        async def app(scope, receive, send) -> None:
+            await send({**START, "headers": []})
+            await send({"type": "http.response.body", "body": b"some", "more_body": True})
+
+        async def give_up() -> None:
+            middleware = Middleware(app)
+            await middleware.run()
+            middleware.recorder.close()
+            [ended] = middleware.ended
+            assert (ended.status, ended.is_disconnected) == (201, True)
+
+        asyncio.run(give_up())
+
     def test_what_the_engine_says_of_a_client_that_left_is_waited_for(self, monkeypatch):
         monkeypatch.setattr("headrace.server.recorder._GRACE_S", 0.02)
 

@@ -144,6 +144,14 @@ class TestExchanges:
         }
 
 
+def test_outputs_of_one_request_in_several_plans_in_flight_are_one_update():
+    requests = {"a": (list(range(5, 25)), replace(GREEDY, n=4))}
+    with closing(thread_llm(demo_model_path(), **SETTINGS, **LAYOUTS["pp3"])) as llm:
+        expected = run(llm.engine, requests)
+        asked = run(llm.engine, requests, between=llm.engine.statistics)
+    assert texts(asked["a"]) == texts(expected["a"])
+
+
 def test_news_of_an_aborted_request_are_not_reported_later():
     with closing(thread_llm(demo_model_path(), **SETTINGS, **LAYOUTS["pp2"])) as llm:
         engine = llm.engine
