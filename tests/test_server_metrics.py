@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import openai
+import psutil
 import pytest
 from checkpoints import HAS_NATIVE
 from prometheus_client import parser
@@ -244,3 +245,26 @@ class TestWatch:
             assert (await watch.look()).number == 1
 
         asyncio.run(look())
+
+
+def test_ranks_that_were_lost_and_started_again_show(server, client):
+    """The last test of the module, as it kills a rank. Counters of the new engine begin anew, and say when."""
+    before = scrape(server)
+    [rank] = [p for p in psutil.Process().children() if "rank_process" in " ".join(p.cmdline())]
+    stream = client.completions.create(
+        model="demo", prompt=[5], max_tokens=900, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    rank.kill()
+    with pytest.raises(openai.APIError, match="SIGKILL"):
+        list(stream)
+    eventually(lambda: scrape(server)["headrace:up",], 1)
+    client.completions.create(model="demo", prompt=[5, 6], max_tokens=1)
+    eventually(lambda: scrape(server)["vllm:prompt_tokens_total",], 2)
+    now = scrape(server)
+    assert now["headrace:engine_restarts_total",] == before["headrace:engine_restarts_total",] + 1
+    assert now["headrace:lost_requests_total",] == before["headrace:lost_requests_total",] + 1
+    assert now["vllm:prompt_tokens_created",] > before["vllm:prompt_tokens_created",] + 0.2
+    count = ("vllm:time_to_first_token_seconds_count",)
+    assert now[count] == before[count] + 2
+    assert now["headrace:communication_calls_total", "tp", "all_reduce", "prefill", "counted"] > 0
