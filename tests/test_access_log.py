@@ -1,5 +1,6 @@
 """The access log and request ids: through a real server that asks for keys, and the middleware by itself."""
 
+import argparse
 import asyncio
 import json
 import time
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import openai
 import pytest
 
+from headrace.cli.serve import add_arguments, server_config
 from headrace.config.observability import LogFormat, ObservabilityConfig
 from headrace.engine.metrics import RequestMetrics
 from headrace.engine.outputs import CompletionOutput, RequestOutput, RequestUpdate
@@ -100,6 +102,18 @@ def test_chats_have_their_tokens_too(client, log_file):
     assert chat.id == "chatcmpl-a-b:c.d_e"
 
 
+def test_every_kind_of_answer_has_its_tokens(client, log_file):
+    embedding = client.embeddings.create(model="demo", input=[[5, 6], [7]], extra_headers={"X-Request-Id": "vectors"})
+    line = line_of(log_file, "vectors")
+    assert (line["prompt_tokens"], line["completion_tokens"], embedding.usage.prompt_tokens) == (3, 0, 3)
+    response = client.responses.create(
+        model="demo", input="Hello", max_output_tokens=3, store=False, extra_headers={"X-Request-Id": "response"}
+    )
+    line = line_of(log_file, "response")
+    assert line["prompt_tokens"] == response.usage.input_tokens
+    assert line["completion_tokens"] == response.usage.output_tokens > 0
+
+
 def test_requests_that_are_refused_are_logged_too(server, log_file):
     answer = get(f"{server.url}/v1/models?key=sk-in-a-query", X_Request_Id="no-key", Authorization="Bearer sk-wrong")
     assert (answer.status, answer.headers["x-request-id"]) == (401, "no-key")
@@ -160,6 +174,17 @@ def test_a_line_for_people(capsys):
         f"{key_name('sk-secret')} an-id"
     )
     assert second == r"2023-11-14T22:13:20.123+00:00 127.0.0.1:9 GET /a\nb\x1b[31m - 0.000s client left an-id"
+
+
+def test_options_of_the_command(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    file, url = str(tmp_path / "log"), "https://collector:4318/v1/traces"
+    args = parser.parse_args(["--log-format", "json", "--log-file", file, "--otlp-traces-endpoint", url])
+    assert server_config(args).observability == ObservabilityConfig(
+        log_format=LogFormat.JSON, log_file=Path(file), otlp_traces_endpoint=url
+    )
+    assert server_config(parser.parse_args([])).observability == ObservabilityConfig()
 
 
 def test_a_log_that_cannot_be_written_is_refused_at_once(tmp_path):

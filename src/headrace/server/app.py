@@ -54,7 +54,11 @@ def build_app(context: ServerContext) -> FastAPI:
     app.add_middleware(ApiKeys, keys=config.api_keys)
     if config.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(config.cors_origins), allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
         )
     app.add_middleware(RecordedRequests, recorder=app.state.observability.recorder)
     return app
