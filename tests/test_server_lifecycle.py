@@ -185,6 +185,17 @@ def _cpu_s(processes: list[psutil.Process]) -> float:
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
+def test_a_silent_rank_turns_health_red_long_before_it_is_given_up() -> None:
+    with server_process("--threads", "1", "--tp", "2", "--deadline", "60") as server:
+        [rank] = server.ranks()
+        rank.suspend()
+        assert server.wait_for(lambda: server.get("/health")[0] == 503) < 6
+        assert "rank 1" in server.get("/health")[1]["error"]["message"]
+        rank.resume()
+        server.wait_for(lambda: server.get("/health")[0] == 200)
+        assert server.client.completions.create(model="demo", prompt="The", max_tokens=3).choices[0].text
+
+
 def test_a_server_whose_ranks_are_lost_too_often_ends() -> None:
     with server_process("--threads", "1", "--tp", "2", "--max-restarts", "0") as server:
         server.ranks()[0].kill()

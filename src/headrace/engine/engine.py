@@ -71,6 +71,11 @@ class Engine:
         """Why the ranks can no longer work together, once that is so, met by a step or not. From any thread."""
         return self.model.executor.failure
 
+    @property
+    def silence(self) -> tuple[str, float]:
+        """The rank that has shown no sign of life for the longest time, and for how many seconds. From any thread."""
+        return self.model.executor.silence
+
     def is_live(self, request_id: str) -> bool:
         """The request still has an update to come."""
         return request_id in self._requests or request_id in self._pending

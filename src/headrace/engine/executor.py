@@ -24,6 +24,11 @@ class Executor(Protocol):
         """Why the ranks can no longer work together, once that is so. From any thread, and without waiting."""
         ...
 
+    @property
+    def silence(self) -> tuple[str, float]:
+        """The rank that has shown no sign of life for the longest time, and for how many seconds. As `failure`."""
+        ...
+
     def submit(self, plan: StepPlan) -> None:
         """Start a step. At most max_in_flight are open at a time."""
         ...

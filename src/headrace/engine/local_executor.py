@@ -15,6 +15,7 @@ class LocalExecutor:
 
     max_in_flight = 1
     failure = None
+    silence = ("rank 0", 0.0)
 
     def __init__(self, worker: Worker) -> None:
         self._worker: Worker | None = worker

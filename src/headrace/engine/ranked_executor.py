@@ -46,6 +46,10 @@ class RankedExecutor:
         """Also while nothing runs: signs of life are exchanged all the time."""
         return self._world.failure
 
+    @property
+    def silence(self) -> tuple[str, float]:
+        return self._world.silence
+
     def submit(self, plan: StepPlan) -> None:
         self._check()
         message = Kind.PLAN.value + encode_plan(plan)

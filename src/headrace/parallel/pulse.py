@@ -10,6 +10,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 
 from headrace.parallel.channel import Channel, ChannelClosed
 
@@ -18,7 +19,8 @@ OnLost = Callable[[int, str], None]
 
 _BEAT = b""
 _BEATS_PER_DEADLINE = 5
-_MAX_INTERVAL_S = 5.0
+_MAX_INTERVAL_S = 0.5
+"""So that silence is noticed long before the deadline, by those who ask for it."""
 
 
 class Pulse:
@@ -56,6 +58,11 @@ class Pulse:
         """Until a loss has been noticed and dealt with, or for so long."""
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._has_lost.wait(timeout_s)
+
+    def longest_silence(self) -> tuple[int, float]:
+        """The rank that was not heard of for the longest time, and for how many seconds. From any thread."""
+        rank, heard_s = min(self._heard_s.items(), key=itemgetter(1), default=(0, time.monotonic()))
+        return rank, time.monotonic() - heard_s
 
     def tell(self, rank: int, reason: str) -> None:
         """Say on every line that a rank is lost, and why; those that cannot hear are passed over."""

@@ -65,6 +65,12 @@ class World:
         """Why the ranks can no longer work together, once that is so."""
         return self._failure
 
+    @property
+    def silence(self) -> tuple[str, float]:
+        """The rank that was not heard of for the longest time, and for how many seconds; it is lost at the deadline."""
+        rank, seconds = self._pulse.longest_silence()
+        return str(Place(rank=rank, config=self.place.config)), seconds
+
     def send(self, rank: int, message: bytes) -> None:
         """
         Raises:

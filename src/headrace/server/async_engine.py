@@ -22,6 +22,9 @@ from headrace.server.restarts import RestartPolicy
 logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 5
+_SILENT_S = 2.5
+"""Ranks are heard of twice a second. One that is silent for so long is not lost yet, but nothing should be sent here."""
+
 _STALLED_STEP_S = 120.0
 """A step that takes longer is taken for one that does not end."""
 
@@ -104,6 +107,9 @@ class AsyncEngine:
             return self.reason or f"the engine is {self.state.value}"
         if self._engine.failure is not None:
             return self._engine.failure
+        rank, silent_s = self._engine.silence
+        if silent_s > _SILENT_S:
+            return f"{rank} has shown no sign of life for {silent_s:.0f} s"
         began_s = self._thread.step_began_s
         if began_s is not None and time.monotonic() - began_s > _STALLED_STEP_S:
             return f"a step has been running for more than {_STALLED_STEP_S:g} s"
