@@ -65,7 +65,7 @@ export class Chat {
     });
     this.#turns.push(turn);
     this.#show(turn, view);
-    await turn.run(await this.#body(earlier, question, turn), (text) => view.append(text));
+    await turn.run(await this.#body(earlier, question), (text) => view.append(text));
     if (this.#running !== turn) return; // a new conversation has begun
     this.#end(turn, view);
   }
@@ -96,8 +96,7 @@ export class Chat {
     byId("send").hidden = isBusy;
     byId("stop").hidden = !isBusy;
     byId("log").ariaBusy = String(isBusy);
-    const focused = document.activeElement;
-    if (focused === document.body || !focused.checkVisibility()) byId("message").focus(); // its button is hidden now
+    if (!document.activeElement.checkVisibility()) byId("message").focus(); // it was on the button that is hidden now
   }
 
   #retry(turn, view) {
