@@ -9,6 +9,7 @@ It looks as its reader's own fonts make it look; with the package fonts-inter it
 import argparse
 import json
 import math
+import re
 import threading
 import time
 import urllib.request
@@ -39,7 +40,11 @@ def main() -> None:
     executable = find_chromium()
     if executable is None:
         parser.error("no Chromium is installed; scripts/install_chromium installs one")
-    with served_demo("--tp", "2") as demo, chromium(executable) as browser, ExitStack() as stack:
+    with (
+        served_demo("--tp", "2", "--kv-cache-bytes", "2MiB") as demo,
+        chromium(executable) as browser,
+        ExitStack() as stack,
+    ):
         pages = {scheme: stack.enter_context(opened(browser, demo.url, scheme)) for scheme in ("light", "dark")}
         stack.enter_context(load(demo.url))
         time.sleep(args.seconds)
@@ -47,7 +52,7 @@ def main() -> None:
             for question in QUESTIONS:
                 ask(page, question)
             path = args.folder / ("page.png" if scheme == "light" else f"page-{scheme}.png")
-            page.wait_for_timeout(1500)  # the figures of these answers
+            expect(page.locator("#running")).to_have_text(re.compile("^[3-9]"), timeout=2 * WAVE_S * 1000)
             page.screenshot(path=path)
             print(path)
 
@@ -84,7 +89,7 @@ def load(url: str) -> Iterator[None]:
             if index < wanted():
                 complete(url, OTHERS[turn % len(OTHERS)], seed=turn)
                 turn += 1
-            is_over.wait(0.2)
+            is_over.wait(0.1)
 
     clients = [threading.Thread(target=client, args=(index,)) for index in range(MOST_AT_A_TIME)]
     for thread in clients:
@@ -98,7 +103,7 @@ def load(url: str) -> Iterator[None]:
 
 
 def complete(url: str, question: str, seed: int) -> None:
-    body = {"model": "demo", "messages": [{"role": "user", "content": question}], "seed": seed, "max_tokens": 96}
+    body = {"model": "demo", "messages": [{"role": "user", "content": question}], "seed": seed, "max_tokens": 160}
     data = json.dumps(body).encode()
     request = urllib.request.Request(f"{url}/v1/chat/completions", data, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
