@@ -119,6 +119,7 @@ class Serving:
         except BaseException:
             self.http.should_exit = True
             await http
+            self._observability.close()
             raise
         await http
         await self.engine.close()

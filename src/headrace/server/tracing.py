@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span
 
+_TIMEOUT_S = 3.0
+"""For a batch to be sent in, tries included: what a collector that is gone may delay the server's end by."""
+
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "text_completion",
@@ -104,7 +107,7 @@ def make_tracer(endpoint: str, model_name: str) -> Tracer:
             f"traces need OpenTelemetry, which is not installed ({error}); run `pip install 'headrace[otel]'`, or "
             "leave --otlp-traces-endpoint out"
         ) from None
-    return Tracer(OTLPSpanExporter(endpoint=endpoint), model_name)
+    return Tracer(OTLPSpanExporter(endpoint=endpoint, timeout=_TIMEOUT_S), model_name)
 
 
 def _stages(metrics: RequestMetrics) -> Iterator[tuple[str, float, float]]:
