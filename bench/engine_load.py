@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--quantize", default="none")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--dataflow", default="measured")
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--request-mix", type=RequestMix.parse, default="128:128")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16])
@@ -94,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    with LLM(args.model, quantize=args.quantize, num_threads=args.threads, max_num_seqs=args.max_num_seqs) as llm:
+    settings = {"num_threads": args.threads, "max_num_seqs": args.max_num_seqs, "dataflow": args.dataflow}
+    with LLM(args.model, quantize=args.quantize, **settings) as llm:
         closed_loop(llm.engine, requests(args.vocab_size, args.request_mix, args.seed, "warm-up"), 1, 1)
         levels = {}
         for index, concurrency in enumerate(args.concurrency):

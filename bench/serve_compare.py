@@ -53,6 +53,7 @@ class Protocol:
     concurrency: tuple[int, ...]
     waves: int
     vocab_size: int
+    dataflow: str = "measured"
     seed: int = 0
 
     @property
@@ -93,7 +94,7 @@ def measure_engine(protocol: Protocol, seed: int, prefix: Sequence[str] = ()) ->
         *(sys.executable, "-m", "bench.engine_load", "--model", str(protocol.model), "--quantize", protocol.quantize),
         *("--threads", str(protocol.threads), "--max-num-seqs", str(protocol.shape.max_num_seqs)),
         *("--request-mix", protocol.request_mix, "--waves", str(protocol.waves)),
-        *("--vocab-size", str(protocol.vocab_size), "--seed", str(seed)),
+        *("--vocab-size", str(protocol.vocab_size), "--seed", str(seed), "--dataflow", protocol.dataflow),
         *("--concurrency", *map(str, protocol.concurrency)),
     ]
     return {"levels": _run_json([*prefix, *argv])}
@@ -171,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a folder")
     parser.add_argument("--quantize", default="none", help="as `headrace serve` takes it (default: %(default)s)")
+    parser.add_argument("--dataflow", default="measured", help="as `headrace serve` takes it (default: %(default)s)")
     parser.add_argument("--llama-server", type=Path, help="left out: Headrace alone")
     parser.add_argument("--gguf", type=Path, help="the same weights, with a vocabulary")
     parser.add_argument("--json", type=Path, help="write everything here, anew after each round")
@@ -183,7 +185,7 @@ def main() -> None:
     parser.add_argument("--idle-s", type=float, default=3.0, help="rest before each target (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prefix", type=shlex.split, default=[], help="run what is measured under this command")
-    parser.add_argument("--headrace-options", type=shlex.split, default=[], help="more for `headrace serve`")
+    parser.add_argument("--headrace-options", type=shlex.split, default=[], help="more for `headrace serve` alone")
     parser.add_argument("--llama-options", type=shlex.split, default=[], help="more for llama-server")
     args = parser.parse_args()
     if (args.llama_server is None) != (args.gguf is None):
@@ -198,9 +200,11 @@ def main() -> None:
         concurrency=tuple(args.concurrency),
         waves=args.waves,
         vocab_size=config["vocab_size"],
+        dataflow=args.dataflow,
         seed=args.seed,
     )
-    targets = [headrace(protocol.model, protocol.quantize, protocol.shape, args.headrace_options)]
+    options = ["--dataflow", protocol.dataflow, *args.headrace_options]
+    targets = [headrace(protocol.model, _stored_format(config), protocol.quantize, protocol.shape, options)]
     if args.llama_server is not None:
         llama = llama_server(args.llama_server.resolve(), args.gguf.resolve(), protocol.shape, args.llama_options)
         targets.append(llama)
@@ -216,6 +220,10 @@ def main() -> None:
     print(table(to_json(asdict(protocol), targets, asdict(findings))))
     if findings.failed:
         sys.exit("".join(f"\n{name} failed: {error}" for name, error in findings.failed.items()))
+
+
+def _stored_format(config: dict[str, Any]) -> str:
+    return str(config.get("quantization_config", {}).get("weight_format", config.get("dtype", "as stored")))
 
 
 def _measurements(

@@ -45,10 +45,10 @@ class ServerTarget:
         return [*self.command, "--port", str(port)]
 
 
-def headrace(model: Path, quantize: str, shape: Shape, options: Sequence[str] = ()) -> ServerTarget:
+def headrace(model: Path, stored_format: str, quantize: str, shape: Shape, options: Sequence[str] = ()) -> ServerTarget:
     return ServerTarget(
         name="Headrace",
-        format="int4" if quantize == "none" else quantize,
+        format=stored_format if quantize == "none" else quantize,
         command=(
             *(sys.executable, "-m", "headrace", "serve", "--model", str(model), "--quantize", quantize),
             *("--threads", str(shape.threads), "--max-num-seqs", str(shape.max_num_seqs)),

@@ -140,6 +140,7 @@ class TestPrompts:
         assert one[8] != other[8]
         short = prompts.next(4, generator)
         assert (short[:3], len(short)) == (one[:3], 4)
+        assert short[3] != one[3]
 
     def test_a_small_vocabulary(self):
         assert set(TokenIdPrompts.make(3, 0, rng()).next(99, rng())) == {0, 1, 2}

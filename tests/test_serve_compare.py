@@ -140,13 +140,17 @@ class TestReport:
 class TestTargets:
     def test_both_servers_get_the_same_room_and_threads(self, tmp_path):
         (tmp_path / "model.safetensors").write_bytes(b"x")
-        ours = headrace(tmp_path, "int4", SHAPE).argv(99)
+        ours = headrace(tmp_path, "bfloat16", "int4", SHAPE).argv(99)
         theirs = llama_server(Path("llama-server"), tmp_path / "m.gguf", SHAPE, ["--no-mmap"]).argv(99)
         assert ours[ours.index("--threads") + 1] == theirs[theirs.index("--threads") + 1] == "2"
         assert ours[ours.index("--max-num-seqs") + 1] == theirs[theirs.index("--parallel") + 1] == "16"
         assert theirs[theirs.index("--ctx-size") + 1] == str(16 * 272)
         assert "--no-mmap" in theirs
         assert ours[-2:] == theirs[-2:] == ["--port", "99"]
+
+    def test_the_format_is_what_runs(self, tmp_path):
+        assert headrace(tmp_path, "bfloat16", "int4", SHAPE).format == "int4"
+        assert headrace(tmp_path, "int4", "none", SHAPE).format == "int4"
 
     def target(self, script):
         return ServerTarget(name="it", format="x", command=(sys.executable, "-c", script), weights=())
