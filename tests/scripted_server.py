@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,10 +80,11 @@ class ScriptedServer:
     asked: list[Asked] = field(default_factory=list)
     port: int = 0
     num_connections: int = 0
+    scheme: str = "http"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self.scheme}://127.0.0.1:{self.port}"
 
     def completions(self) -> list[Asked]:
         return [asked for asked in self.asked if asked.path.endswith("completions")]
@@ -120,9 +122,9 @@ class ScriptedServer:
 
 
 @contextmanager
-def scripted_server() -> Iterator[ScriptedServer]:
+def scripted_server(tls: ssl.SSLContext | None = None) -> Iterator[ScriptedServer]:
     """On a thread of its own, so that whole commands can be run against it."""
-    server = ScriptedServer()
+    server = ScriptedServer(scheme="http" if tls is None else "https")
     loop = asyncio.new_event_loop()
     listening = threading.Event()
     ended = asyncio.Event()
@@ -137,7 +139,7 @@ def scripted_server() -> Iterator[ScriptedServer]:
             task.add_done_callback(tasks.discard)
             await server._serve(reader, writer)
 
-        listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+        listener = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
         server.port = listener.sockets[0].getsockname()[1]
         listening.set()
         await ended.wait()

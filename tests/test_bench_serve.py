@@ -3,7 +3,9 @@
 import asyncio
 import json
 import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -213,6 +215,43 @@ class TestAnswers:
 
         with pytest.raises(ConnectFailed, match=r"refused|Connect call failed"):
             asyncio.run(ask())
+
+
+@pytest.fixture(scope="module")
+def tls_server(tmp_path_factory):
+    """With a certificate that nobody has signed."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject, *files]
+    subprocess.run(made, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with scripted_server(context) as server:
+        yield server
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to make a certificate")
+class TestTls:
+    def test_a_certificate_is_checked(self, tls_server, capsys):
+        assert main(["bench", "serve", "--base-url", tls_server.url]) == 2
+        captured = capsys.readouterr()
+        assert (captured.out, captured.err.count("\n")) == ("", 1)
+        assert f"cannot reach {tls_server.url}: TLS: " in captured.err
+        assert "certificate" in captured.err.lower()
+        assert tls_server.asked == []
+
+    def test_or_not_where_that_is_asked_for(self, tls_server, capsys):
+        argv = ["--insecure", "--num-requests", "5", "--concurrency", "2", "--request-mix", "3:4"]
+        assert main(["bench", "serve", "--json", "--base-url", tls_server.url, *argv]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["num_completed"], found["output_tokens"]) == (5, 20)
+
+    def test_plain_http_to_it_is_one_line(self, tls_server, capsys):
+        assert main(["bench", "serve", "--base-url", tls_server.url.replace("https", "http")]) == 2
+        captured = capsys.readouterr()
+        assert (captured.out, captured.err.count("\n")) == ("", 1)
 
 
 class TestLoad:
