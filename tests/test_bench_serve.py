@@ -415,6 +415,8 @@ class TestSweep:
         found = report("--sweep", "concurrency", "1,2,5", "--num-requests", 10, "--request-mix", "4:2")
         assert [level["arrivals"]["concurrency"] for level in found["levels"]] == [1, 2, 5]
         assert [level["num_completed"] for level in found["levels"]] == [10, 10, 10]
+        rates = [level["output_tokens_per_s"] for level in found["levels"]]
+        assert rates[found["best_level"]] == max(rates)
         prompts = [asked.body["prompt"] for asked in server.completions()]
         assert len(set(prompts)) == 31, "no level may find another's prompts in a cache"
 
@@ -457,6 +459,7 @@ class TestSweep:
         assert lines[0].split()[:3] == ["done", "failed", "requests/s"]
         assert lines[1].split()[:4] == ["concurrency", "1", "4", "0"]
         assert lines[2].split()[:4] == ["concurrency", "2", *(["0", "4"] if num_refused else ["4", "0"])]
+        assert re.search(r"^most +[\d.,]+ requests/s within limits, at concurrency [12]$", out, re.MULTILINE)
         assert ("failed at concurrency 2: 4 x status 429: full" in out) == bool(num_refused)
         assert "<svg" in file.read_text()
 

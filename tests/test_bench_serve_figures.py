@@ -19,7 +19,7 @@ from headrace.bench.serve.load import LoadRun
 from headrace.bench.serve.metrics import Distribution, Goodput, full_decode, summarize
 from headrace.bench.serve.prompts import TextPrompts, TokenIdPrompts
 from headrace.bench.serve.records import Failure, FailureKind, RequestRecord
-from headrace.bench.serve.session import LevelResult, is_saturated
+from headrace.bench.serve.session import LevelResult, best_level, is_saturated
 from headrace.bench.serve.sse import EventTooLong, SseParser
 from headrace.errors import ConfigError
 
@@ -526,6 +526,10 @@ class TestSaturation:
     def test_without_limits_it_is_where_tokens_stop_growing(self):
         assert not is_saturated(self.level(100), self.level(106))
         assert is_saturated(self.level(100), self.level(104))
+
+    def test_the_best_level_is_that_of_the_most_goodput_or_tokens(self):
+        assert best_level([self.level(100), self.level(300), self.level(200)]) == 1
+        assert best_level([self.level(100, good=3), self.level(300, good=2)]) == 0
 
     def test_with_limits_it_is_where_goodput_falls(self):
         assert not is_saturated(self.level(100, good=3), self.level(100, good=3))

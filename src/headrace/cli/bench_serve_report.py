@@ -9,7 +9,7 @@ from typing import Any
 from headrace.bench.serve.arrivals import Arrivals, ClosedLoop
 from headrace.bench.serve.health import GeneratorHealth, remarks
 from headrace.bench.serve.metrics import PERCENTILES, Distribution, LoadMetrics
-from headrace.bench.serve.session import LevelResult, Session, arrivals_text
+from headrace.bench.serve.session import LevelResult, Session, arrivals_text, best_level
 from headrace.cli.environment import machine, versions
 from headrace.cli.terminal import aligned, format_ms, format_rate
 
@@ -42,7 +42,11 @@ def to_json(session: Session, results: Sequence[LevelResult]) -> dict[str, Any]:
         "goodput_limits_s": None if bench.goodput is None else asdict(bench.goodput),
         "machine": machine(),
         "versions": versions(),
-        **(levels[0] if bench.sweep is None else {"sweep": bench.sweep.over.value, "levels": levels}),
+        **(
+            levels[0]
+            if bench.sweep is None
+            else {"sweep": bench.sweep.over.value, "best_level": best_level(results), "levels": levels}
+        ),
     }
 
 
@@ -67,7 +71,7 @@ def levels_table(session: Session, results: Sequence[LevelResult]) -> list[str]:
         cells += [format_ms(_at(d, p)) for d in (metrics.ttft, metrics.tpot) for p in (50, 99)]
         good = [f"{format_rate(metrics.goodput_per_s)}/s", f"{metrics.good_share or 0:.0%}"] if has_limits else []
         rows.append([arrivals_text(result.arrivals), *cells, *good])
-    facts = aligned(list(_target_facts(session)), num_left=2)
+    facts = aligned([("most", _most(results)), *_target_facts(session)], num_left=2)
     return [*aligned(rows), "", *facts, *_failure_lines(results), *_remark_lines(results)]
 
 
@@ -166,6 +170,14 @@ def _facts(session: Session, result: LevelResult) -> Iterator[tuple[str, str]]:
     if health.lateness is not None:
         late = health.lateness.percentiles[99]
         yield "generator", f"{health.cpu_share:.1%} of a CPU, sends {format_ms(late)} late at p99"
+
+
+def _most(results: Sequence[LevelResult]) -> str:
+    best = results[best_level(results)]
+    metrics = best.metrics
+    if metrics.goodput_per_s is not None:
+        return f"{format_rate(metrics.goodput_per_s)} requests/s within limits, at {arrivals_text(best.arrivals)}"
+    return f"{format_rate(metrics.output_tokens_per_s)} output tokens/s, at {arrivals_text(best.arrivals)}"
 
 
 def _target_facts(session: Session) -> Iterator[tuple[str, str]]:

@@ -139,6 +139,8 @@ def _has_gone(connection: HttpConnection, listener: EndAwaited) -> bool:
 
 def _one_reason(error: OSError) -> str:
     """asyncio joins what it has met at each of a name's addresses; one of them says enough."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"TLS: the certificate was not accepted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
         return f"TLS: {error.reason or error}"
     return error.strerror or str(error)

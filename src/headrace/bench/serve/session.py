@@ -1,7 +1,7 @@
 """One run from the first question to the server to the last figure."""
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
@@ -146,6 +146,13 @@ def is_saturated(before: LevelResult, after: LevelResult) -> bool:
     if before.metrics.goodput_per_s is not None and after.metrics.goodput_per_s is not None:
         return after.metrics.goodput_per_s < before.metrics.goodput_per_s
     return after.metrics.output_tokens_per_s < _MIN_GROWTH * before.metrics.output_tokens_per_s
+
+
+def best_level(results: Sequence[LevelResult]) -> int:
+    """The index of the level with the most goodput, or, without limits, with the most output tokens per second."""
+    metrics = [result.metrics for result in results]
+    figures = [m.output_tokens_per_s if m.goodput_per_s is None else m.goodput_per_s for m in metrics]
+    return max(range(len(figures)), key=figures.__getitem__)
 
 
 def arrivals_text(arrivals: Arrivals) -> str:
