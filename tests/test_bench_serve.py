@@ -580,6 +580,7 @@ class TestCommand:
             (["--sweep", "rate", "1,0"], "levels '1,0'"),
             (["--sweep", "concurrency", "1.5"], "levels '1.5'"),
             (["--sweep", "rate", "1", "--rate", "1"], "leave --rate and --concurrency out"),
+            (["--requests-out", "/no/such/folder/x"], "there is no such folder"),
             (["--plot", "x.svg"], "--plot draws a sweep"),
             (["--extra-body", "{"], "--extra-body is no JSON"),
             (["--extra-body", "3"], "give an object"),

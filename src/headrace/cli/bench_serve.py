@@ -7,12 +7,8 @@ from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headrace.cli.bench_serve_options import (
-    add_endpoint_options,
-    add_load_options,
-    add_workload_options,
-    serve_bench_from,
-)
+from headrace.cli.bench_serve_options import add_endpoint_options, add_load_options, add_workload_options
+from headrace.cli.bench_serve_settings import serve_bench_from
 from headrace.cli.progress_line import progress_line
 from headrace.cli.terminal import note
 from headrace.errors import ConfigError, EndpointError
@@ -52,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
         if args.sweep is None:
             raise ConfigError("--plot draws a sweep; give --sweep, or leave it out")
         check_can_plot(args.plot)
+    if args.requests_out is not None and not args.requests_out.parent.is_dir():
+        raise ConfigError(f"--requests-out is '{args.requests_out}', but there is no such folder")
     bench = serve_bench_from(args)
     from headrace.cli.bench_serve_report import levels_table, request_lines, table, to_json
 
