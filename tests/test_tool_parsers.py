@@ -172,6 +172,7 @@ QWEN = {
     ),
     "null or a number": (xml(("ratio", "null")), ("", [("f", '{"ratio": null}')])),
     "null or a string": (xml(("maybe", "None")), ("", [("f", '{"maybe": null}')])),
+    "a string in quotes": (xml(("maybe", '"x"')), ("", [("f", '{"maybe": "\\"x\\""}')])),
     "a string of digits": (xml(("maybe", "12")), ("", [("f", '{"maybe": "12"}')])),
     "a string like JSON": (xml(("text", '{"a": null}')), ("", [("f", '{"text": "{\\"a\\": null}"}')])),
     "not of its type": (xml(("count", "many")), ("", [("f", '{"count": "many"}')])),
