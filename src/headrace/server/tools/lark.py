@@ -6,6 +6,9 @@ from typing import Any, Protocol
 
 from headrace.server.tools.loose_schema import loosened
 
+_ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+"""As models were trained to write calls. Where more white space is allowed, models get lost in it."""
+
 
 class TokenNames(Protocol):
     """What a grammar has to know of a tokenizer; `headrace.tokenizer.Tokenizer` is one."""
@@ -19,7 +22,8 @@ def literal(text: str) -> str:
 
 def json_schema(schema: Mapping[str, Any], *, is_exact: bool) -> str:
     """JSON of a schema; is_exact: what cannot be enforced is refused when it is compiled, rather than left out."""
-    return "%json " + json.dumps(schema if is_exact else loosened(schema), ensure_ascii=False)
+    plain = {key: value for key, value in schema.items() if key != "x-guidance"} if is_exact else loosened(schema)
+    return "%json " + json.dumps({"x-guidance": _ONE_LINE, **plain}, ensure_ascii=False)
 
 
 def tag(text: str, tokenizer: TokenNames) -> str:
