@@ -190,6 +190,11 @@ class TestOptions:
             (["--dtype", "float16"], "invalid choice: 'float16'"),
             (["--logprobs", "2"], "--json"),
             (["--raw", "--chat"], "not allowed with argument"),
+            (["--regex", "a", "--choice", "b"], "not allowed with argument"),
+            (["--choice", ""], "a string of choice of structured_outputs is ''"),
+            (["--json-schema", "{"], "json of structured_outputs is not a JSON schema"),
+            (["--json-schema", "/no/such/schema"], "cannot read '/no/such/schema'"),
+            (["--grammar", "/no/such/grammar"], "cannot read '/no/such/grammar'"),
         ],
     )
     def test_bad_values_are_refused_before_a_model_is_loaded(self, refused, option, message):
@@ -222,6 +227,31 @@ class TestGenerate:
             expected + "\n",
             "",
         )
+
+    def test_an_output_has_the_form_asked_for(self, run, model, tmp_path):
+        schema = {
+            "type": "object",
+            "properties": {"a": {"enum": [7]}},
+            "required": ["a"],
+            "additionalProperties": False,
+        }
+        (tmp_path / "schema.json").write_text(json.dumps(schema))
+        (tmp_path / "grammar.lark").write_text('start: "x" "y"~2')
+        for option, allowed in (
+            (["--json-schema", json.dumps(schema)], {'{"a":7}', '{"a": 7}'}),
+            (["--json-schema", tmp_path / "schema.json"], {'{"a":7}', '{"a": 7}'}),
+            (["--regex", "[ab]c"], {"ac", "bc"}),
+            (["--choice", "yes", "--choice", "no"], {"yes", "no"}),
+            (["--grammar", tmp_path / "grammar.lark"], {"xyy"}),
+        ):
+            code, out, err = run("generate", "hello", "--quiet", "--model", model, *option)
+            assert (code, err) == (0, "")
+            assert out.removesuffix("\n") in allowed
+        code, out, _ = run("generate", "hello", "--quiet", "--model", model, "--json-object", "--max-tokens", 5)
+        assert out.startswith("{")
+
+    def test_a_form_that_cannot_be_had_is_one_line(self, refused, model):
+        assert "'not'" in refused("generate", "hello", "--model", model, "--json-schema", '{"not": {}}')
 
     def test_json_has_one_object_per_output_and_nothing_else(self, run, model):
         code, out, err = run(
