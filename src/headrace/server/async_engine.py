@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 5
 _SILENT_S = 2.5
-"""Ranks are heard of twice a second. One that is silent for so long is not lost yet, but nothing should be sent here."""
+"""Ranks are heard of twice a second. One that is silent for so long is not lost yet, but no place to send anything."""
 
 _STALLED_STEP_S = 120.0
 """A step that takes longer is taken for one that does not end."""
