@@ -25,14 +25,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="a server under many clients of which some leave")
     parser.add_argument("--clients", type=int, default=500)
     parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--kills", type=int, default=0, help="of a rank, spread over the time")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     command = [sys.executable, "-m", "scripts.soak_server.served", str(demo_model_path())]
     server = subprocess.Popen(
-        [*command, str(_NUM_BLOCKS), str(_MAX_WAITING)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*command, str(_NUM_BLOCKS), str(_MAX_WAITING), str(2 if args.kills else 1)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
-        result = asyncio.run(_soak(server, args.clients, 60 * args.minutes))
+        result = asyncio.run(_soak(server, args.clients, 60 * args.minutes, args.kills))
     finally:
         server.stdin.close()
         server.terminate()
@@ -43,12 +47,16 @@ def main() -> None:
     sys.exit(bool(result["problems"]))
 
 
-async def _soak(server: "subprocess.Popen[str]", num_clients: int, seconds: float) -> dict[str, Any]:
+async def _soak(server: "subprocess.Popen[str]", num_clients: int, seconds: float, num_kills: int) -> dict[str, Any]:
     port = json.loads(await asyncio.to_thread(server.stdout.readline))["port"]
     process, tally = psutil.Process(server.pid), Tally()
     loop = asyncio.get_running_loop()
     start_s = loop.time()
-    clients = [asyncio.create_task(run_client(seed, port, start_s + seconds, tally)) for seed in range(num_clients)]
+    clients = [
+        asyncio.create_task(run_client(seed, port, start_s + seconds, tally, may_be_lost=num_kills > 0))
+        for seed in range(num_clients)
+    ]
+    killer = asyncio.create_task(_kill_now_and_then(process, num_kills, seconds / (num_kills + 1)))
     rss_bytes: list[tuple[float, int]] = []
     while loop.time() < start_s + seconds:
         await asyncio.sleep(1.0)
@@ -59,14 +67,14 @@ async def _soak(server: "subprocess.Popen[str]", num_clients: int, seconds: floa
             file=sys.stderr,
         )
     print(file=sys.stderr)
-    await asyncio.gather(*clients)
+    await asyncio.gather(*clients, killer)
     end = await _settled(server)
     warm = [size for at_s, size in rss_bytes if at_s >= _WARM_SHARE * seconds] or [rss_bytes[-1][1]]
     half = len(warm) // 2 or 1
     first_mean, last_mean = sum(warm[:half]) / half, sum(warm[-half:]) / half
     growth = last_mean / first_mean - 1
     problems = tally.problems
-    if growth > _MAX_GROWTH:
+    if growth > _MAX_GROWTH and not num_kills:
         problems.append(f"memory grew by {growth:.1%} after the first quarter")
     if end.get("broken") or end["running"] or end["waiting"] or end["kv_cache_usage"] or end["open"] or end["admitted"]:
         problems.append(f"something was left behind: {end}")
@@ -83,6 +91,14 @@ async def _soak(server: "subprocess.Popen[str]", num_clients: int, seconds: floa
         "problems": problems[:20],
         "num_problems": len(problems),
     }
+
+
+async def _kill_now_and_then(server: psutil.Process, num_kills: int, interval_s: float) -> None:
+    for _ in range(num_kills):
+        await asyncio.sleep(interval_s)
+        while not (ranks := server.children(recursive=True)):
+            await asyncio.sleep(0.1)
+        ranks[-1].kill()
 
 
 async def _settled(server: "subprocess.Popen[str]") -> dict[str, Any]:

@@ -20,24 +20,25 @@ class Tally:
     num_events: int = 0
 
 
-async def run_client(seed: int, port: int, until_s: float, tally: Tally) -> None:
+async def run_client(seed: int, port: int, until_s: float, tally: Tally, *, may_be_lost: bool) -> None:
+    """may_be_lost: ranks are killed, and requests with them; they must be told."""
     rng = random.Random(seed)
     loop = asyncio.get_running_loop()
     while loop.time() < until_s:
         try:
             async with asyncio.timeout(PATIENCE_S):
-                kind = await _ask_once(rng, port, tally)
+                kind = await _ask_once(rng, port, tally, may_be_lost=may_be_lost)
         except TimeoutError:
             kind = "never answered"
             tally.problems.append(f"client {seed}: no answer within {PATIENCE_S:g} s")
         except OSError as error:
             kind = f"connection failed ({type(error).__name__})"
         tally.kinds[kind] += 1
-        if kind == "429":
+        if kind in ("429", "503"):
             await asyncio.sleep(rng.uniform(0.2, 1.5))
 
 
-async def _ask_once(rng: random.Random, port: int, tally: Tally) -> str:
+async def _ask_once(rng: random.Random, port: int, tally: Tally, *, may_be_lost: bool) -> str:
     is_stream, leaves = rng.random() < 0.7, rng.random() < LEAVING_SHARE
     body = {
         "prompt": [rng.randrange(3, 400) for _ in range(rng.choice((3, 30, 300)))],
@@ -63,16 +64,20 @@ async def _ask_once(rng: random.Random, port: int, tally: Tally) -> str:
             await reader.read(rng.randrange(1, 2000))
             return "left"
         answer = await reader.read()
-        return _judge(status, answer, is_stream=is_stream, tally=tally)
+        return _judge(status, answer, is_stream=is_stream, tally=tally, may_be_lost=may_be_lost)
     finally:
         if leaves and rng.random() < 0.5:
             writer.transport.abort()
         writer.close()
 
 
-def _judge(status: int, answer: bytes, *, is_stream: bool, tally: Tally) -> str:
+def _judge(status: int, answer: bytes, *, is_stream: bool, tally: Tally, may_be_lost: bool) -> str:
     if status == 429:
         return "429"
+    if may_be_lost and status == 503:
+        return "503"
+    if may_be_lost and b"the request was lost: rank 1" in answer and b"data: [DONE]" in answer:
+        return "lost with a word"
     if status != 200:
         tally.problems.append(f"status {status}: {answer[-300:]!r}")
         return str(status)

@@ -9,7 +9,7 @@ import sys
 import threading
 from typing import Any
 
-from headrace.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
+from headrace.config import CacheConfig, EngineConfig, LoadConfig, ParallelConfig, SchedulerConfig
 from headrace.config.server import ServerConfig
 from headrace.engine.engine import Engine
 from headrace.engine.load import load_model
@@ -17,13 +17,14 @@ from headrace.server.serve import Serving, listen
 
 
 def main() -> None:
-    model, num_blocks, max_waiting = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    model, num_blocks, max_waiting, num_ranks = sys.argv[1], *map(int, sys.argv[2:])
     settings = EngineConfig(
         load=LoadConfig(model=model),
         cache=CacheConfig(num_blocks=num_blocks),
         scheduler=SchedulerConfig(max_num_seqs=32),
+        parallel=ParallelConfig(tensor_parallel_size=num_ranks),
     )
-    config = ServerConfig(port=0, max_waiting_requests=max_waiting, slow_reader_s=5.0)
+    config = ServerConfig(port=0, max_waiting_requests=max_waiting, slow_reader_s=5.0, max_restarts=100)
     listener = listen(config)
     serving = Serving(
         lambda: Engine(load_model(settings)),
