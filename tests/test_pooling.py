@@ -133,6 +133,31 @@ def test_the_last_state_uses_the_cache_and_the_mean_cannot(llama, alone):
             assert output.embedding.tobytes() == alone[params][0].tobytes()
 
 
+@pytest.mark.skipif(not HAS_NATIVE, reason="the reference kernels promise no such thing")
+def test_a_step_that_failed_has_added_to_no_sum(llama, alone, monkeypatch):
+    """The memory ends when the logits of another request are computed, and the step's chunks run once more."""
+    with make_llm(llama, max_num_batched_tokens=16, max_num_seqs=2) as llm:
+        engine = llm.engine
+        runner = engine.model.executor.worker._runner
+        logits, num_calls = runner.logits, 0
+
+        def logits_but_once(hidden_states):
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return logits(hidden_states)
+
+        monkeypatch.setattr(runner, "logits", logits_but_once)
+        engine.add_pooling_request("pooled", PROMPTS[3], MEAN)
+        engine.add_request("other", [7], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))
+        finished = {}
+        while engine.has_unfinished:
+            finished |= {u.request_id: u.finished for u in engine.step() if u.finished is not None}
+    assert [finished[name].metrics.num_preemptions for name in ("pooled", "other")] == [0, 1]
+    assert finished["pooled"].embedding.tobytes() == alone[MEAN][3].tobytes()
+
+
 def test_a_prompt_as_long_as_the_model_allows(llama):
     """Nothing is generated, so the prompt may take all of the model's length, and every block there is."""
     prompt = random_tokens(MAX_LEN, seed=9)

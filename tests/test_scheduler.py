@@ -681,7 +681,7 @@ def test_a_prompt_that_is_pooled(pooling: str, num_cached_tokens: int) -> None:
     engine.drain(10)
 
 
-@pytest.mark.parametrize(("length", "num_blocks", "fits"), [(20, 5, True), (21, 6, False), (20, 4, False)])
+@pytest.mark.parametrize(("length", "num_blocks", "fits"), [(20, 5, True), (21, 6, False), (17, 4, False)])
 def test_a_prompt_that_is_pooled_may_have_the_whole_length(length: int, num_blocks: int, fits: bool) -> None:
     engine = Engine(num_blocks=num_blocks, max_model_len=20)
     prompt = tuple(range(length))
