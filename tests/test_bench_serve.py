@@ -40,10 +40,11 @@ def server(shared_server):
 
 @pytest.fixture
 def bench(server, capsys):
-    """Run the command on the server; returns its exit code, output and error output."""
+    """Run the command on the server, always with the same draws; returns its exit code, output and error output."""
 
     def call(*argv):
-        code = main(["bench", "serve", "--base-url", server.url, *map(str, argv)])
+        seed = () if "--seed" in argv else ("--seed", "1")
+        code = main(["bench", "serve", "--base-url", server.url, *map(str, argv), *seed])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -296,15 +297,17 @@ class TestLoad:
         assert (found["num_completed"], found["prompt_tokens"], found["output_tokens"]) == (3, 18, 6)
         assert [m["role"] for m in server.completions()[0].body["messages"]] == ["user"]
 
-    def test_the_same_seed_asks_the_same(self, server, report):
-        def prompts(seed):
+    def test_the_same_seed_asks_the_same(self, server, capsys):
+        def prompts(*seed):
             server.asked.clear()
-            report(
-                "--num-requests", 6, "--concurrency", 1, "--request-mix", "2-9:1-5", "--vocab-size", 999, "--seed", seed
-            )
+            argv = ["--num-requests", 6, "--concurrency", 1, "--request-mix", "2-9:1-5", "--vocab-size", 999]
+            assert main(["bench", "serve", "--base-url", server.url, "--json", *map(str, argv), *seed]) == 0
+            found = json.loads(capsys.readouterr().out)
+            assert not seed or found["seed"] == int(seed[1])
             return [(asked.body["prompt"], asked.body["max_tokens"]) for asked in server.completions()]
 
-        assert prompts(1) == prompts(1) != prompts(2)
+        assert prompts("--seed", "1") == prompts("--seed", "1") != prompts("--seed", "2")
+        assert prompts() != prompts(), "a server that is asked twice must not know the prompts"
 
     def test_an_open_loop(self, server, report):
         found = report("--rate", 200, "--num-requests", 20, "--request-mix", "2:2", "--vocab-size", 999)

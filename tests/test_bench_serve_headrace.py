@@ -25,7 +25,8 @@ def server():
 @pytest.fixture
 def report(server, capsys):
     def call(*argv):
-        assert main(["bench", "serve", "--json", "--base-url", server.url, *map(str, argv)]) == 0
+        seed = () if "--seed" in argv else ("--seed", "1")
+        assert main(["bench", "serve", "--json", "--base-url", server.url, *map(str, argv), *seed]) == 0
         return json.loads(capsys.readouterr().out)
 
     return call
@@ -76,14 +77,25 @@ def test_chats_are_fitted_with_its_tokenizer(report):
 
 
 def test_a_shared_beginning_is_found_in_its_cache(report):
-    shared = ("--request-mix", "64:2", "--vocab-size", VOCAB_SIZE, "--concurrency", 1, "--num-requests", 6)
+    shared = ("--seed", 2, "--request-mix", "64:2", "--vocab-size", VOCAB_SIZE, "--concurrency", 1, "--num-requests", 6)
     found = report(*shared, "--shared-prefix-tokens", 48)
     assert found["cached_tokens"] == 6 * 48
     assert "from a prefix cache" in " ".join(found["remarks"])
 
 
 def test_what_it_refuses_is_counted(server, capsys):
-    argv = ["--request-mix", "5:4:1,5000:4:1", "--vocab-size", VOCAB_SIZE, "--num-requests", 12, "--warmup", 0]
+    argv = [
+        "--request-mix",
+        "5:4:1,5000:4:1",
+        "--vocab-size",
+        VOCAB_SIZE,
+        "--num-requests",
+        12,
+        "--warmup",
+        0,
+        "--seed",
+        1,
+    ]
     assert main(["bench", "serve", "--json", "--base-url", server.url, "--model", "demo", *map(str, argv)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {failure["status"] for failure in found["failures"]} == {400}

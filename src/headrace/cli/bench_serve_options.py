@@ -53,7 +53,12 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="begin all prompts alike (default: each has its own beginning, so that no prefix cache flatters)",
     )
-    group.add_argument("--seed", type=int, default=0, help="of prompts, lengths and arrivals (default: %(default)s)")
+    group.add_argument(
+        "--seed",
+        type=int,
+        help="of prompts, lengths and arrivals (default: another one each time, or a server that is asked twice would "
+        "know the prompts)",
+    )
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:

@@ -184,7 +184,7 @@ def _target_facts(session: Session) -> Iterator[tuple[str, str]]:
     target, workload = session.bench.target, session.bench.workload
     yield "server", f"{target.address}, {target.route.value}, model {session.model}"
     what = f"{len(workload.samples)} prompts of a file" if workload.samples else f"mix {workload.mix}"
-    yield "prompts", f"{what}, {_prompts_are(session)}"
+    yield "prompts", f"{what}, {_prompts_are(session)}, seed {workload.seed}"
 
 
 def _prompts_are(session: Session) -> str:

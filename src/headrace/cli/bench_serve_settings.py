@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import secrets
 from typing import TYPE_CHECKING, Any
 
 from headrace.errors import ConfigError, nearest_name
@@ -86,14 +87,14 @@ def _workload(args: argparse.Namespace) -> "Workload":
     if args.vocab_size is not None and args.vocab_size < 2:
         raise ConfigError(f"--vocab-size is {args.vocab_size}; it must be at least 2")
     for name in ("shared_prefix_tokens", "seed"):
-        if getattr(args, name) < 0:
+        if (getattr(args, name) or 0) < 0:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must not be negative")
     return Workload(
         mix=RequestMix.parse(args.request_mix or DEFAULT_MIX),
         vocab_size=args.vocab_size,
         shared_prefix_tokens=args.shared_prefix_tokens,
         samples=tuple(read_samples(args.prompts)) if args.prompts is not None else (),
-        seed=args.seed,
+        seed=secrets.randbits(32) if args.seed is None else args.seed,
     )
 
 
