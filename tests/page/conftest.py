@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 from scripted_server import ScriptedServer, serving
-from watched import opened
+from watched import TIMEOUT_MS, opened
 
 from scripts.chromium import chromium, find_chromium
+
+expect.set_options(timeout=TIMEOUT_MS)
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,10 @@ def stats(demo: ServedDemo) -> Any:
 
 
 def ask_for_much(page: Page) -> None:
-    """At this temperature the model finds no end before the context's own."""
+    """With this seed the model finds no end before the context's own."""
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Temperature").fill("5")
+    page.get_by_label("Seed").fill("9")
     ask(page, "Tell me a story.")
     page.wait_for_function("() => document.querySelector('.prose')?.textContent.length > 20")
 
