@@ -2,7 +2,9 @@
 
 import argparse
 import asyncio
+import io
 import json
+import threading
 import time
 from collections.abc import Iterator
 from hashlib import sha256
@@ -19,6 +21,7 @@ from headrace.engine.outputs import CompletionOutput, RequestOutput, RequestUpda
 from headrace.errors import ConfigError
 from headrace.server.access_log import AccessLog, key_name
 from headrace.server.auth import API_KEY
+from headrace.server.line_writer import LineWriter
 from headrace.server.recorder import RecordedRequests, Recorder
 from headrace.server.request_record import RequestRecord, http_id
 from tests.http_get import get
@@ -168,12 +171,62 @@ def test_a_line_for_people(capsys):
     )
     log.write(record(start_s=1.0, end_s=2.5, metrics=[metrics], finish_reasons=["stop"], api_key=0))
     log.write(record(path="/a\nb\x1b[31m", status=0, is_disconnected=True, start_s=0.0, end_s=0.0))
+    log.close()
     first, second = capsys.readouterr().err.splitlines()
     assert first == (
         "2023-11-14T22:13:20.123+00:00 127.0.0.1:9 GET / 200 1.500s 12+30 tokens first after 0.250s stop "
         f"{key_name('sk-secret')} an-id"
     )
     assert second == r"2023-11-14T22:13:20.123+00:00 127.0.0.1:9 GET /a\nb\x1b[31m - 0.000s client left an-id"
+
+
+class BlockedStream(io.StringIO):
+    """A pipe that nobody reads until it is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_open = threading.Event()
+        self.is_reached = threading.Event()
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.is_reached.set()
+        assert self.is_open.wait(30)
+        self.text += text
+        return len(text)
+
+
+def test_a_stream_that_blocks_makes_nobody_wait(monkeypatch):
+    stream = BlockedStream()
+    log = AccessLog(LogFormat.JSON, None, [])
+    log.close()
+    log._writer = LineWriter(stream, max_lines=3)
+    log.write(record(request_id="0"))
+    assert stream.is_reached.wait(30)
+    for number in range(1, 9):
+        log.write(record(request_id=str(number)))
+    stream.is_open.set()
+    log._writer._lines.join()
+    log.write(record(request_id="9"))
+    log.close()
+    lines = [json.loads(line) for line in stream.text.splitlines()]
+    assert [line["request_id"] for line in lines] == ["0", "1", "2", "3", "9"]
+    assert [line.get("dropped_before") for line in lines] == [None, None, None, None, 5]
+    assert stream.closed
+
+
+def test_a_stream_that_breaks_is_reported_once(caplog):
+    writer = LineWriter(FullDisk())
+    for _ in range(3):
+        assert writer.put("a line")
+    writer.close()
+    [message] = [entry.message for entry in caplog.records]
+    assert message == "the access log cannot be written: [Errno 28] No space left on device"
+
+
+class FullDisk(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
 
 
 def test_options_of_the_command(tmp_path):

@@ -1,15 +1,15 @@
 """The access log: one line for each request that has ended, for people or for programs."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from headrace.config.observability import LogFormat
 from headrace.errors import ConfigError
+from headrace.server.line_writer import LineWriter
 from headrace.server.request_record import RequestRecord
 
 _QUIET_PATHS = frozenset({"/health", "/metrics", "/stats"})
@@ -17,7 +17,8 @@ _QUIET_PATHS = frozenset({"/health", "/metrics", "/stats"})
 
 
 class AccessLog:
-    """Appends to a file or to stderr. Neither a key nor a query nor a body is ever in a line.
+    """Appends to a file or to stderr, and drops lines rather than wait for either. Neither a key nor a query nor a body
+    is ever in a line.
 
     api_keys: which a line names by the first 8 digits of their SHA-256.
 
@@ -28,23 +29,23 @@ class AccessLog:
     def __init__(self, log_format: LogFormat, file: Path | None, api_keys: Sequence[str]) -> None:
         self._format = _FORMATS[log_format]
         self._key_names = [key_name(key) for key in api_keys]
-        self._file: TextIO | None = None
-        if file is not None:
-            try:
-                # Line by line, so that who follows the file sees each request at once.
-                self._file = file.open("a", encoding="utf-8", buffering=1)
-            except OSError as error:
-                raise ConfigError(f"cannot write the access log to {file}: {error.strerror or error}") from None
+        self._num_dropped = 0
+        try:
+            self._writer = LineWriter(None if file is None else file.open("a", encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot write the access log to {file}: {error.strerror or error}") from None
 
     def write(self, record: RequestRecord) -> None:
         if record.path in _QUIET_PATHS and record.status == 200:
             return
         key = None if record.api_key is None else self._key_names[record.api_key]
-        print(self._format(_fields(record, key)), file=self._file or sys.stderr, flush=True)
+        fields = _fields(record, key)
+        if self._num_dropped:
+            fields["dropped_before"] = self._num_dropped
+        self._num_dropped = 0 if self._writer.put(self._format(fields)) else self._num_dropped + 1
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._writer.close()
 
 
 def key_name(key: str) -> str:
@@ -93,6 +94,8 @@ def _as_text(fields: dict[str, Any]) -> str:
         parts.append("client left")
     if fields["api_key"] is not None:
         parts.append(fields["api_key"])
+    if "dropped_before" in fields:
+        parts.append(f"(after {fields['dropped_before']} lines that could not be written in time)")
     return " ".join([*parts, fields["request_id"]])
 
 
