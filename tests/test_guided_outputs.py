@@ -143,7 +143,7 @@ schemas = st.recursive(scalars, extend, max_leaves=5)
 
 
 @given(schema=schemas, temperature=st.sampled_from(TEMPERATURES), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_outputs_of_any_schema_parse_and_are_valid(llm, schema, temperature, seed):
     [output] = outputs_of(llm, guided({"json": schema}, temperature=temperature, seed=seed))
     assert output.error is None
@@ -189,8 +189,9 @@ def test_ignore_eos_goes_on_as_long_as_the_form_does(llm):
     )
     assert len(endless.token_ids) == 20
     assert endless.finish_reason == "length"
+    assert re.fullmatch("[ab]+", endless.text)
     assert_person(complete)
-    assert 2 not in complete.token_ids
+    assert 2 not in endless.token_ids + complete.token_ids
 
 
 def test_stop_strings_and_stop_tokens_end_an_output_before_its_form_does(llm):
@@ -304,6 +305,8 @@ def test_a_grammar_may_be_compiled_before(llm):
         finished |= {u.request_id: u.finished for u in llm.engine.step() if u.finished}
     assert finished["first"].outputs[0].token_ids == finished["second"].outputs[0].token_ids
     assert_person(finished["first"].outputs[0])
+    with pytest.raises(RequestError, match="structured_outputs"):
+        llm.engine.add_request("third", [5, 6], replace(params, structured_outputs=None), grammar=grammar)
 
 
 def test_a_model_without_a_tokenizer_refuses(tmp_path):

@@ -48,7 +48,7 @@ def masked_rows(draw):
 
 
 @given(masked_rows())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_mask_comes_before_everything(case):
     logits, rows, allowed = case
     found = Sampler().sample(torch.from_numpy(logits), rows)
@@ -62,7 +62,7 @@ def test_a_mask_comes_before_everything(case):
 
 
 @given(masked_rows(), st.sampled_from([2, 3]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_ranks_agree_with_one_process(case, world_size):
     logits, rows, _ = case
     ranks = Ranks(world_size, logits.shape[1])
@@ -71,7 +71,7 @@ def test_ranks_agree_with_one_process(case, world_size):
 
 
 @given(masked_rows())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_device_agrees_with_the_host(case):
     logits, rows, _ = case
     test_device_sampler.assert_same(logits, rows)

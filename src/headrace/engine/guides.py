@@ -33,9 +33,11 @@ class Guides:
         """What the parameters ask for, which may have been compiled before.
 
         Raises:
-            RequestError: see `GrammarCompiler.compile`.
+            RequestError: see `GrammarCompiler.compile`; a grammar that the parameters do not ask for.
         """
         if params.structured_outputs is None:
+            if grammar is not None:
+                raise RequestError("a grammar is given, but structured_outputs are not; give both, or neither")
             return None
         return self._compiler.compile(params.structured_outputs) if grammar is None else grammar
 

@@ -19,7 +19,7 @@ MAX_PROPERTIES = 1000
 MAX_DEPTH = 60
 MAX_REFERENCED_DEPTH = 600
 """Levels of the schema and of all that is referenced, one below the other: the compiler goes down them all at once, and
-its stack ends with the process at about 1500."""
+its stack of 8 MiB ends with the process at about 1500."""
 MAX_MULTIPLE = 10_000
 """Least common multiple of all multipleOf, as whole numbers: states of a machine that counts remainders."""
 
