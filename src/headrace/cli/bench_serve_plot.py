@@ -48,16 +48,22 @@ def _plot_latency(
     from matplotlib.ticker import LogLocator, NullLocator
 
     found = [(load, d) for load, r in zip(loads, results, strict=True) if (d := getattr(r.metrics, name)) is not None]
+    is_empty = True
     for percentile in (50, 99):
-        values = [d.percentiles[percentile] * 1e3 for _, d in found]
-        panel.plot([load for load, _ in found], values, marker=".", label=f"p{percentile}")
+        # Tokens that all came in one read took no time at all, and have no place on the scale.
+        points = [(load, ms) for load, d in found if (ms := d.percentiles[percentile] * 1e3) > 0]
+        panel.plot([load for load, _ in points], [ms for _, ms in points], marker=".", label=f"p{percentile}")
+        is_empty &= not points
     if limit_s is not None:
         panel.axhline(limit_s * 1e3, linestyle=":", color="gray", label="limit")
-    panel.set(ylabel=f"{name.upper()}, ms", yscale="log")
+    panel.set(ylabel=f"{name.upper()}, ms")
+    panel.legend()
+    if is_empty:
+        return
+    panel.set(yscale="log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter("{x:g}")
-    panel.legend()
 
 
 def _load(result: LevelResult) -> float:
