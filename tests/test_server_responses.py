@@ -79,6 +79,7 @@ def test_a_response_is_what_the_engine_answers(client: openai.OpenAI, llm: LLM) 
     assert (response.status, response.object, response.error) == ("completed", "response", None)
     assert response.output[0].status == "completed"
     assert response.metadata == {"a": "b"}
+    assert response.created_at <= response.completed_at
     assert response.temperature == 0
     assert response.usage is not None
     assert response.usage.input_tokens == len(expected.prompt_token_ids)
@@ -151,6 +152,7 @@ def test_an_answer_that_was_cut_is_incomplete(client: openai.OpenAI) -> None:
     assert whole.status == whole.output[0].status == "incomplete"
     assert whole.incomplete_details.reason == "max_output_tokens"
     assert whole.usage.output_tokens == 3
+    assert whole.completed_at is None
     events = list(
         client.responses.create(model="demo", input=QUESTION, max_output_tokens=3, temperature=0, stream=True)
     )
