@@ -156,6 +156,7 @@ def test_an_answer_is_stopped_where_it_is_and_the_server_sees_the_client_leave(
     expect(page.locator(".turn")).to_have_attribute("data-state", "stopped")
     expect(page.locator(".prose")).to_have_text("As far as this")
     expect(page.get_by_role("button", name="Send")).to_be_visible()
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()  # and not lost with the button
     assert server.left.wait(10)
     server.hold = False
     ask(page, "Go on.")
