@@ -67,6 +67,13 @@ def test_a_setting_that_is_no_number_of_its_range_is_not_sent(page: Page, server
     assert page.get_by_label("Message", exact=True).input_value() == "Kept?"
 
 
+def test_an_example_is_asked_and_the_focus_goes_to_the_next_question(page: Page, server: ScriptedServer) -> None:
+    page.get_by_role("button", name="What is a KV cache?").click()
+    done(page)
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    assert server.requests[0]["messages"] == [{"role": "user", "content": "What is a KV cache?"}]
+
+
 def test_an_error_is_shown_in_the_words_of_the_server_and_can_be_tried_again(
     browser: Browser, server: ScriptedServer
 ) -> None:

@@ -34,7 +34,7 @@ export class Chat {
     document.addEventListener("keydown", (event) => event.key === "Escape" && this.stop());
     byId("stop").addEventListener("click", () => this.stop());
     byId("new").addEventListener("click", () => this.#restart());
-    byId("examples").addEventListener("click", ({ target }) => target.matches("button") && this.#ask(target.textContent));
+    byId("examples").addEventListener("click", ({ target }) => target.matches("button") && this.#askExample(target.textContent));
   }
 
   stop() {
@@ -52,6 +52,11 @@ export class Chat {
       return;
     }
     byId("message").value = "";
+    this.#ask(question);
+  }
+
+  #askExample(question) {
+    byId("message").focus(); // the examples go away
     this.#ask(question);
   }
 
@@ -93,10 +98,12 @@ export class Chat {
   }
 
   #setBusy(isBusy) {
-    byId("send").hidden = isBusy;
-    byId("stop").hidden = !isBusy;
+    const [shown, hidden] = isBusy ? [byId("stop"), byId("send")] : [byId("send"), byId("stop")];
+    const losesFocus = document.activeElement === hidden;
+    shown.hidden = false;
+    hidden.hidden = true;
     byId("log").ariaBusy = String(isBusy);
-    if (!document.activeElement.checkVisibility()) byId("message").focus(); // it was on the button that is hidden now
+    if (losesFocus) byId("message").focus();
   }
 
   #retry(turn, view) {
