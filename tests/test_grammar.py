@@ -8,7 +8,7 @@ import pytest
 import regex
 import tiny_tokenizers
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_fallback_bpe, byte_level_bpe
 
@@ -120,6 +120,8 @@ def test_ends_of_sequence():
     inside = {i for i in eos_token_ids if i < size}
     assert allowed_ids(compiled.matcher()) & eos_token_ids == inside
     assert not allowed_ids(compiled.matcher(ignore_eos=True)) & eos_token_ids
+    for token_id in eos_token_ids:
+        compiled.matcher().accept(token_id)
     matcher = compiled.matcher(ignore_eos=True)
     matcher.accept(DEMO.encode("a")[-1])
     assert allowed_ids(matcher)
@@ -138,6 +140,7 @@ def test_outputs_of_one_grammar_do_not_touch_each_other():
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8), min_size=1, max_size=5))
+@example(["\x7f", "\0\x1f\u2028", '"\\', "/", "😀"])
 @settings(max_examples=40, deadline=None)
 def test_any_text_can_be_a_choice(choices):
     grammar = compiled(choice=choices)

@@ -395,6 +395,8 @@ def test_ranks_give_the_tokens_of_one_process_and_the_bytes_predicted(tiny, expe
         executor, model = llm.engine.model.executor, llm.engine.model.config
         assert {worker.fallback_rows for worker in executor.workers} == {0}
         assert any(plan.masks for plan in plans)
+        for plan in plans:
+            assert {seq_id for seq_id, _ in plan.masks} <= {chunk.seq_id for chunk in plan.chunks if chunk.samples}
         assert_ledgers_as_predicted(
             executor.ledger_rows(), plans, model, parallel_config(settings), rules_of(Transport.GLOO)
         )
