@@ -83,7 +83,7 @@ class Pipeline:
             self.check_idle()
             return None
         is_awaited = any(s.output_token_ids and s.status is SequenceStatus.RUNNING for s in decoding)
-        self.check_plan(plan, len(decoding), prompt_limit if is_awaited else None)
+        self.check_plan(plan, {s.seq_id for s in decoding}, prompt_limit if is_awaited else None)
         sampled = self.rank.run(plan)
         self.left.extend(plan.finished)
         for sequence in self.with_status(SequenceStatus.RUNNING):
@@ -154,15 +154,15 @@ class Pipeline:
         sequence = self.sequences[chunk.seq_id]
         return sequence.pooling is not None and chunk.start + chunk.num_tokens == sequence.num_prompt_tokens
 
-    def check_plan(self, plan: StepPlan, num_decoding: int, prompt_limit: int | None) -> None:
-        """num_decoding: sequences that were decoding before the plan was made."""
+    def check_plan(self, plan: StepPlan, decoding: set[int], prompt_limit: int | None) -> None:
+        """decoding: sequences that had one token to run, or wait for, before the plan was made."""
         assert not {chunk.seq_id for chunk in plan.chunks} & self.awaited(), "a sequence runs without its last token"
         decodes = [chunk for chunk in plan.chunks if is_decode(chunk.num_tokens, chunk.samples, chunk.resets_blocks)]
-        assert len(decodes) <= decode_share(num_decoding, self.max_in_flight)
+        assert len(decodes) <= decode_share(len(decoding), self.max_in_flight)
         room = max_prompt_tokens(self.config.max_num_batched_tokens, self.max_in_flight)
         if prompt_limit is not None:
             room = min(room, prompt_limit)
-        prefills = [chunk for chunk in plan.chunks if chunk not in decodes]
+        prefills = [chunk for chunk in plan.chunks if chunk.seq_id not in decoding]
         assert plan.num_tokens - len(decodes) <= room
         check_long(prefills, None, self.sequences)
         in_flight = {chunk.seq_id for old, _ in self.in_flight for chunk in old.chunks}
