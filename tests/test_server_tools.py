@@ -152,8 +152,9 @@ def test_a_call_and_its_result_go_back(client: openai.OpenAI) -> None:
 def test_what_cannot_be_enforced_is_refused_before_it_runs(client: openai.OpenAI) -> None:
     parameters = {"type": "object", "properties": {"a": {"type": "integer", "not": {"const": 1}}}}
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}]
-    with pytest.raises(openai.BadRequestError, match="'not'"):
+    with pytest.raises(openai.BadRequestError, match="'not'") as refused:
         client.chat.completions.create(**{**SETTINGS, "tools": tools})
+    assert refused.value.param == "tools[0].function.parameters"
 
 
 def test_a_response_calls_a_function(client: openai.OpenAI) -> None:

@@ -3,10 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from headrace.engine.json_schema import check_json_schema
+from headrace.errors import RequestError
 from headrace.server.context import ServerContext
+from headrace.server.errors import InvalidParameter
 from headrace.server.prompts import tokenizer_of
 from headrace.server.tools import (
     NO_TOOLS,
+    FunctionTool,
     ToolPlan,
     parse_tool_choice,
     parse_tools,
@@ -36,9 +40,11 @@ def tool_plan(
     Raises:
         RequestError: the tools are wrong, or this model cannot serve them.
     """
-    choice = parse_tool_choice(tool_choice, parse_tools(tools, is_flat=is_flat), parallel_tool_calls, is_flat=is_flat)
+    parsed = parse_tools(tools, is_flat=is_flat)
+    choice = parse_tool_choice(tool_choice, parsed, parallel_tool_calls, is_flat=is_flat)
     if not choice.tools:
         return NO_TOOLS
+    _check_strict(parsed, "parameters" if is_flat else "function.parameters")
     model = context.model
     tokenizer = tokenizer_of(model)
     source = model.chat_template.tool_source if model.chat_template else ""
@@ -49,3 +55,14 @@ def tool_plan(
         shows_tools=shows_tools(source),
         has_output_form=has_output_form,
     )
+
+
+def _check_strict(tools: Sequence[FunctionTool], field: str) -> None:
+    """Refuse here what would be refused when the calls' grammar is compiled, where no field's name is known."""
+    for index, tool in enumerate(tools):
+        if tool.strict:
+            where = f"tools[{index}].{field}"
+            try:
+                check_json_schema(tool.schema)
+            except RequestError as error:
+                raise InvalidParameter(where, f"{where}: {error}") from None
