@@ -184,6 +184,15 @@ def test_a_body_that_makes_no_sense_is_the_clients_fault(server: RunningServer, 
     assert (status, json.loads(answer)["error"]["type"]) == (400, "invalid_request_error"), answer
 
 
+def test_a_body_that_is_not_declared_as_json_is_told_so(server: RunningServer) -> None:
+    body = b'{"prompt": "Hello"}'
+    with server.connect() as connection:
+        head = HEAD.replace(b"application/json", b"text/plain")
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        status, _, answer = _answer(connection)
+    assert (status, "Content-Type" in json.loads(answer)["error"]["message"]) == (400, True)
+
+
 def test_many_at_once_get_what_each_gets_alone(server: RunningServer, client: openai.OpenAI) -> None:
     """Seeded requests, four in a step, two waiting, the others told to come again: nobody's text depends on it."""
     prompts = [f"Story {index}: once" for index in range(10)]

@@ -69,9 +69,11 @@ async def _answer_headrace_error(_: Request, error: Exception) -> JSONResponse:
     return error_response(error)
 
 
-async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse:
+async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     message, param = explain_validation(error.errors())
+    if param is None and request.method == "POST" and "json" not in request.headers.get("content-type", ""):
+        message = "the body is not declared as JSON; send it with 'Content-Type: application/json'"
     return JSONResponse(error_object(message, "invalid_request_error", param=param), 400)
 
 
