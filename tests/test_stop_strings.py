@@ -119,3 +119,20 @@ def test_a_match_must_end_after_min_tokens(stop, early, late):
     check = matcher.append(late)
     released = first.text + check.text + ("" if check.stop else matcher.flush())
     assert (released, check.stop) == brute_force(stop, early + late, False, disabled_length=len(early))
+
+
+class _Watched(str):
+    """Counts the looks at its characters."""
+
+    num_looks = 0
+
+    def __getitem__(self, place):
+        self.num_looks += 1
+        return super().__getitem__(place)
+
+
+def test_a_long_stop_string_costs_by_the_text_not_by_its_own_length() -> None:
+    stop = _Watched("ab" * 50_000)
+    matcher = StopStringMatcher((stop,), include_stop=False)
+    assert matcher.append("ababac").text == "ababac"
+    assert stop.num_looks < 100

@@ -62,13 +62,15 @@ class StopStringMatcher:
 class _Automaton:
     """Knuth-Morris-Pratt: `matched` is the length of the longest proper prefix of `string` that ends the text so far.
 
-    Amortised constant time per character, so that a long stop string cannot slow an engine step down.
+    Amortised constant time per character of the text, and none before there is any: a long stop string cannot slow an
+    engine step down, however many outputs wait for it.
     """
 
     def __init__(self, string: str) -> None:
         self.string = string
         self.matched = 0
-        self._fallback = _prefix_function(string)
+        self._fallback: list[int] = []
+        """For each prefix that was matched so far, the length of its longest proper prefix that is also its suffix."""
 
     def advance(self, character: str) -> bool:
         """Read one character; true if it completes the string."""
@@ -76,19 +78,19 @@ class _Automaton:
             self.matched = self._fallback[self.matched - 1]
         if self.string[self.matched] == character:
             self.matched += 1
+            if self.matched > len(self._fallback):
+                self._fallback.append(self._next_fallback())
         if self.matched < len(self.string):
             return False
         self.matched = self._fallback[-1]
         return True
 
-
-def _prefix_function(string: str) -> list[int]:
-    """For each prefix of `string`, the length of its longest proper prefix that is also its suffix."""
-    lengths = [0] * len(string)
-    length = 0
-    for end in range(1, len(string)):
-        while length and string[end] != string[length]:
-            length = lengths[length - 1]
-        length += string[end] == string[length]
-        lengths[end] = length
-    return lengths
+    def _next_fallback(self) -> int:
+        """Of the prefix that is one longer than those known."""
+        end = len(self._fallback)
+        if end == 0:
+            return 0
+        length = self._fallback[end - 1]
+        while length and self.string[end] != self.string[length]:
+            length = self._fallback[length - 1]
+        return length + (self.string[end] == self.string[length])
