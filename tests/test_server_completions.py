@@ -4,9 +4,16 @@ from collections.abc import Iterator
 
 import openai
 import pytest
+from pydantic import ValidationError
 
 from headrace import LLM, SamplingParams
 from headrace.demo_model import demo_model_path
+from headrace.server.protocol.base import RequestModel
+from headrace.server.protocol.chat import ChatCompletionRequest
+from headrace.server.protocol.completions import CompletionRequest
+from headrace.server.protocol.embeddings import EmbeddingRequest
+from headrace.server.protocol.responses import ResponsesRequest
+from headrace.server.protocol.text import DetokenizeRequest, TokenizeRequest
 from tests.serving import RunningServer, running_server
 
 QUESTION = [{"role": "user", "content": "What is the largest ocean?"}]
@@ -139,3 +146,33 @@ def test_a_prompt_that_never_fits_is_refused_alone(client: openai.OpenAI) -> Non
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="demo", prompt=[5] * 5000)
     assert refused.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("schema", "body"),
+    [
+        (CompletionRequest, {"prompt": [None] * 1000}),
+        (CompletionRequest, {"prompt": [[None] * 1000] * 1000}),
+        (CompletionRequest, {"prompt": "a"} | {f"x{index}": None for index in range(1000)}),
+        (CompletionRequest, {"prompt": "a", "stop": [0] * 1000}),
+        (CompletionRequest, {"prompt": "a", "guided_choice": [0] * 1000}),
+        (CompletionRequest, {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(9000)), "x")}),
+        (ChatCompletionRequest, {"messages": [0] * 1000}),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": [0] * 1000}] * 1000}),
+        (ChatCompletionRequest, {"messages": [{"role": "user"}], "tools": [0] * 1000}),
+        (ChatCompletionRequest, {"messages": [{"role": "user"}], "metadata": dict.fromkeys(map(str, range(9000)), 0)}),
+        (EmbeddingRequest, {"input": [None] * 1000}),
+        (ResponsesRequest, {"input": [0] * 1000}),
+        (TokenizeRequest, {"messages": [0] * 1000}),
+        (DetokenizeRequest, {"tokens": [None] * 1000}),
+    ],
+)
+def test_a_body_full_of_faults_is_refused_for_the_first(schema: type[RequestModel], body: dict) -> None:
+    """An error takes a thousand times the memory of what it is about."""
+    with pytest.raises(ValidationError) as refused:
+        schema.model_validate(body)
+    assert refused.value.error_count() < 10
+
+
+def test_a_stop_string_may_be_longer_than_a_list_of_them() -> None:
+    assert CompletionRequest(prompt="a", stop="x" * 1000).stop == "x" * 1000

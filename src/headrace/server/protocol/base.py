@@ -26,7 +26,8 @@ class RequestModel(BaseModel):
     def _drop_what_asks_for_nothing(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        kept = {name: value for name, value in given.items() if value is not None or name not in _known(cls)}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        kept = {name: value for name, value in given.items() if value is not None or name not in known}
         for name, harmless in cls.unsupported().items():
             if name not in kept:
                 continue
@@ -35,8 +36,7 @@ class RequestModel(BaseModel):
                 raise PydanticCustomError(
                     "unsupported", "'{name}' is not supported by this server; leave it out", {"name": name}
                 )
+        # One is enough to refuse the body, and errors cost more than what they are about.
+        for name in [name for name in kept if name not in known][1:]:
+            del kept[name]
         return kept
-
-
-def _known(cls: type[BaseModel]) -> set[str]:
-    return set(cls.model_fields)

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import Field
 
 from headrace.config.sampling import MAX_LOGPROBS
-from headrace.server.protocol.sampling import SamplingFields, TokenId
+from headrace.server.protocol.sampling import Prompts, SamplingFields
 
 MAX_PROMPTS = 128
 
@@ -15,7 +15,7 @@ class CompletionRequest(SamplingFields):
     """Continue one prompt or several: texts, or token ids."""
 
     model: str | None = None
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Prompts
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from headrace.server.protocol.base import RequestModel
-from headrace.server.protocol.sampling import TokenId
+from headrace.server.protocol.sampling import Prompts
 
 MAX_INPUTS = 2048
 """OpenAI's limit."""
@@ -19,7 +19,7 @@ class EmbeddingRequest(RequestModel):
     """
 
     model: str | None = None
-    input: str | list[str] | list[TokenId] | list[list[TokenId]]
+    input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
     pooling: Literal["last", "mean"] | None = None

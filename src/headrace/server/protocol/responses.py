@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from headrace.server.protocol.base import RequestModel
-from headrace.server.protocol.sampling import INT64, MAX_STOP_STRINGS, Stop
+from headrace.server.protocol.sampling import INT64, Metadata, Objects, Stops
 
 MAX_ITEMS = 4096
 
@@ -42,7 +42,7 @@ class ResponsesRequest(RequestModel):
     """
 
     model: str | None = None
-    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_ITEMS)]
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     temperature: float | None = Field(default=None, ge=0, le=100)
@@ -53,16 +53,16 @@ class ResponsesRequest(RequestModel):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: Stops | None = None
     min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     ignore_eos: bool | None = None
     text: TextConfig | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
-    metadata: dict[str, str] | None = Field(default=None, max_length=16)
+    metadata: Metadata | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

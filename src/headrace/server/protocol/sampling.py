@@ -2,16 +2,41 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from headrace.config.sampling import MAX_LOGPROBS, MAX_OUTPUTS
 from headrace.server.protocol.base import RequestModel
 
 MAX_STOP_STRINGS = 64
+MAX_BIASES = 4096
+MAX_METADATA = 16
 INT64 = 2**63
 
 Stop = Annotated[str, Field(min_length=1)]
+Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+
+FAIL_FAST = Field(fail_fast=True)
+"""For lists that may be long: the first item at fault refuses them. An error costs far more than its item."""
+
+
+def _refuse_large(given: Any) -> Any:
+    """Of a mapping every item would be an error of its own."""
+    if isinstance(given, dict) and len(given) > MAX_BIASES:
+        raise PydanticCustomError("too_long", "Dictionary should have at most {limit} items", {"limit": MAX_BIASES})
+    return given
+
+
+SMALL = BeforeValidator(_refuse_large)
+
+Metadata = Annotated[dict[str, str], Field(max_length=MAX_METADATA), SMALL]
+
+Strings = Annotated[list[str], FAIL_FAST]
+TokenIds = Annotated[list[TokenId], FAIL_FAST]
+Objects = Annotated[list[dict[str, Any]], FAIL_FAST]
+Prompts = str | Strings | TokenIds | Annotated[list[TokenIds], FAIL_FAST]
+"""Texts, or token ids."""
 
 
 class StreamOptions(RequestModel):
@@ -42,7 +67,7 @@ class StructuredOutputsField(RequestModel):
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Strings | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -57,8 +82,10 @@ class SamplingFields(RequestModel):
     repetition_penalty: float | None = Field(default=None, gt=0, le=1e6)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=4096)
-    stop: Stop | list[Stop] | None = Field(default=None, max_length=MAX_STOP_STRINGS)
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], SMALL] | None = Field(
+        default=None, max_length=MAX_BIASES
+    )
+    stop: Stops | None = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=4096)
     include_stop_str_in_output: bool | None = None
     min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
@@ -71,7 +98,7 @@ class SamplingFields(RequestModel):
     structured_outputs: StructuredOutputsField | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Strings | None = None
     guided_grammar: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -1,12 +1,12 @@
 """`/tokenize` and `/detokenize`, as vLLM has them."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from headrace.server.protocol.base import RequestModel
 from headrace.server.protocol.chat import ChatMessage
-from headrace.server.protocol.sampling import TokenId
+from headrace.server.protocol.sampling import FAIL_FAST, Objects, TokenIds
 
 
 class TokenizeRequest(RequestModel):
@@ -14,8 +14,8 @@ class TokenizeRequest(RequestModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
-    tools: list[dict[str, Any]] | None = None
+    messages: Annotated[list[ChatMessage], FAIL_FAST] | None = Field(default=None, min_length=1)
+    tools: Objects | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -24,4 +24,4 @@ class TokenizeRequest(RequestModel):
 
 class DetokenizeRequest(RequestModel):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
