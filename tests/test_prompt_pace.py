@@ -5,7 +5,7 @@ import random
 from statistics import median
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.config import SchedulerConfig
@@ -79,6 +79,7 @@ def test_a_clock_that_stands_still_bounds_nothing() -> None:
     assert pace.limit > 10**9
 
 
+@settings(derandomize=True)  # where noise stops 41 steps is chance: the same one every time
 @given(
     base_s=st.floats(0, 0.2),
     token_s=st.floats(1e-5, 1e-2),

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
-from scripted_server import ScriptedServer, serving
+from scripted_page_server import ScriptedServer, serving
 from watched import TIMEOUT_MS, opened
 
 from scripts.chromium import chromium, find_chromium

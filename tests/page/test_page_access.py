@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
-from scripted_server import ScriptedServer
+from scripted_page_server import ScriptedServer
 from watched import ask, done, opened
 
 NARROW = {"width": 360, "height": 640}

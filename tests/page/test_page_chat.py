@@ -1,7 +1,7 @@
 """The chat in headless Chromium, before a server whose answers are scripted."""
 
 from playwright.sync_api import Browser, Page, expect
-from scripted_server import ScriptedServer
+from scripted_page_server import ScriptedServer
 from watched import ask, done, opened
 
 

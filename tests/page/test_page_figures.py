@@ -3,7 +3,7 @@
 from typing import Any
 
 from playwright.sync_api import Browser, Page, expect
-from scripted_server import ScriptedServer
+from scripted_page_server import ScriptedServer
 from watched import opened
 
 SECOND = {"generation": 50, "prompt": 30, "compute": 0.6, "communication": 0.3, "waiting": 0.1}

@@ -1,7 +1,7 @@
 """An answer's text as elements: the same wherever its stream is cut, bounded, and never markup."""
 
 from playwright.sync_api import Page
-from scripted_server import ScriptedServer
+from scripted_page_server import ScriptedServer
 from watched import ask, done
 
 
