@@ -7,6 +7,8 @@ from headrace.errors import ConfigError
 
 LOCALHOST = "127.0.0.1"
 MAX_PORT = 65535
+MAX_S = 1e6
+"""Of any time limit, some eleven days: timers of the system count milliseconds in 31 bits, and know no infinity."""
 TOOL_FORMATS = ("auto", "hermes", "llama3", "qwen")
 
 
@@ -57,10 +59,10 @@ class ServerConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 1 and more")
         for name in ("queue_timeout_s", "request_timeout_s", "body_timeout_s", "slow_reader_s", "restart_window_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: above 0 seconds")
-        if not self.drain_s >= 0:
-            raise ConfigError(f"drain_s is {self.drain_s}; allowed: 0 and more seconds")
+            if not 0 < getattr(self, name) <= MAX_S:
+                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: above 0 seconds, up to {MAX_S:.0f}")
+        if not 0 <= self.drain_s <= MAX_S:
+            raise ConfigError(f"drain_s is {self.drain_s}; allowed: 0 to {MAX_S:.0f} seconds")
         if self.max_restarts < 0:
             raise ConfigError(f"max_restarts is {self.max_restarts}; allowed: 0 and more")
         if self.tool_format not in TOOL_FORMATS:

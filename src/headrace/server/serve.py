@@ -39,7 +39,9 @@ def listen(config: ServerConfig) -> socket.socket:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(config.slow_reader_s * 1000))
+            # 0 would be the system's own, far longer one.
+            timeout_ms = max(1, round(config.slow_reader_s * 1000))
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError as error:

@@ -1,0 +1,25 @@
+"""What a server's settings may be."""
+
+import math
+import socket
+
+import pytest
+
+from headrace.config.server import MAX_S, ServerConfig
+from headrace.errors import ConfigError
+from headrace.server.serve import listen
+
+TIMES = ["queue_timeout_s", "request_timeout_s", "body_timeout_s", "slow_reader_s", "restart_window_s", "drain_s"]
+
+
+@pytest.mark.parametrize("name", TIMES)
+@pytest.mark.parametrize("value", [math.inf, math.nan, 1e12, -1.0])
+def test_a_time_that_no_timer_knows_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} is .*allowed: .*1000000"):
+        ServerConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("given_s", "timeout_ms"), [(1e-5, 1), (0.25, 250), (MAX_S, 1_000_000_000)])
+def test_a_listener_gives_slow_readers_the_time_that_was_said(given_s: float, timeout_ms: int) -> None:
+    with listen(ServerConfig(port=0, slow_reader_s=given_s)) as listener:
+        assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == timeout_ms
