@@ -1,5 +1,7 @@
 """`/v1/completions` and `/v1/chat/completions` through the official client, beside the engine itself."""
 
+import http.client
+import re
 from collections.abc import Iterator
 
 import openai
@@ -146,6 +148,35 @@ def test_a_prompt_that_never_fits_is_refused_alone(client: openai.OpenAI) -> Non
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="demo", prompt=[5] * 5000)
     assert refused.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status", "words"),
+    [
+        ("POST", "/v1/completions", {}, 400, "Content-Type is ''; .*application/json"),
+        ("POST", "/v1/completions", {"Content-Type": "application/x-www-form-urlencoded"}, 400, "www-form.*json"),
+        ("POST", "/v1/completions", {"Content-Type": "application/json; charset=utf-8"}, 200, "text_completion"),
+        ("POST", "/chat/completions", {}, 404, "no POST /chat/completions here; .* /v1"),
+        ("GET", "/v1/completions", {}, 405, "no GET /v1/completions here"),
+    ],
+)
+def test_what_curl_is_told(
+    server: RunningServer, method: str, path: str, headers: dict, status: int, words: str
+) -> None:
+    connection = http.client.HTTPConnection(*server.address, timeout=20)
+    for _ in range(2):  # On the same connection, which a body that nobody read would spoil.
+        connection.request(method, path, b'{"prompt": "Hello", "max_tokens": 1}', headers)
+        answer = connection.getresponse()
+        assert answer.status == status
+        assert re.search(words, answer.read().decode())
+    connection.close()
+
+
+def test_a_token_that_does_not_exist_has_no_text(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="token 2048 is not in the vocabulary") as refused:
+        client.post("../detokenize", body={"tokens": [2047, 2048]}, cast_to=object)
+    assert refused.value.param == "tokens"
+    assert client.post("../detokenize", body={"tokens": [2047]}, cast_to=object)["prompt"]
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,13 @@ async def _answer_validation_error(request: Request, error: Exception) -> JSONRe
     return JSONResponse(error_object(message, "invalid_request_error", param=param), 400)
 
 
-async def _answer_http_error(_: Request, error: Exception) -> JSONResponse:
+async def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
     """What routing refuses: paths and methods that are not there."""
     assert isinstance(error, HTTPException)
-    body = error_object(str(error.detail), "invalid_request_error", code=getattr(error, "code", None))
+    message = str(error.detail)
+    if error.status_code in (404, 405):
+        message = f"there is no {request.method} {request.url.path[:200]} here; OpenAI's paths begin with /v1"
+    body = error_object(message, "invalid_request_error", code=getattr(error, "code", None))
     return JSONResponse(body, error.status_code, dict(error.headers or {}))
 
 
