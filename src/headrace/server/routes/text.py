@@ -35,6 +35,10 @@ async def tokenize(body: TokenizeRequest, context: Context) -> dict[str, Any]:
 async def detokenize(body: DetokenizeRequest, context: Context) -> dict[str, str]:
     """The text of tokens, special ones included."""
     check_model(body.model, context)
+    vocab_size = context.model.config.vocab_size
+    outside = next((token_id for token_id in body.tokens if token_id >= vocab_size), None)
+    if outside is not None:
+        raise InvalidParameter("tokens", f"token {outside} is not in the vocabulary; allowed: 0 to {vocab_size - 1}")
     return {"prompt": tokenizer_of(context.model).decode(body.tokens, skip_special_tokens=False)}
 
 
