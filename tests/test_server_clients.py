@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from headrace.engine.engine import Engine
+from headrace.engine.outputs import RequestUpdate
 from tests.serving import RunningServer, engine_settings, raw_request, running_server
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "temperature": 1.0}
@@ -224,3 +225,52 @@ def test_other_origins_may_ask_only_if_they_are_listed(server: RunningServer) ->
             connection.sendall(f"GET /version HTTP/1.1\r\nHost: t\r\nOrigin: {origin}\r\n\r\n".encode())
             _, headers, _ = _answer(connection)
         assert (headers.get("access-control-allow-origin") == origin) is is_allowed
+
+
+def _streamed_texts(connection: socket.socket) -> list[str]:
+    events = _answer(connection)[2].decode().split("\n\n")
+    return [json.loads(data[6:])["choices"][0]["text"] for data in events if data.startswith("data: {")]
+
+
+def test_an_id_used_again_gets_nothing_of_the_request_that_had_it_first(server: RunningServer) -> None:
+    """Not even from a step that ran for the first one when its client left, and comes back after the second began."""
+    is_held, may_go_on = threading.Event(), threading.Event()
+    body = {"prompt": "The sea", "max_tokens": 4, "temperature": 0, "stream": True}
+    asked = raw_request(body, headers="X-Request-Id: same\r\n")
+    with server.connect() as connection:
+        connection.sendall(asked)
+        alone = _streamed_texts(connection)
+
+    def hold_next_step(engine: Engine) -> None:
+        step = engine.step
+
+        def held_step() -> list[RequestUpdate]:
+            del engine.step  # type: ignore[method-assign]
+            updates = step()
+            is_held.set()
+            may_go_on.wait(20)
+            return updates
+
+        engine.step = held_step  # type: ignore[method-assign]
+
+    open_records = server.serving._observability.recorder._open
+    server.ask(hold_next_step)
+    with server.connect() as first:
+        first.sendall(raw_request(LONG, headers="X-Request-Id: same\r\n"))
+        assert is_held.wait(20)
+    server.wait_until(lambda: "same" not in open_records)
+    with server.connect() as second:
+        second.sendall(asked)
+        server.wait_until(lambda: server.serving.engine.num_open == 1)
+        may_go_on.set()
+        assert _streamed_texts(second) == alone
+
+
+def test_a_request_has_no_more_time_than_it_is_given(server: RunningServer) -> None:
+    """Though it might wait longer for its first token."""
+    body = {**LONG, "max_tokens": 1000, "n": 4}
+    with running_server(request_timeout_s=0.1) as hasty, hasty.connect() as connection, hasty.paused():
+        connection.sendall(raw_request(body))
+        status, _, answer = _answer(connection)
+    assert status == 504
+    assert json.loads(answer)["error"]["code"] == "timeout"

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 from typing import TypeVar
 
 from headrace.config import PoolingParams, SamplingParams
@@ -59,6 +60,7 @@ class AsyncEngine:
         self.watchers: list[Callable[[Sequence[RequestUpdate]], None]] = []
         """Called on the loop with what each step has brought, and with what is left of a request that was aborted."""
         self._streams: dict[str, RequestStream] = {}
+        self._numbers = count()
         self._on_failed = on_failed
         self._engine: Engine | None = None
         self._error: BaseException | None = None
@@ -124,11 +126,16 @@ class AsyncEngine:
         grammar: Grammar | None = None,
     ) -> RequestStream:
         """Queue a request that generates, or a prompt of which an embedding is to be made; `check` and `admission` have
-        let it pass, together with all that come with it."""
+        let it pass, together with all that come with it.
+
+        request_id: in the engine a number follows it that is never used again. Clients may use an id again while a step
+        that ran for the first one is still on its way back.
+        """
+        request_id = f"{request_id}-{next(self._numbers)}"
         stream = RequestStream(request_id, len(prompt_token_ids), params.n, self._abort)
         self._streams[request_id] = stream
         self.admission.enter(stream.num_outputs, stream.num_prompt_tokens)
-        stream.timer = self.loop.call_later(self.config.queue_timeout_s, self._end_waiting, stream)
+        stream.timer = self.loop.call_later(self._patience_s, self._end_waiting, stream)
         self._thread.do(partial(self._add, stream, tuple(prompt_token_ids), params, prompt, grammar))
         return stream
 
@@ -231,10 +238,14 @@ class AsyncEngine:
         if not stream.is_ended:
             stream.abort(error)
 
+    @property
+    def _patience_s(self) -> float:
+        return min(self.config.queue_timeout_s, self.config.request_timeout_s)
+
     def _end_waiting(self, stream: RequestStream) -> None:
-        if stream.has_started:
-            rest_s = self.config.request_timeout_s - self.config.queue_timeout_s
-            stream.timer = self.loop.call_later(max(rest_s, 0.0), self._end_late, stream)
+        if stream.has_started or self.config.request_timeout_s <= self.config.queue_timeout_s:
+            rest_s = self.config.request_timeout_s - self._patience_s
+            stream.timer = self.loop.call_later(rest_s, self._end_late, stream)
             return
         seconds = self.config.queue_timeout_s
         self.admission.num_refused["queue_timeout"] += 1

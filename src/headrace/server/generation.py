@@ -33,10 +33,7 @@ async def submit_all(
         engine.check(prompt.token_ids, params)
     num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     engine.admission.check(params.n * len(prompts), num_tokens, time.monotonic())
-    return [
-        engine.submit(f"{request_id}-{index}", prompt.token_ids, params, prompt.text, grammar)
-        for index, prompt in enumerate(prompts)
-    ]
+    return [engine.submit(request_id, prompt.token_ids, params, prompt.text, grammar) for prompt in prompts]
 
 
 async def _compile(context: ServerContext, params: SamplingParams | PoolingParams) -> Grammar | None:

@@ -15,7 +15,7 @@ from headrace.server.auth import API_KEY
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 _ENGINE_ID = re.compile(r"[a-z]+[-_](.+)-\d+")
-"""Of a prompt in the engine: a word for the kind of answer, the HTTP request's id, the prompt's index."""
+"""Of a prompt in the engine: a word for the kind of answer, the HTTP request's id, a number."""
 
 NO_ROUTE = "none"
 
