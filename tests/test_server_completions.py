@@ -1,7 +1,10 @@
 """`/v1/completions` and `/v1/chat/completions` through the official client, beside the engine itself."""
 
 import http.client
+import json
 import re
+import threading
+import urllib.request
 from collections.abc import Iterator
 
 import openai
@@ -207,3 +210,30 @@ def test_a_body_full_of_faults_is_refused_for_the_first(schema: type[RequestMode
 
 def test_a_stop_string_may_be_longer_than_a_list_of_them() -> None:
     assert CompletionRequest(prompt="a", stop="x" * 1000).stop == "x" * 1000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "method"),
+    [
+        ("/tokenize", {"prompt": "Hi", "return_token_strs": True}, "id_to_token"),
+        ("/detokenize", {"tokens": [5]}, "decode"),
+    ],
+)
+def test_text_is_made_where_the_loop_does_not_wait(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict, method: str
+) -> None:
+    tokenizer = server.serving.context.model.tokenizer
+    original, threads = getattr(tokenizer, method), set()
+
+    def watched(*args: object, **options: object) -> object:
+        threads.add(threading.current_thread().name.rpartition("_")[0])
+        return original(*args, **options)
+
+    monkeypatch.setattr(tokenizer, method, watched)
+    asked = urllib.request.Request(
+        f"{server.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(asked, timeout=20) as answer:
+        found = json.loads(answer.read())
+    assert threads == {"headrace-text"}
+    assert set(found) == ({"prompt"} if method == "decode" else {"count", "max_model_len", "tokens", "token_strs"})

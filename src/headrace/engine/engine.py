@@ -133,13 +133,14 @@ class Engine:
 
         Raises: see `add_request`.
         """
+        sampling = params if isinstance(params, SamplingParams) else _NO_SAMPLING
+        max_tokens = sampling.max_tokens if sampling is params else 0
+        if isinstance(prompt_token_ids, list | tuple):
+            # Before each of what may be millions of tokens is looked at.
+            self._scheduler.check_fits(len(prompt_token_ids), max_tokens)
         token_ids = _as_token_ids(prompt_token_ids)
-        if isinstance(params, PoolingParams):
-            self._check_ids(token_ids, _NO_SAMPLING)
-            self._scheduler.check_fits(len(token_ids), max_tokens=0)
-            return
-        self._check_ids(token_ids, params)
-        self._scheduler.check_fits(len(token_ids), params.max_tokens)
+        self._check_ids(token_ids, sampling)
+        self._scheduler.check_fits(len(token_ids), max_tokens)
 
     @property
     def max_num_tokens(self) -> int:

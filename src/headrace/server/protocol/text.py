@@ -8,6 +8,9 @@ from headrace.server.protocol.base import RequestModel
 from headrace.server.protocol.chat import ChatMessage
 from headrace.server.protocol.sampling import FAIL_FAST, Objects, TokenIds
 
+MAX_TOKENS = 2**20
+"""To be made text at once."""
+
 
 class TokenizeRequest(RequestModel):
     """A text (`prompt`) or a conversation (`messages`)."""
@@ -24,4 +27,4 @@ class TokenizeRequest(RequestModel):
 
 class DetokenizeRequest(RequestModel):
     model: str | None = None
-    tokens: TokenIds
+    tokens: TokenIds = Field(max_length=MAX_TOKENS)

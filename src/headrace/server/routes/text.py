@@ -1,8 +1,12 @@
 """`/tokenize` and `/detokenize`."""
 
+import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
+from pydantic_core import to_json
 
 from headrace.server.context import Context
 from headrace.server.errors import InvalidParameter
@@ -16,30 +20,39 @@ router = APIRouter(route_class=StrictRoute)
 
 
 @router.post("/tokenize", responses=answers())
-async def tokenize(body: TokenizeRequest, context: Context) -> dict[str, Any]:
+async def tokenize(body: TokenizeRequest, context: Context) -> Response:
     """The tokens that a prompt or a conversation becomes."""
     check_model(body.model, context)
     encoded = await _encode(body, context)
-    tokenizer = tokenizer_of(context.model)
-    found: dict[str, Any] = {
-        "count": len(encoded.token_ids),
-        "max_model_len": context.engine.engine.max_num_tokens,
-        "tokens": encoded.token_ids,
-    }
-    if body.return_token_strs:
-        found["token_strs"] = [tokenizer.id_to_token(token_id) for token_id in encoded.token_ids]
-    return found
+    tokenizer, max_model_len = tokenizer_of(context.model), context.engine.engine.max_num_tokens
+
+    def describe() -> dict[str, Any]:
+        ids = encoded.token_ids
+        found: dict[str, Any] = {"count": len(ids), "max_model_len": max_model_len, "tokens": ids}
+        if body.return_token_strs:
+            found["token_strs"] = [tokenizer.id_to_token(token_id) for token_id in ids]
+        return found
+
+    return await _answer(describe, context)
 
 
 @router.post("/detokenize", responses=answers())
-async def detokenize(body: DetokenizeRequest, context: Context) -> dict[str, str]:
+async def detokenize(body: DetokenizeRequest, context: Context) -> Response:
     """The text of tokens, special ones included."""
     check_model(body.model, context)
     vocab_size = context.model.config.vocab_size
     outside = next((token_id for token_id in body.tokens if token_id >= vocab_size), None)
     if outside is not None:
         raise InvalidParameter("tokens", f"token {outside} is not in the vocabulary; allowed: 0 to {vocab_size - 1}")
-    return {"prompt": tokenizer_of(context.model).decode(body.tokens, skip_special_tokens=False)}
+    decode = partial(tokenizer_of(context.model).decode, body.tokens, skip_special_tokens=False)
+    return await _answer(lambda: {"prompt": decode()}, context)
+
+
+async def _answer(describe: Callable[[], dict[str, Any]], context: Context) -> Response:
+    """Made and encoded where the loop does not wait for it: there may be millions of tokens."""
+    loop = asyncio.get_running_loop()
+    content = await loop.run_in_executor(context.text_threads, lambda: to_json(describe()))
+    return Response(content, media_type="application/json")
 
 
 async def _encode(body: TokenizeRequest, context: Context) -> EncodedPrompt:
