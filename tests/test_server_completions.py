@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from headrace import LLM, SamplingParams
 from headrace.demo_model import demo_model_path
+from headrace.server.encoding import chat_logprobs
 from headrace.server.protocol.base import RequestModel
 from headrace.server.protocol.chat import ChatCompletionRequest
 from headrace.server.protocol.completions import CompletionRequest
@@ -237,3 +238,24 @@ def test_text_is_made_where_the_loop_does_not_wait(
         found = json.loads(answer.read())
     assert threads == {"headrace-text"}
     assert set(found) == ({"prompt"} if method == "decode" else {"count", "max_model_len", "tokens", "token_strs"})
+
+
+def test_what_one_request_may_ask_for_is_limited(client: openai.OpenAI) -> None:
+    """Prompts and n each have a limit, but their product is what has to be held."""
+    with pytest.raises(openai.BadRequestError, match="1152 outputs; at most 1024") as refused:
+        client.completions.create(model="demo", prompt=["a"] * 9, n=128, max_tokens=1)
+    assert refused.value.param == "n"
+
+
+def test_log_probabilities_are_encoded_where_the_loop_does_not_wait(
+    server: RunningServer, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def watched(*given: object) -> object:
+        threads.append(threading.current_thread().name.rpartition("_")[0])
+        return chat_logprobs(*given)
+
+    monkeypatch.setattr("headrace.server.routes.chat.chat_logprobs", watched)
+    client.chat.completions.create(model="demo", messages=QUESTION, max_tokens=2, logprobs=True)
+    assert threads == ["headrace-text"]

@@ -2,8 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.responses import Response
 
 from headrace.config import PoolingParams, SamplingParams
 from headrace.engine.grammar import Grammar
@@ -56,6 +60,19 @@ async def finish_all(streams: Sequence[RequestStream]) -> list[RequestOutput]:
         for completion in output.outputs:
             check_completion(completion)
     return outputs
+
+
+async def json_answer(
+    context: ServerContext, params: SamplingParams, describe: Callable[[], dict[str, Any]]
+) -> Response:
+    """What a whole answer is described as. With log probabilities it may have millions of entries: it is made where the
+    loop does not wait for it."""
+    if params.logprobs is None and params.prompt_logprobs is None:
+        content = to_json(describe())
+    else:
+        loop = asyncio.get_running_loop()
+        content = await loop.run_in_executor(context.text_threads, lambda: to_json(describe()))
+    return Response(content, media_type="application/json")
 
 
 def check_completion(completion: CompletionOutput) -> None:

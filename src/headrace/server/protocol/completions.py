@@ -9,6 +9,8 @@ from headrace.config.sampling import MAX_LOGPROBS
 from headrace.server.protocol.sampling import Prompts, SamplingFields
 
 MAX_PROMPTS = 128
+MAX_CHOICES = 1024
+"""Prompts times n. Each has a text, log probabilities and a place in the queue of its own."""
 
 
 class CompletionRequest(SamplingFields):

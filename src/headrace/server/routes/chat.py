@@ -2,10 +2,10 @@
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from starlette.responses import JSONResponse
 
 from headrace.config import SamplingParams
 from headrace.engine.outputs import CompletionChunk, CompletionOutput, RequestOutput
@@ -13,7 +13,7 @@ from headrace.server.clients import DONE, EventStream, finish_for
 from headrace.server.context import Context, ServerContext, request_id_of
 from headrace.server.encoding import EventEncoder, chat_logprobs, prompt_logprobs_object, usage_of
 from headrace.server.errors import InvalidParameter
-from headrace.server.generation import finish_all, submit_all, updates_of
+from headrace.server.generation import finish_all, json_answer, submit_all, updates_of
 from headrace.server.openapi import answers
 from headrace.server.prompts import EncodedPrompt, encode_chat
 from headrace.server.protocol.chat import ChatCompletionRequest
@@ -50,7 +50,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     if body.stream:
         return EventStream(answer.events(streams), streams, slow_reader_s=context.config.slow_reader_s)
     [output] = await finish_for(request.receive, streams, finish_all(streams))
-    return JSONResponse(answer.whole(output))
+    return await json_answer(context, params, partial(answer.whole, output))
 
 
 def _params(body: ChatCompletionRequest, context: ServerContext, prompt: EncodedPrompt) -> SamplingParams:

@@ -2,10 +2,10 @@
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from starlette.responses import JSONResponse
 
 from headrace.config import SamplingParams
 from headrace.engine.outputs import CompletionChunk, CompletionOutput, RequestOutput, TokenLogprobs
@@ -18,10 +18,10 @@ from headrace.server.encoding import (
     usage_of,
 )
 from headrace.server.errors import InvalidParameter
-from headrace.server.generation import finish_all, submit_all, updates_of
+from headrace.server.generation import finish_all, json_answer, submit_all, updates_of
 from headrace.server.openapi import answers
 from headrace.server.prompts import EncodedPrompt, encode_prompts
-from headrace.server.protocol.completions import CompletionRequest
+from headrace.server.protocol.completions import MAX_CHOICES, CompletionRequest
 from headrace.server.request_stream import RequestStream
 from headrace.server.routes.models import check_model
 from headrace.server.sampling import make_sampling_params
@@ -44,18 +44,24 @@ async def create_completion(body: CompletionRequest, request: Request, context: 
         add_special_tokens=body.add_special_tokens is not False,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
     )
-    params = _params(body, context)
+    params = _params(body, context, len(prompts))
     answer = _Completion(body, context, request_id_of(request), prompts, params)
     streams = await submit_all(context, answer.id, prompts, params)
     if body.stream:
         return EventStream(answer.events(streams), streams, slow_reader_s=context.config.slow_reader_s)
     outputs = await finish_for(request.receive, streams, finish_all(streams))
-    return JSONResponse(answer.whole(outputs))
+    return await json_answer(context, params, partial(answer.whole, outputs))
 
 
-def _params(body: CompletionRequest, context: ServerContext) -> SamplingParams:
+def _params(body: CompletionRequest, context: ServerContext, num_prompts: int) -> SamplingParams:
     if body.echo and body.stream:
         raise InvalidParameter("echo", "echo is not streamed; set stream to false")
+    num_choices = num_prompts * (body.n or 1)
+    if num_choices > MAX_CHOICES:
+        raise InvalidParameter(
+            "n",
+            f"{num_prompts} prompts with n = {body.n} are {num_choices} outputs; at most {MAX_CHOICES} at once",
+        )
     params = make_sampling_params(
         body, recommended=context.recommended, max_tokens=body.max_tokens or _MAX_TOKENS, logprobs=body.logprobs
     )
