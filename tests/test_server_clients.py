@@ -227,9 +227,9 @@ def test_other_origins_may_ask_only_if_they_are_listed(server: RunningServer) ->
         assert (headers.get("access-control-allow-origin") == origin) is is_allowed
 
 
-def _streamed_texts(connection: socket.socket) -> list[str]:
+def _streamed_text(connection: socket.socket) -> str:
     events = _answer(connection)[2].decode().split("\n\n")
-    return [json.loads(data[6:])["choices"][0]["text"] for data in events if data.startswith("data: {")]
+    return "".join([json.loads(data[6:])["choices"][0]["text"] for data in events if data.startswith("data: {")])
 
 
 def test_an_id_used_again_gets_nothing_of_the_request_that_had_it_first(server: RunningServer) -> None:
@@ -239,7 +239,7 @@ def test_an_id_used_again_gets_nothing_of_the_request_that_had_it_first(server: 
     asked = raw_request(body, headers="X-Request-Id: same\r\n")
     with server.connect() as connection:
         connection.sendall(asked)
-        alone = _streamed_texts(connection)
+        alone = _streamed_text(connection)
 
     def hold_next_step(engine: Engine) -> None:
         step = engine.step
@@ -263,7 +263,7 @@ def test_an_id_used_again_gets_nothing_of_the_request_that_had_it_first(server: 
         second.sendall(asked)
         server.wait_until(lambda: server.serving.engine.num_open == 1)
         may_go_on.set()
-        assert _streamed_texts(second) == alone
+        assert _streamed_text(second) == alone
 
 
 def test_a_request_has_no_more_time_than_it_is_given(server: RunningServer) -> None:
@@ -274,3 +274,27 @@ def test_a_request_has_no_more_time_than_it_is_given(server: RunningServer) -> N
         status, _, answer = _answer(connection)
     assert status == 504
     assert json.loads(answer)["error"]["code"] == "timeout"
+
+
+@pytest.mark.parametrize("begin", [b"GET /version?", b"GET /version HTTP/1.1\r\nX-Long: "])
+def test_a_head_that_does_not_end_is_not_kept(server: RunningServer, begin: bytes) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"GET /version HTTP/1.1\r\nHost: test\r\n\r\n")
+        assert _answer(connection)[0] == 200
+        connection.sendall(begin)
+        for _ in range(66):
+            connection.sendall(b"a" * 1000)
+        status, _, body = _answer(connection)
+        assert (status, json.loads(body)["error"]["code"]) == (431, "head_too_large")
+        assert connection.recv(1) == b""
+
+
+def test_many_requests_in_a_row_are_no_long_head(server: RunningServer) -> None:
+    asked = b"GET /version HTTP/1.1\r\nHost: test\r\nX-Long: " + b"a" * 30_000 + b"\r\n\r\n"
+    with server.connect() as connection:
+        connection.sendall(asked * 8)
+        received = b""
+        while received.count(b"HTTP/1.1 200") < 8:
+            data = connection.recv(65536)
+            assert data
+            received += data

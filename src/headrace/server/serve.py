@@ -16,6 +16,7 @@ from headrace.errors import ConfigError, HeadraceError
 from headrace.server.app import build_app
 from headrace.server.async_engine import AsyncEngine
 from headrace.server.context import ServerContext
+from headrace.server.http_protocol import LimitedHttpProtocol
 from headrace.server.observability import Observability
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Serving:
         self.http = HttpServer(
             uvicorn.Config(
                 app,
+                http=LimitedHttpProtocol,
                 access_log=False,
                 log_config=None,
                 log_level=logging.WARNING,

@@ -1,0 +1,50 @@
+"""HTTP as uvicorn reads it, with a limit that it does not have: of a request's head."""
+
+import json
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from headrace.server.errors import error_object
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request's line and headers, before they are complete; what comes in one read with their end is let through."""
+
+
+class LimitedHttpProtocol(HttpToolsProtocol):
+    """Ends a connection whose request's head goes on and on, which is kept in memory until its end."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._is_in_head = True
+        self._num_heads = self._num_head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        was_in_head, num_heads = self._is_in_head, self._num_heads
+        super().data_received(data)
+        if was_in_head and num_heads == self._num_heads:
+            self._num_head_bytes += len(data)
+            if self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self._refuse()
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        self._num_heads += 1
+        self._num_head_bytes = 0
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._is_in_head = True
+        super().on_message_complete()
+
+    def _refuse(self) -> None:
+        # While an earlier request is being answered nothing may come between.
+        if self.cycle is None or self.cycle.response_complete:
+            message = f"the request's line and headers have more than {MAX_HEAD_BYTES} bytes; send fewer"
+            body = json.dumps(error_object(message, "invalid_request_error", code="head_too_large")).encode()
+            head = (
+                "HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+        self.transport.close()
