@@ -298,3 +298,12 @@ def test_many_requests_in_a_row_are_no_long_head(server: RunningServer) -> None:
             data = connection.recv(65536)
             assert data
             received += data
+
+
+def test_a_client_that_has_asked_twice_and_leaves_ends_both_requests(server: RunningServer) -> None:
+    """Though the second one is what the connection is about by then."""
+    with server.connect() as connection, server.paused():
+        connection.sendall(raw_request(LONG) * 2)
+        server.wait_until(lambda: server.serving.engine.num_open == 1)
+        connection.close()
+        server.wait_until(lambda: server.serving.engine.num_open == 0, timeout_s=5)

@@ -1,9 +1,10 @@
-"""HTTP as uvicorn reads it, with a limit that it does not have: of a request's head."""
+"""HTTP as uvicorn reads it, with what it lacks: a limit of a request's head, and an end for all of a connection's
+requests."""
 
 import json
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from headrace.server.errors import error_object
 
@@ -12,12 +13,14 @@ MAX_HEAD_BYTES = 64 * 1024
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """Ends a connection whose request's head goes on and on, which is kept in memory until its end."""
+    """Ends a connection whose request's head goes on and on, which is kept in memory until its end. Where a client has
+    sent its next request before the answer and left, the one that is being answered is told, too."""
 
     def __init__(self, *given: Any, **options: Any) -> None:
         super().__init__(*given, **options)
         self._is_in_head = True
         self._num_heads = self._num_head_bytes = 0
+        self._cycles: list[RequestResponseCycle] = []
 
     def data_received(self, data: bytes) -> None:
         was_in_head, num_heads = self._is_in_head, self._num_heads
@@ -32,6 +35,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._num_heads += 1
         self._num_head_bytes = 0
         super().on_headers_complete()
+        self._cycles = [*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        super().connection_lost(exc)
 
     def on_message_complete(self) -> None:
         self._is_in_head = True
