@@ -1,8 +1,10 @@
 """Which device a rank runs on, and what is known of this host's GPUs."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -129,13 +131,16 @@ def _too_few(facts: GpuFacts, num_local_ranks: int) -> str:
 def gpu_facts() -> GpuFacts:
     """What torch and Triton say. Nothing is started on a GPU."""
     versions = {"cuda": torch.version.cuda, "hip": torch.version.hip, "triton": None}
+    if torch.version.cuda is None and torch.version.hip is None:
+        # Asked without importing it, which takes a quarter of a second that nobody has a use for here.
+        with suppress(PackageNotFoundError):
+            versions["triton"] = version("triton")
+        obstacle = f"torch {torch.__version__} was built without CUDA or ROCm"
+        return GpuFacts(gpus=(), obstacle=obstacle, versions=versions)
     try:
         versions["triton"] = import_module("triton").__version__
     except ImportError as error:
         return GpuFacts(gpus=_gpus(), obstacle=f"Triton does not load: {error}", versions=versions)
-    if torch.version.cuda is None and torch.version.hip is None:
-        obstacle = f"torch {torch.__version__} was built without CUDA or ROCm"
-        return GpuFacts(gpus=(), obstacle=obstacle, versions=versions)
     gpus = _gpus()
     if not gpus:
         return GpuFacts(gpus=(), obstacle="torch sees no GPU (is a driver installed?)", versions=versions)

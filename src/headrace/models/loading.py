@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from headrace.config import ModelConfig, WeightFormat
 from headrace.errors import CheckpointError, KernelError, ParallelismError
 from headrace.kernels import QUANTIZATION_GROUP_SIZE, Kernels, quantized_columns
 from headrace.layers.parameter import Parameter, TensorSlice
+from headrace.machine import cpu_limits
 from headrace.models.checkpoint import DEVICE_BLOCK_BYTES, HOST_BLOCK_BYTES, Checkpoint
 from headrace.models.families import Family
 from headrace.models.quantization import quantized_names
@@ -19,6 +21,10 @@ from headrace.models.upload import make_upload
 
 Progress = Callable[[int], None]
 """Called with the number of checkpoint bytes read since the last call."""
+
+
+_MAX_THREADS = 4
+"""More read no faster than memory is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +73,24 @@ class WeightLoader:
             CheckpointError: missing, unexpected or misshapen tensors, the first five of each; weights that hold NaN.
         """
         self._check_tensors(model)
-        for parameter in parameters:
-            if parameter.is_matrix:
-                self._load_matrix(parameter)
-            else:
-                self._load_vector(parameter)
+        if self._kernels.device.type != "cpu":
+            for parameter in parameters:
+                self._load(parameter)
+            return
+        # Packing takes several times as long as reading, without the interpreter's lock.
+        with ThreadPoolExecutor(_num_threads(), thread_name_prefix="headrace-load") as threads:
+            for loaded in [threads.submit(self._load, parameter) for parameter in parameters]:
+                try:
+                    loaded.result()
+                except BaseException:
+                    threads.shutdown(cancel_futures=True)
+                    raise
+
+    def _load(self, parameter: Parameter) -> None:
+        if parameter.is_matrix:
+            self._load_matrix(parameter)
+        else:
+            self._load_vector(parameter)
 
     def _load_vector(self, parameter: Parameter) -> None:
         parts = []
@@ -188,3 +207,7 @@ def _quantized_columns(
 def _tied_head(config: ModelConfig, family: Family) -> tuple[str, ...]:
     """Some checkpoints store a tied head again; it equals the embedding and is not read."""
     return (re.escape(family.locate("lm_head.weight", config).name),) if config.tie_word_embeddings else ()
+
+
+def _num_threads() -> int:
+    return min(cpu_limits().num_threads, _MAX_THREADS)
