@@ -3,16 +3,18 @@
 from dataclasses import replace
 from pathlib import Path
 
-from headrace.config import AllReduceDtype, Device, DeviceKind, EngineConfig, ParallelConfig, Transport
+from headrace.config import AllReduceDtype, Device, DeviceKind, EngineConfig, ModelConfig, ParallelConfig, Transport
 from headrace.config.launched import Launched, launched_from
 from headrace.costs.micro_batches import max_prompt_tokens
 from headrace.engine.devices import GpuFacts, resolve_device
+from headrace.engine.kv_cache_spec import RankShape
 from headrace.errors import ParallelismError
 from headrace.kernels import kernel_choice_from
 from headrace.models.families import read_model_config
 from headrace.models.json_file import read_json
 from headrace.parallel.launched_world import join_launched_world
 from headrace.parallel.local_world import start_local_world
+from headrace.parallel.place import Place
 from headrace.parallel.world import World, one_rank_world
 
 _RANK_MODULE = "headrace.engine.rank_process"
@@ -23,7 +25,7 @@ def start_world(config: EngineConfig) -> World:
     config: with its transport resolved, see `resolve_transport`.
 
     Raises:
-        ParallelismError: ranks that `mpiexec` or `srun` has started and that do not fit the layout.
+        ParallelismError: a layout that does not divide the model, or ranks of a launcher that do not fit it.
         OSError: no room for another process.
     """
     parallel = config.parallel
@@ -32,7 +34,10 @@ def start_world(config: EngineConfig) -> World:
     launched = launched_from()
     if launched is not None:
         return join_launched_world(parallel, launched)
-    return start_local_world(parallel, _RANK_MODULE, config, micro_batch_bytes=_micro_batch_bytes(config))
+    _, model = read_model_config(read_json(Path(config.load.model) / "config.json"))
+    # Before another rank is started, so that a layout that does not divide the model is said at once.
+    RankShape.of(model, Place(rank=0, config=parallel))
+    return start_local_world(parallel, _RANK_MODULE, config, micro_batch_bytes=_micro_batch_bytes(config, model))
 
 
 def resolve_transport(config: EngineConfig, facts: GpuFacts | None = None) -> EngineConfig:
@@ -115,9 +120,8 @@ def _check_nccl(parallel: ParallelConfig, launched: Launched | None, device: Dev
         )
 
 
-def _micro_batch_bytes(config: EngineConfig) -> int:
+def _micro_batch_bytes(config: EngineConfig, model: ModelConfig) -> int:
     """What a stage sends the next for one step, at most: hidden states and residual in float32."""
-    _, model = read_model_config(read_json(Path(config.load.model) / "config.json"))
     scheduler = config.scheduler
     num_tokens = scheduler.max_num_seqs + max_prompt_tokens(
         scheduler.max_num_batched_tokens, config.parallel.pipeline_parallel_size
