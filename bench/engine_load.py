@@ -19,6 +19,7 @@ from headrace.bench.serve.metrics import LoadMetrics, summarize
 from headrace.bench.serve.prompts import TokenIdPrompts
 from headrace.bench.serve.records import RequestRecord
 from headrace.bench.serve.seeds import draws
+from headrace.config.engine import SERVING_STEP_S
 from headrace.engine.engine import Engine
 from headrace.engine.outputs import RequestUpdate
 
@@ -95,7 +96,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    settings = {"num_threads": args.threads, "max_num_seqs": args.max_num_seqs, "dataflow": args.dataflow}
+    settings = {
+        "num_threads": args.threads,
+        "max_num_seqs": args.max_num_seqs,
+        "dataflow": args.dataflow,
+        "max_step_s": SERVING_STEP_S,  # as the server has it: shorter steps cost something, and not HTTP does
+    }
     with LLM(args.model, quantize=args.quantize, **settings) as llm:
         closed_loop(llm.engine, requests(args.vocab_size, args.request_mix, args.seed, "warm-up"), 1, 1)
         levels = {}
