@@ -13,6 +13,7 @@ import pytest
 
 from headrace.engine.engine import Engine
 from headrace.engine.outputs import RequestUpdate
+from headrace.server import http_protocol
 from tests.serving import RunningServer, engine_settings, raw_request, running_server
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "temperature": 1.0}
@@ -192,6 +193,24 @@ def test_a_body_that_is_not_declared_as_json_is_told_so(server: RunningServer) -
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         status, _, answer = _answer(connection)
     assert (status, "Content-Type" in json.loads(answer)["error"]["message"]) == (400, True)
+
+
+def test_a_connection_that_says_next_to_nothing_is_closed(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT_S", 0.3)
+    with server.connect() as silent, server.connect() as dripping:
+        dripping.sendall(b"GET /version HT")
+        assert silent.recv(100) == b""
+        assert dripping.recv(100) == b""
+
+
+def test_health_answers_to_head(server: RunningServer) -> None:
+    connection = http.client.HTTPConnection(*server.address, timeout=20)
+    connection.request("HEAD", "/health")
+    response = connection.getresponse()
+    assert (response.status, response.read()) == (200, b"")
+    connection.close()
 
 
 def test_many_at_once_get_what_each_gets_alone(server: RunningServer, client: openai.OpenAI) -> None:

@@ -123,7 +123,7 @@ def test_echo_repeats_the_prompt_and_scores_it(client: openai.OpenAI, llm: LLM) 
         ({"extra_body": {"no_such_field": 1}}, "no_such_field"),
         ({"extra_body": {"suffix": "x"}}, "suffix"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"extra_body": {"logit_bias": {"x": 1}}}, None),
+        ({"extra_body": {"logit_bias": {"x": 1}}}, "logit_bias"),
     ],
 )
 def test_a_wrong_field_is_named(client: openai.OpenAI, settings: dict, param: str | None) -> None:
@@ -139,6 +139,37 @@ def test_a_field_of_several_types_is_explained_once(client: openai.OpenAI) -> No
         client.completions.create(model="demo", prompt=[1, "two"])
     assert refused.value.param == "prompt"
     assert refused.value.message.endswith("prompt: Input should be a valid string, or a valid integer, or a valid list")
+
+
+def test_more_tokens_than_there_is_room_for_are_refused_not_cut(client: openai.OpenAI) -> None:
+    for create, prompt, name in (
+        (client.completions.create, {"prompt": "Hello"}, "max_tokens"),
+        (client.chat.completions.create, {"messages": QUESTION}, "max_completion_tokens"),
+        (client.responses.create, {"input": "Hello"}, "max_output_tokens"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            create(model="demo", **prompt, **{name: 1024})
+        assert (refused.value.param, refused.value.code) == (name, "context_length_exceeded")
+
+
+def test_a_prompt_can_be_scored_without_an_output(client: openai.OpenAI) -> None:
+    settings = {"model": "demo", "prompt": "The largest ocean", "echo": True, "logprobs": 1}
+    scored = client.completions.create(**settings, max_tokens=0)
+    longer = client.completions.create(**settings, max_tokens=2)
+    assert (scored.choices[0].text, scored.usage.completion_tokens) == ("The largest ocean", 0)
+    num_tokens = scored.usage.prompt_tokens
+    assert scored.choices[0].logprobs.tokens == longer.choices[0].logprobs.tokens[:num_tokens]
+    assert scored.choices[0].logprobs.token_logprobs == longer.choices[0].logprobs.token_logprobs[:num_tokens]
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        client.completions.create(model="demo", prompt="Hello", max_tokens=0)
+
+
+def test_what_asks_for_nothing_may_be_sent(client: openai.OpenAI) -> None:
+    nothing = {"best_of": 1, "use_beam_search": False, "length_penalty": 1.0, "echo": False, "top_k": None}
+    assert client.chat.completions.create(model="demo", messages=QUESTION, max_tokens=2, extra_body=nothing).choices
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="demo", messages=QUESTION, extra_body={"use_beam_search": True})
+    assert refused.value.param == "use_beam_search"
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:

@@ -1,5 +1,6 @@
 """A server from its start to its end, as a process: signals, keys, lost ranks, and what it costs to do nothing."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -21,9 +22,12 @@ import psutil
 import pytest
 
 from headrace.config.server import ServerConfig
+from headrace.engine.engine import Engine
 from headrace.errors import CheckpointError, ConfigError
+from headrace.server.errors import Overloaded
 from headrace.server.restarts import RestartPolicy
-from headrace.server.serve import listen
+from headrace.server.serve import Serving, listen
+from headrace.server.side_threads import SideThreads
 from tests.serving import engine_settings, running_server
 
 START_S = 50
@@ -209,6 +213,50 @@ def test_restarts_wait_longer_each_time_and_are_counted_in_a_window() -> None:
     assert policy.next_delay_s(50.0) is None
     assert policy.next_delay_s(101.5) == 0.5
     assert policy.num_restarts == 4
+
+
+def test_a_model_that_is_still_loading_is_not_waited_for() -> None:
+    """SIGTERM while a server starts was obeyed once the model had been loaded."""
+    is_over = threading.Event()
+
+    def load() -> Engine:
+        is_over.wait(30)
+        raise CheckpointError("nobody waits for this")
+
+    config = ServerConfig(port=0)
+    serving = Serving(load, config, model_name="demo")
+    thread = threading.Thread(target=serving.run, args=(listen(config),))
+    thread.start()
+    try:
+        while not hasattr(serving.engine, "loop"):
+            time.sleep(0.01)
+        serving.engine.loop.call_soon_threadsafe(serving.end)
+        thread.join(10)
+        assert not thread.is_alive()
+        assert serving.is_stuck
+    finally:
+        is_over.set()
+
+
+def test_jobs_that_wait_for_a_thread_are_limited() -> None:
+    is_over = threading.Event()
+
+    async def run() -> list[Any]:
+        threads = SideThreads("text to be read", 1, max_waiting=2)
+        jobs = [asyncio.create_task(threads.run(lambda: is_over.wait(20))) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="3 requests wait for their text to be read"):
+            await threads.run(lambda: None)
+        # One whose client has left still holds its place until its turn has come.
+        jobs[2].cancel()
+        is_over.set()
+        results = await asyncio.gather(*jobs, return_exceptions=True)
+        assert await threads.run(lambda: "again") == "again"
+        return results
+
+    first, second, third = asyncio.run(run())
+    assert (first, second) == (True, True)
+    assert isinstance(third, asyncio.CancelledError)
 
 
 def test_a_port_in_use_is_said_at_once() -> None:

@@ -130,7 +130,7 @@ def test_every_way_to_ask_for_a_choice_gives_one(client: openai.OpenAI, extra: d
         ({"extra_body": {"guided_grammar": "nonsense"}}, None),
         ({"extra_body": {"guided_json": {"type": "no such type"}}}, None),
         ({"extra_body": {"guided_json": {"$ref": "http://example.com/schema"}}}, None),
-        ({"extra_body": {"guided_choice": []}}, None),
+        ({"extra_body": {"guided_choice": []}}, "guided_choice"),
     ],
     ids=json.dumps,
 )

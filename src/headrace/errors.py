@@ -50,7 +50,9 @@ class BackendUnavailable(KernelError):
 
 
 class RequestError(HeadraceError):
-    pass
+    """param: the field at fault, where it is known."""
+
+    param: str | None = None
 
 
 class ContextLengthError(RequestError):

@@ -1,7 +1,9 @@
 """`headrace serve`: an OpenAI-compatible server."""
 
 import argparse
+import logging
 import os
+import resource
 import socket
 import sys
 import time
@@ -16,6 +18,8 @@ from headrace.config.server import TOOL_FORMATS, ServerConfig
 
 if TYPE_CHECKING:
     from headrace.engine.engine import Engine
+
+_OTHER_FILES = 512
 
 _KEY_VARIABLE = "HEADRACE_API_KEY"
 
@@ -134,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
     from headrace.server.serve import Serving, listen
 
     listener = listen(config)
+    _allow_connections(config.max_connections)
+    logging.basicConfig(format="headrace: %(message)s", level=logging.WARNING)
     _announce(config, listener)
 
     def load() -> "Engine":
@@ -145,7 +151,12 @@ def run(args: argparse.Namespace) -> int:
     def say_ready() -> None:
         _say(f"ready after {time.monotonic() - started_s:.1f} s: {name} at {_url(config, listener)}")
 
-    Serving(load, config, model_name=name, can_restart=launched_from() is None, on_ready=say_ready).run(listener)
+    serving = Serving(load, config, model_name=name, can_restart=launched_from() is None, on_ready=say_ready)
+    serving.run(listener)
+    if serving.is_stuck:
+        # Python's own end would wait for the engine's thread, or take the libraries away from under it. Other ranks
+        # end when they see that this one is gone.
+        os._exit(0)
     return 0
 
 
@@ -165,6 +176,16 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         otlp_traces_endpoint=args.otlp_traces_endpoint,
     )
     return ServerConfig(**given)
+
+
+def _allow_connections(count: int) -> None:
+    """Shells give a process 1024 open files, and let it have more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft not in (resource.RLIM_INFINITY, wanted) and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _short_name(args: argparse.Namespace) -> str:

@@ -8,8 +8,13 @@ _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 80
 
 
-def refusal(name: str, given: object, allowed: str) -> RequestError:
-    return RequestError(f"{name} is {shown(given)}; allowed: {allowed}")
+def refusal(name: str, given: object, allowed: str, *, param: str | None = None) -> RequestError:
+    """
+    name: a field, or what it is of one; then param is the field.
+    """
+    error = RequestError(f"{name} is {shown(given)}; allowed: {allowed}")
+    error.param = param or (name if name.isidentifier() else None)
+    return error
 
 
 def shown(given: object) -> str:

@@ -193,7 +193,7 @@ def _as_int(given: object) -> int | None:
 def _checked_int(name: str, given: object, low: int, high: int | None, allowed: str) -> int:
     number = _as_int(given)
     if number is None or number < low or (high is not None and number > high):
-        raise refusal(name, given, allowed)
+        raise refusal(name, given, allowed, param=name.rpartition(" ")[2])
     return number
 
 
@@ -203,7 +203,7 @@ def _checked_stop(given: object) -> tuple[str, ...]:
         raise refusal("stop", given, "a string or a list of strings")
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise refusal("an item of stop", string, "a string of at least one character")
+            raise refusal("an item of stop", string, "a string of at least one character", param="stop")
     return tuple(strings)
 
 
@@ -221,7 +221,7 @@ def _checked_bias(given: object) -> dict[int, float]:
         token_id = _checked_bias_key(key)
         bias = _as_float(value)
         if bias is None or not -100 <= bias <= 100:
-            raise refusal(f"logit_bias of token {token_id}", value, "a number from -100 to 100")
+            raise refusal(f"logit_bias of token {token_id}", value, "a number from -100 to 100", param="logit_bias")
         if token_id in checked:
             raise refusal("logit_bias", key, f"token {token_id} once")
         checked[token_id] = bias

@@ -1,5 +1,6 @@
 """What a server allows: limits are on by default."""
 
+import re
 from dataclasses import dataclass, field
 
 from headrace.config.observability import ObservabilityConfig
@@ -69,6 +70,10 @@ class ServerConfig:
             raise ConfigError(f"tool_format is '{self.tool_format}'; allowed: {', '.join(TOOL_FORMATS)}")
         if not all(key.isascii() and key.isprintable() and key.strip() == key and key for key in self.api_keys):
             raise ConfigError("an API key is empty or has characters that no header carries; use printable ASCII")
+
+        for origin in self.cors_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ConfigError(f"the origin '{origin[:80]}' matches no page; write https://host, with :port, or '*'")
 
     @property
     def is_public(self) -> bool:

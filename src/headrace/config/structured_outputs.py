@@ -8,6 +8,8 @@ from typing import Any, Self
 from headrace.config.refusals import clipped, refusal, shown
 from headrace.errors import RequestError, nearest_name
 
+_PARAM = "structured_outputs"
+
 MAX_GRAMMAR_BYTES = 128 * 1024
 """Of a schema, of all choices together, or of a grammar, as UTF-8."""
 
@@ -41,7 +43,7 @@ class StructuredOutputs:
 
     def __post_init__(self) -> None:
         if not isinstance(self.json_object, bool):
-            raise refusal("json_object of structured_outputs", self.json_object, "true or false")
+            raise refusal("json_object of structured_outputs", self.json_object, "true or false", param=_PARAM)
         given = [f.name for f in fields(self) if getattr(self, f.name) not in (None, False)]
         if len(given) != 1:
             found = " and ".join(given) if given else "none of them"
@@ -104,7 +106,7 @@ def _checked_schema(given: object) -> str:
     try:
         schema = json.loads(_checked_text("json", given, MAX_GRAMMAR_BYTES)) if isinstance(given, str) else given
         if not isinstance(schema, Mapping):
-            raise refusal("json of structured_outputs", given, allowed)
+            raise refusal("json of structured_outputs", given, allowed, param=_PARAM)
         # Strict: NaN is no JSON, and a key that is no string would be another one.
         text = json.dumps(_as_dicts(schema), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except RecursionError:
@@ -130,7 +132,7 @@ def _as_dicts(value: object) -> object:
 
 def _checked_choice(given: object) -> tuple[str, ...]:
     if not isinstance(given, Sequence) or isinstance(given, str | bytes | bytearray) or not given:
-        raise refusal("choice of structured_outputs", given, "a list of at least one string")
+        raise refusal("choice of structured_outputs", given, "a list of at least one string", param=_PARAM)
     if len(given) > MAX_CHOICES:
         raise RequestError(f"choice of structured_outputs has {len(given)} strings; allowed: up to {MAX_CHOICES}")
     choices = tuple(_checked_text("a string of choice", text, MAX_REGEX_BYTES) for text in given)
@@ -142,7 +144,7 @@ def _checked_choice(given: object) -> tuple[str, ...]:
 
 def _checked_text(name: str, given: object, max_bytes: int) -> str:
     if not isinstance(given, str) or not given:
-        raise refusal(f"{name} of structured_outputs", given, "a string of at least one character")
+        raise refusal(f"{name} of structured_outputs", given, "a string of at least one character", param=_PARAM)
     try:
         num_bytes = len(given.encode())
     except UnicodeEncodeError as error:

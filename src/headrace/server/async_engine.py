@@ -68,13 +68,13 @@ class AsyncEngine:
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
-        """Load the engine; returns when it is ready.
+        """Load the engine; returns when it is ready, or is not needed any more.
 
         Raises: what `load` raises.
         """
         self.loop = asyncio.get_running_loop()
         self._thread.start()
-        await self.wait_until(lambda: self.state is not EngineState.STARTING)
+        await self.wait_until(lambda: self.state is not EngineState.STARTING or self.is_draining)
         if self._error is not None:
             raise self._error
 
@@ -169,8 +169,10 @@ class AsyncEngine:
 
         self._thread.do(run)
         lost = asyncio.create_task(self.wait_until(lambda: self._engine is None))
-        await asyncio.wait((answer, lost), return_when=asyncio.FIRST_COMPLETED)
-        lost.cancel()
+        try:
+            await asyncio.wait((answer, lost), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            lost.cancel()
         if not answer.done():
             raise self._unavailable()
         return answer.result()
@@ -185,12 +187,13 @@ class AsyncEngine:
             for stream in list(self._streams.values()):
                 self._end(stream, Unavailable("the server is shutting down"))
 
-    async def close(self) -> None:
-        """End the engine after the step that runs."""
+    async def close(self, patience_s: float) -> bool:
+        """End the engine after the step that runs, or the model is loaded; false if that takes longer than patience_s,
+        and the thread still runs."""
         self.is_draining = True
         for stream in list(self._streams.values()):
             self._end(stream, Unavailable("the server is shutting down"))
-        await asyncio.to_thread(self._thread.stop)
+        return await asyncio.to_thread(self._thread.stop, patience_s)
 
     def _add(
         self,
@@ -293,6 +296,8 @@ class AsyncEngine:
                 self._forget(stream)
 
     def set_ready(self, engine: Engine) -> None:
+        if self.state is EngineState.RECOVERING:
+            logger.warning("the engine is back; requests are answered again")
         self._engine = engine
         self._set_state(EngineState.READY, "")
 
@@ -320,22 +325,26 @@ class AsyncEngine:
 
 
 class _Relay:
-    """Carries what the engine's thread says over to the loop."""
+    """Carries what the engine's thread says over to the loop, unless that has ended."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._to = engine
 
     def on_ready(self, engine: Engine) -> None:
-        self._to.loop.call_soon_threadsafe(self._to.set_ready, engine)
+        self._call(partial(self._to.set_ready, engine))
 
     def on_updates(self, updates: Sequence[RequestUpdate]) -> None:
-        self._to.loop.call_soon_threadsafe(self._to.take, updates)
+        self._call(partial(self._to.take, updates))
 
     def on_lost(self, reason: str, delay_s: float) -> None:
-        self._to.loop.call_soon_threadsafe(self._to.set_lost, reason, delay_s)
+        self._call(partial(self._to.set_lost, reason, delay_s))
 
     def on_failed(self, error: BaseException) -> None:
-        self._to.loop.call_soon_threadsafe(self._to.set_failed, error)
+        self._call(partial(self._to.set_failed, error))
+
+    def _call(self, call: Callable[[], None]) -> None:
+        if not self._to.loop.is_closed():
+            self._to.loop.call_soon_threadsafe(call)
 
 
 def _set_result(future: "asyncio.Future[T]", result: T) -> None:

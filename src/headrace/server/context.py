@@ -1,7 +1,6 @@
 """What every route works with."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 from uuid import uuid4
@@ -12,11 +11,10 @@ from headrace.config.server import ServerConfig
 from headrace.engine.load import LoadedModel
 from headrace.server.async_engine import AsyncEngine
 from headrace.server.sampling import recommended_sampling
+from headrace.server.side_threads import SideThreads
 
 REQUEST_ID = "headrace.request_id"
 """Where a request's scope keeps its id."""
-
-_NUM_TEXT_THREADS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +29,8 @@ class ServerContext:
     config: ServerConfig
     model_name: str
     created_s: int = field(default_factory=lambda: int(time.time()))
-    text_threads: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(_NUM_TEXT_THREADS, thread_name_prefix="headrace-text")
-    )
-
-    grammar_threads: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="headrace-grammar")
-    )
+    text_threads: SideThreads = field(default_factory=lambda: SideThreads("text to be read", 2, max_waiting=1024))
+    grammar_threads: SideThreads = field(default_factory=lambda: SideThreads("forms to be compiled", 1, max_waiting=64))
 
     @property
     def model(self) -> LoadedModel:

@@ -68,12 +68,16 @@ class EngineThread:
         """Run a command between two steps. What it raises is logged."""
         self._commands.put(command)
 
-    def stop(self, timeout_s: float | None = None) -> None:
-        """End after the step that is running, and close the engine; unfinished requests get no more updates."""
+    def stop(self, timeout_s: float) -> bool:
+        """End after the step that is running, and close the engine; unfinished requests get no more updates.
+
+        Returns whether the thread has ended by then.
+        """
         self._is_stopping.set()
         self._commands.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

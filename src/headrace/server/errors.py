@@ -80,11 +80,11 @@ def object_of(error: HeadraceError) -> dict[str, Any]:
     if isinstance(error, ServerError):
         return error_object(message, error.kind, code=error.code)
     if isinstance(error, ContextLengthError):
-        return error_object(message, "invalid_request_error", code="context_length_exceeded")
+        return error_object(message, "invalid_request_error", param=error.param, code="context_length_exceeded")
     if isinstance(error, ModelNotFound):
         return error_object(message, "invalid_request_error", param="model", code="model_not_found")
     if isinstance(error, RequestError):
-        return error_object(message, "invalid_request_error", param=getattr(error, "param", None))
+        return error_object(message, "invalid_request_error", param=error.param)
     kind = Unavailable.kind if isinstance(error, EngineStopped) else ServerError.kind
     return error_object(message, kind)
 

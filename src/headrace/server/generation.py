@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from pydantic_core import to_json
@@ -45,8 +46,7 @@ async def _compile(context: ServerContext, params: SamplingParams | PoolingParam
     if isinstance(params, PoolingParams) or params.structured_outputs is None:
         return None
     compiler = context.engine.engine.grammar_compiler
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(context.grammar_threads, compiler.compile, params.structured_outputs)
+    return await context.grammar_threads.run(partial(compiler.compile, params.structured_outputs))
 
 
 async def finish_all(streams: Sequence[RequestStream]) -> list[RequestOutput]:
@@ -70,8 +70,7 @@ async def json_answer(
     if params.logprobs is None and params.prompt_logprobs is None:
         content = to_json(describe())
     else:
-        loop = asyncio.get_running_loop()
-        content = await loop.run_in_executor(context.text_threads, lambda: to_json(describe()))
+        content = await context.text_threads.run(lambda: to_json(describe()))
     return Response(content, media_type="application/json")
 
 
@@ -115,6 +114,8 @@ async def _merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int,
     finally:
         for task in waiting:
             task.cancel()
+        # Several may have failed at once; all are looked at, so that none is reported as forgotten.
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def _next(stream: AsyncIterator[RequestUpdate]) -> RequestUpdate | None:

@@ -1,12 +1,17 @@
 """HTTP as uvicorn reads it, with what it lacks: a limit of a request's head, and an end for all of a connection's
 requests."""
 
+import asyncio
 import json
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from headrace.server.errors import error_object
+
+HEAD_TIMEOUT_S = 30.0
+"""For a request's head to be complete, from the connection's beginning or the head's own: connections are limited in
+number, and those that say nothing, or a letter a minute, must not keep others out."""
 
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request's line and headers, before they are complete; what comes in one read with their end is let through."""
@@ -21,8 +26,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._is_in_head = True
         self._num_heads = self._num_head_bytes = 0
         self._cycles: list[RequestResponseCycle] = []
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._end_late)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_in_head and self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._end_late)
         was_in_head, num_heads = self._is_in_head, self._num_heads
         super().data_received(data)
         if was_in_head and num_heads == self._num_heads:
@@ -32,12 +44,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
+        self._stop_timer()
         self._num_heads += 1
         self._num_head_bytes = 0
         super().on_headers_complete()
         self._cycles = [*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle]
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
         for cycle in self._cycles:
             if not cycle.response_complete:
                 cycle.disconnected = True
@@ -47,6 +61,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._is_in_head = True
         super().on_message_complete()
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _end_late(self) -> None:
+        self._head_timer = None
+        # While an earlier request is being answered the connection has something to do.
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
 
     def _refuse(self) -> None:
         # While an earlier request is being answered nothing may come between.

@@ -1,12 +1,11 @@
 """From what a client sends to token ids, on threads that are made for it."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from headrace.engine.load import LoadedModel
-from headrace.errors import RequestError
+from headrace.errors import ContextLengthError, RequestError
 from headrace.server.context import ServerContext
 from headrace.server.errors import InvalidParameter
 from headrace.server.protocol.completions import MAX_PROMPTS
@@ -40,7 +39,7 @@ async def encode_prompts(
     if len(prompts) > max_prompts:
         raise InvalidParameter(field, f"{field} is a list of {len(prompts)}; send at most {max_prompts} at once")
     encode = partial(_encode_all, context.model, prompts, add_special_tokens, truncate_prompt_tokens)
-    return await asyncio.get_running_loop().run_in_executor(context.text_threads, encode)
+    return await context.text_threads.run(encode)
 
 
 async def encode_chat(
@@ -66,7 +65,33 @@ async def encode_chat(
         dict(template_variables or {}),
         truncate_prompt_tokens,
     )
-    return await asyncio.get_running_loop().run_in_executor(context.text_threads, render)
+    return await context.text_threads.run(render)
+
+
+def output_room(
+    context: ServerContext, prompts: Sequence[EncodedPrompt], given: int | None, *, default: int | None, param: str
+) -> int:
+    """How many tokens an output may have: as many as were asked for; or the default, if there is room for it.
+
+    default: None is as many as the model and the cache allow. param: the field that asks.
+
+    Raises:
+        ContextLengthError: more were asked for than there is room for.
+    """
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    max_num_tokens = context.engine.engine.max_num_tokens
+    # A prompt that leaves no room at all is refused for itself.
+    room = max(1, max_num_tokens - longest)
+    if given is None:
+        return room if default is None else min(default, room)
+    if given > room and longest < max_num_tokens:
+        error = ContextLengthError(
+            f"{param} is {given} after a prompt of {longest} tokens, but both together may have {max_num_tokens}; ask "
+            f"for at most {room}, or leave {param} out"
+        )
+        error.param = param
+        raise error
+    return given
 
 
 def tokenizer_of(model: LoadedModel) -> Tokenizer:

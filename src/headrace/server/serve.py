@@ -16,12 +16,14 @@ from headrace.errors import ConfigError, HeadraceError
 from headrace.server.app import build_app
 from headrace.server.async_engine import AsyncEngine
 from headrace.server.context import ServerContext
+from headrace.server.engine_thread import EngineState
 from headrace.server.http_protocol import LimitedHttpProtocol
 from headrace.server.observability import Observability
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_LAST_STEP_S = 30.0
 _LAST_WORDS_S = 5.0
 """For connections to close in, once nothing runs any more."""
 
@@ -83,6 +85,9 @@ class Serving:
         self._failure: BaseException | None = None
         self._num_signals = 0
         self._ending: asyncio.Task[None] | None = None
+        self._is_hurried = asyncio.Event()
+        self.is_stuck = False
+        """The engine still loads, or is in a step that does not end: its thread cannot be ended without the process."""
         self.engine = AsyncEngine(load, config, can_restart=can_restart, on_failed=self._on_failed)
         self.context = ServerContext(engine=self.engine, config=config, model_name=model_name)
         app = build_app(self.context)
@@ -119,14 +124,15 @@ class Serving:
         http = asyncio.create_task(self.http.serve(sockets=[listener]))
         try:
             await self.engine.start()
-            self._on_ready()
+            if self.engine.state is EngineState.READY:
+                self._on_ready()
         except BaseException:
             self.http.should_exit = True
             await http
             self._observability.close()
             raise
         await http
-        await self.engine.close()
+        self.is_stuck = not await self._close_engine()
         await asyncio.to_thread(self._observability.close)
         if self._failure is not None:
             raise self._failure
@@ -136,8 +142,18 @@ class Serving:
         self._num_signals += 1
         if self._num_signals > 1:
             self.http.force_exit = self.http.should_exit = True
+            self._is_hurried.set()
         elif self._ending is None:
             self._ending = asyncio.get_running_loop().create_task(self._end())
+
+    async def _close_engine(self) -> bool:
+        """After the step that runs; a model that is being loaded, or whoever sends two signals, is not waited for."""
+        patience_s = 0.0 if self.engine.state is EngineState.STARTING else _LAST_STEP_S
+        closing = asyncio.create_task(self.engine.close(patience_s))
+        hurried = asyncio.create_task(self._is_hurried.wait())
+        await asyncio.wait((closing, hurried), return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        return closing.done() and closing.result()
 
     async def _end(self) -> None:
         num_open = self.engine.num_open

@@ -3,6 +3,7 @@
 from typing import Any
 
 from headrace.config import StructuredOutputs
+from headrace.errors import RequestError
 from headrace.server.errors import InvalidParameter
 from headrace.server.protocol.sampling import ResponseFormat, SamplingFields
 
@@ -20,7 +21,14 @@ def structured_outputs_of(request: SamplingFields) -> StructuredOutputs | None:
     if len(found) > 1:
         names = " and ".join(found)
         raise InvalidParameter(min(found), f"{names} each prescribe the output's form; give one of them")
-    return StructuredOutputs.from_mapping(next(iter(found.values()))) if found else None
+    for name, form in found.items():
+        try:
+            return StructuredOutputs.from_mapping(form)
+        except RequestError as error:
+            # As the client called it.
+            error.param = name
+            raise
+    return None
 
 
 def _forms(request: SamplingFields) -> dict[str, dict[str, Any] | None]:

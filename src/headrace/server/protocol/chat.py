@@ -1,12 +1,14 @@
 """`/v1/chat/completions`."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from headrace.config.sampling import MAX_LOGPROBS
 from headrace.server.protocol.sampling import Metadata, Objects, SamplingFields
+
+MAX_MESSAGES = 4096
 
 
 class ChatMessage(BaseModel):
@@ -18,6 +20,9 @@ class ChatMessage(BaseModel):
     content: str | Objects | None = None
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatCompletionRequest(SamplingFields):
     """Answer a conversation.
 
@@ -25,7 +30,7 @@ class ChatCompletionRequest(SamplingFields):
     """
 
     model: str | None = None
-    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
+    messages: Messages
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     logprobs: bool | None = None
@@ -43,9 +48,11 @@ class ChatCompletionRequest(SamplingFields):
     @classmethod
     def unsupported(cls) -> Mapping[str, tuple[Any, ...]]:
         return {
+            **super().unsupported(),
             "audio": (),
             "chat_template": (),
             "documents": ([],),
+            "echo": (False,),
             "function_call": ("none",),
             "functions": ([],),
             "modalities": (["text"],),

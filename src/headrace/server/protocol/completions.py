@@ -18,11 +18,11 @@ class CompletionRequest(SamplingFields):
 
     model: str | None = None
     prompt: Prompts
-    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    max_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     add_special_tokens: bool | None = None
 
     @classmethod
     def unsupported(cls) -> Mapping[str, tuple[Any, ...]]:
-        return {"suffix": ("",), "best_of": (1,)}
+        return {**super().unsupported(), "suffix": ("",)}

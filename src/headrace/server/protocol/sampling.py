@@ -1,5 +1,6 @@
 """How tokens are chosen: OpenAI's fields, and those that vLLM's users send beside them."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -105,3 +106,12 @@ class SamplingFields(RequestModel):
     user: str | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     return_token_ids: bool | None = None
+
+    @classmethod
+    def unsupported(cls) -> Mapping[str, tuple[Any, ...]]:
+        return {
+            "best_of": (1,),
+            "length_penalty": (1.0,),
+            "spaces_between_special_tokens": (True,),
+            "use_beam_search": (False,),
+        }

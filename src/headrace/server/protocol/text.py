@@ -1,12 +1,12 @@
 """`/tokenize` and `/detokenize`, as vLLM has them."""
 
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
 from headrace.server.protocol.base import RequestModel
-from headrace.server.protocol.chat import ChatMessage
-from headrace.server.protocol.sampling import FAIL_FAST, Objects, TokenIds
+from headrace.server.protocol.chat import Messages
+from headrace.server.protocol.sampling import Objects, TokenIds
 
 MAX_TOKENS = 2**20
 """To be made text at once."""
@@ -17,7 +17,7 @@ class TokenizeRequest(RequestModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], FAIL_FAST] | None = Field(default=None, min_length=1)
+    messages: Messages | None = None
     tools: Objects | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None

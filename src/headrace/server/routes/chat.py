@@ -15,7 +15,7 @@ from headrace.server.encoding import EventEncoder, chat_logprobs, prompt_logprob
 from headrace.server.errors import InvalidParameter
 from headrace.server.generation import finish_all, json_answer, submit_all, updates_of
 from headrace.server.openapi import answers
-from headrace.server.prompts import EncodedPrompt, encode_chat
+from headrace.server.prompts import EncodedPrompt, encode_chat, output_room
 from headrace.server.protocol.chat import ChatCompletionRequest
 from headrace.server.request_stream import RequestStream
 from headrace.server.routes.models import check_model
@@ -59,11 +59,12 @@ def _params(body: ChatCompletionRequest, context: ServerContext, prompt: Encoded
         raise InvalidParameter("max_tokens", "max_tokens is the old name of max_completion_tokens; give one of them")
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidParameter("top_logprobs", "top_logprobs needs logprobs set to true")
-    room = max(1, context.engine.engine.max_num_tokens - len(prompt.token_ids))
+    param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return make_sampling_params(
         body,
         recommended=context.recommended,
-        max_tokens=body.max_completion_tokens or body.max_tokens or room,
+        max_tokens=output_room(context, [prompt], asked, default=None, param=param),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
 

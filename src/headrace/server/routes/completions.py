@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from headrace.server.encoding import (
 from headrace.server.errors import InvalidParameter
 from headrace.server.generation import finish_all, json_answer, submit_all, updates_of
 from headrace.server.openapi import answers
-from headrace.server.prompts import EncodedPrompt, encode_prompts
+from headrace.server.prompts import EncodedPrompt, encode_prompts, output_room
 from headrace.server.protocol.completions import MAX_CHOICES, CompletionRequest
 from headrace.server.request_stream import RequestStream
 from headrace.server.routes.models import check_model
@@ -44,7 +45,7 @@ async def create_completion(body: CompletionRequest, request: Request, context: 
         add_special_tokens=body.add_special_tokens is not False,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
     )
-    params = _params(body, context, len(prompts))
+    params = _params(body, context, prompts)
     answer = _Completion(body, context, request_id_of(request), prompts, params)
     streams = await submit_all(context, answer.id, prompts, params)
     if body.stream:
@@ -53,17 +54,24 @@ async def create_completion(body: CompletionRequest, request: Request, context: 
     return await json_answer(context, params, partial(answer.whole, outputs))
 
 
-def _params(body: CompletionRequest, context: ServerContext, num_prompts: int) -> SamplingParams:
+def _params(body: CompletionRequest, context: ServerContext, prompts: Sequence[EncodedPrompt]) -> SamplingParams:
     if body.echo and body.stream:
         raise InvalidParameter("echo", "echo is not streamed; set stream to false")
-    num_choices = num_prompts * (body.n or 1)
+    if body.max_tokens == 0 and not body.echo:
+        raise InvalidParameter("max_tokens", "max_tokens is 0, which only echo has a use for; ask for 1 and more")
+    num_choices = len(prompts) * (body.n or 1)
     if num_choices > MAX_CHOICES:
         raise InvalidParameter(
             "n",
-            f"{num_prompts} prompts with n = {body.n} are {num_choices} outputs; at most {MAX_CHOICES} at once",
+            f"{len(prompts)} prompts with n = {body.n} are {num_choices} outputs; at most {MAX_CHOICES} at once",
         )
+    # The engine makes a token of whatever it runs; one that nobody asked for is left out of the answer.
+    asked = 1 if body.max_tokens == 0 else body.max_tokens
     params = make_sampling_params(
-        body, recommended=context.recommended, max_tokens=body.max_tokens or _MAX_TOKENS, logprobs=body.logprobs
+        body,
+        recommended=context.recommended,
+        max_tokens=output_room(context, prompts, asked, default=_MAX_TOKENS, param="max_tokens"),
+        logprobs=body.logprobs,
     )
     if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
         return SamplingParams.from_mapping(params.to_mapping() | {"prompt_logprobs": body.logprobs})
@@ -92,6 +100,8 @@ class _Completion:
         }
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        if self._body.max_tokens == 0:
+            outputs = [_without_outputs(output) for output in outputs]
         choices = [
             self._whole_choice(index, completion, output)
             for index, output in enumerate(outputs)
@@ -164,3 +174,12 @@ class _Completion:
             return prompt.text
         tokenizer = self._model.tokenizer
         return "" if tokenizer is None else tokenizer.decode(prompt.token_ids)
+
+
+def _without_outputs(output: RequestOutput) -> RequestOutput:
+    """The prompt alone, with its scores."""
+    empty = [
+        CompletionOutput(index=c.index, logprobs=None if c.logprobs is None else [], finish_reason="length")
+        for c in output.outputs
+    ]
+    return replace(output, outputs=empty, metrics=replace(output.metrics, num_completion_tokens=0))

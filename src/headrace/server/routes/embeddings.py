@@ -1,6 +1,5 @@
 """`/v1/embeddings`: pooled hidden states of prompts."""
 
-import asyncio
 import sys
 from base64 import b64encode
 from collections.abc import Sequence
@@ -41,7 +40,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, context: C
     outputs = await finish_for(request.receive, streams, finish_all(streams))
     encode = partial(_encode, outputs, context.model_name, is_base64=body.encoding_format == "base64")
     # Millions of numbers, if many vectors are asked for at once.
-    content = await asyncio.get_running_loop().run_in_executor(context.text_threads, encode)
+    content = await context.text_threads.run(encode)
     return Response(content, media_type="application/json")
 
 

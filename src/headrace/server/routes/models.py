@@ -44,6 +44,7 @@ async def version() -> dict[str, str]:
 
 
 @router.get("/health")
+@router.head("/health", include_in_schema=False)
 async def health(context: Context) -> JSONResponse:
     """200 if requests can be answered; 503 with the reason if not: the engine starts or ends, or a rank is lost."""
     trouble = context.engine.trouble

@@ -15,7 +15,7 @@ from headrace.server.encoding import event, usage_of
 from headrace.server.errors import ClientLeft, InvalidParameter
 from headrace.server.generation import finish_all, submit_all, updates_of
 from headrace.server.openapi import answers
-from headrace.server.prompts import EncodedPrompt, encode_chat
+from headrace.server.prompts import EncodedPrompt, encode_chat, output_room
 from headrace.server.protocol.responses import ResponsesRequest
 from headrace.server.request_stream import RequestStream
 from headrace.server.responses.answer import Answer
@@ -98,8 +98,8 @@ def _params(
     if body.stream_options is not None and not body.stream:
         raise InvalidParameter("stream_options", "stream_options are for streams; set stream to true")
     given = {name: getattr(body, name) for name in _PASSED_ON if getattr(body, name) is not None}
-    room = max(1, context.engine.engine.max_num_tokens - len(prompt.token_ids))
-    given["max_tokens"] = body.max_output_tokens or room
+    asked = body.max_output_tokens
+    given["max_tokens"] = output_room(context, [prompt], asked, default=None, param="max_output_tokens")
     if form is not None:
         given["structured_outputs"] = form
     return SamplingParams.from_mapping({**context.recommended, **given})

@@ -1,6 +1,5 @@
 """`/tokenize` and `/detokenize`."""
 
-import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -50,8 +49,7 @@ async def detokenize(body: DetokenizeRequest, context: Context) -> Response:
 
 async def _answer(describe: Callable[[], dict[str, Any]], context: Context) -> Response:
     """Made and encoded where the loop does not wait for it: there may be millions of tokens."""
-    loop = asyncio.get_running_loop()
-    content = await loop.run_in_executor(context.text_threads, lambda: to_json(describe()))
+    content = await context.text_threads.run(lambda: to_json(describe()))
     return Response(content, media_type="application/json")
 
 
