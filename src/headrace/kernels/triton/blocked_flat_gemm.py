@@ -142,7 +142,8 @@ def launch_blocked_flat_gemm(
     block_m = block_rows(num_rows, limits)
     # More rows of x take more of shared memory, and their sums more registers: 194 for 64 rows of x and 32 of W.
     blocks = max(1, tiles.block_k // BLOCK_COLUMNS // (1 if block_m <= _FEW_ROWS else 2))
-    blocks = min(blocks, triton.next_power_of_2(num_blocks))
+    # Without columns there are no blocks, and sums are zero all the same.
+    blocks = max(1, min(blocks, triton.next_power_of_2(num_blocks)))
     block_n = tiles.block_n if block_m < MAX_BLOCK_ROWS else min(32, tiles.block_n)
     blocks_per_split = triton.cdiv(triton.cdiv(num_blocks, tiles.num_splits), blocks) * blocks
     grid = (triton.cdiv(num_outputs, block_n), triton.cdiv(num_rows, block_m), tiles.num_splits)
