@@ -569,4 +569,4 @@ def test_loading_takes_little_more_memory_than_the_weights(llama, large, dtype, 
     megabytes = measured["weights"] / 1e6
     print(f"{dtype} {quantize} {kernels.value}: {megabytes:.0f} MB of weights, peak growth {ratio:.3f} of that")
     assert measured["weights"] == pytest.approx(expected, rel=0.001)
-    assert ratio < 1.15
+    assert ratio < 1.2

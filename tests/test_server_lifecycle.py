@@ -124,13 +124,16 @@ def test_sigterm_lets_running_requests_end_and_takes_no_more() -> None:
 
 
 def test_what_outlasts_the_drain_is_told_so() -> None:
-    with server_process("--threads", "1", "--drain", "0") as server:
-        with _stream(server, max_tokens=1000, n=8) as stream:
-            next(stream)
-            server.process.send_signal(signal.SIGINT)
-            with pytest.raises(openai.APIError, match="shutting down"):
-                list(stream)
-        assert server.process.wait(20) == 0
+    with running_server(drain_s=0.0) as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            long = {"max_tokens": 1000, "n": 8, "extra_body": {"ignore_eos": True}}
+            with client.completions.create(model="demo", prompt="Once upon a time", stream=True, **long) as stream:
+                next(stream)
+                server.do(server.serving.end)
+                with pytest.raises(openai.APIError, match="shutting down"):
+                    list(stream)
+        server.thread.join(20)
+        assert not server.thread.is_alive()
 
 
 def test_a_key_is_asked_for_everywhere_but_at_the_door() -> None:
@@ -177,8 +180,14 @@ def test_a_rank_lost_while_nothing_runs_is_noticed_too_and_four_idle_ranks_cost_
         assert len(processes) == 4
         time.sleep(0.5)
         before_s, started_s = _cpu_s(processes), time.monotonic()
-        time.sleep(4)
+        time.sleep(3)
         assert _cpu_s(processes) - before_s < 0.02 * (time.monotonic() - started_s)
+        # A rank that is silent turns it red long before it is given up, and may come back.
+        processes[-1].suspend()
+        assert server.wait_for(lambda: server.get("/health")[0] == 503) < 6
+        assert "no sign of life" in server.get("/health")[1]["error"]["message"]
+        processes[-1].resume()
+        server.wait_for(lambda: server.get("/health")[0] == 200)
         processes[-1].kill()
         assert server.wait_for(lambda: server.get("/health")[0] == 503) < 2
         server.wait_for(lambda: server.get("/health")[0] == 200)
@@ -187,17 +196,6 @@ def test_a_rank_lost_while_nothing_runs_is_noticed_too_and_four_idle_ranks_cost_
 
 def _cpu_s(processes: list[psutil.Process]) -> float:
     return sum(sum(process.cpu_times()[:2]) for process in processes)
-
-
-def test_a_silent_rank_turns_health_red_long_before_it_is_given_up() -> None:
-    with server_process("--threads", "1", "--tp", "2", "--deadline", "60") as server:
-        [rank] = server.ranks()
-        rank.suspend()
-        assert server.wait_for(lambda: server.get("/health")[0] == 503) < 6
-        assert "rank 1" in server.get("/health")[1]["error"]["message"]
-        rank.resume()
-        server.wait_for(lambda: server.get("/health")[0] == 200)
-        assert server.client.completions.create(model="demo", prompt="The", max_tokens=3).choices[0].text
 
 
 def test_a_server_whose_ranks_are_lost_too_often_ends() -> None:

@@ -27,7 +27,7 @@ OPERATIONS = (
     ("POST", "/v1/embeddings"),
     ("POST", "/v1/responses"),
 )
-NUM_EXAMPLES = 12
+NUM_EXAMPLES = 8
 
 quick = settings(
     max_examples=NUM_EXAMPLES,
@@ -91,7 +91,7 @@ FIELDS += ("max_tokens", "temperature", "chat_template_kwargs", "guided_regex", 
 
 
 @pytest.mark.parametrize("path", [path for method, path in OPERATIONS if method == "POST"])
-@settings(quick, max_examples=40)
+@settings(quick, max_examples=25)
 @given(body=st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=6) | json_values)
 def test_bodies_of_any_json_never_break_the_server(server: RunningServer, path: str, body: Any) -> None:
     status, answer = _post(server, path, json.dumps(body).encode())
@@ -99,7 +99,7 @@ def test_bodies_of_any_json_never_break_the_server(server: RunningServer, path: 
 
 
 @pytest.mark.parametrize("path", [path for method, path in OPERATIONS if method == "POST"])
-@settings(quick, max_examples=20)
+@settings(quick, max_examples=12)
 @given(body=st.binary(max_size=200), content_type=st.sampled_from(("application/json", "text/plain", "x", "")))
 def test_bodies_of_any_bytes_never_break_the_server(
     server: RunningServer, path: str, body: bytes, content_type: str
