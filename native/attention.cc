@@ -162,6 +162,16 @@ void CutIntoPieces(const AttentionCall& call, int num_threads, Schedule& schedul
   }
 }
 
+// The splits of a piece. Pieces have as many tiles as splits allow, which differ in length.
+Range SplitsOf(const TileWork& work, int64_t piece) {
+  const int64_t first = SplitBegin(work.splits.begin), num_tiles = SplitBegin(work.splits.end) - first;
+  const auto boundary = [&](int64_t i) {
+    const int64_t tile = first + num_tiles * i / work.num_pieces, split = SplitOf(tile);
+    return tile - SplitBegin(split) <= SplitBegin(split + 1) - tile ? split : split + 1;
+  };
+  return {boundary(piece), boundary(piece + 1)};
+}
+
 void ListWorks(const AttentionCall& call, Schedule& schedule) {
   schedule.works.clear();
   const int64_t group = call.num_heads / call.layout.shape.num_kv_heads;
@@ -229,7 +239,7 @@ void Attention(Target target, const AttentionCall& call) {
         kernels.attend(call, work.tile, workspace);
         continue;
       }
-      const Range splits = Part(work.splits, piece.index, work.num_pieces);
+      const Range splits = SplitsOf(work, piece.index);
       const int64_t floats = PartialFloats(call.layout, work.tile.rows.end - work.tile.rows.begin);
       float* first = partials + work.partials;
       kernels.attend_splits(call, work.tile, splits, first + (splits.begin - work.splits.begin) * floats, workspace);
