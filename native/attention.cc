@@ -172,6 +172,14 @@ Range SplitsOf(const TileWork& work, int64_t piece) {
   return {boundary(piece), boundary(piece + 1)};
 }
 
+Upcoming UpcomingAt(const AttentionCall& call, const Schedule& schedule, size_t piece) {
+  if (piece >= schedule.pieces.size()) return {};
+  const TileWork& work = schedule.works[schedule.pieces[piece].work];
+  const Range splits = SplitsOf(work, schedule.pieces[piece].index), visible = VisiblePanels(call, work.tile);
+  const int64_t begin = SplitBegin(splits.begin) * kTilePanels, end = SplitBegin(splits.end) * kTilePanels;
+  return {work.tile.seq, work.tile.kv_head, {std::max(begin, visible.begin), std::min(end, visible.end)}};
+}
+
 void ListWorks(const AttentionCall& call, Schedule& schedule) {
   schedule.works.clear();
   const int64_t group = call.num_heads / call.layout.shape.num_kv_heads;
@@ -235,14 +243,17 @@ void Attention(Target target, const AttentionCall& call) {
     for (size_t i; (i = next_piece.fetch_add(1, std::memory_order_relaxed)) < work_list.pieces.size();) {
       const Piece& piece = work_list.pieces[i];
       const TileWork& work = work_list.works[piece.work];
+      // The other threads take as many until then.
+      const Upcoming upcoming = UpcomingAt(call, work_list, i + static_cast<size_t>(num_threads));
       if (work.num_pieces == 1) {
-        kernels.attend(call, work.tile, workspace);
+        kernels.attend(call, work.tile, upcoming, workspace);
         continue;
       }
       const Range splits = SplitsOf(work, piece.index);
       const int64_t floats = PartialFloats(call.layout, work.tile.rows.end - work.tile.rows.begin);
       float* first = partials + work.partials;
-      kernels.attend_splits(call, work.tile, splits, first + (splits.begin - work.splits.begin) * floats, workspace);
+      float* mine = first + (splits.begin - work.splits.begin) * floats;
+      kernels.attend_splits(call, work.tile, splits, upcoming, mine, workspace);
       if (work_list.unfinished[piece.work].fetch_sub(1, std::memory_order_acq_rel) == 1) {
         kernels.merge(call, work.tile, first, workspace);
       }

@@ -137,14 +137,23 @@ static inline int64_t PartialFloats(const KvLayout& layout, int64_t num_rows) {
   return RoundUp(num_rows * (2 + layout.value_chunks * kLanes), kLanes);
 }
 
+// Panels of a sequence and a KV head that a thread will probably read next: it asks memory for the first of them while it
+// computes its last tile.
+struct Upcoming {
+  int64_t seq = 0;
+  int64_t kv_head = 0;
+  Range panels = {0, 0};
+};
+
 // What each target provides.
 struct AttentionKernels {
   // Bytes of memory, aligned to 64, that a thread needs for the functions below.
   int64_t (*workspace_bytes)(const AttentionCall& call);
   // Rows over all the splits they see, to the output.
-  void (*attend)(const AttentionCall& call, const RowTile& tile, char* workspace);
+  void (*attend)(const AttentionCall& call, const RowTile& tile, const Upcoming& upcoming, char* workspace);
   // Rows over some splits, each to its own partial result.
-  void (*attend_splits)(const AttentionCall& call, const RowTile& tile, Range splits, float* partials, char* workspace);
+  void (*attend_splits)(const AttentionCall& call, const RowTile& tile, Range splits, const Upcoming& upcoming,
+                        float* partials, char* workspace);
   // The partial results of all splits that the rows see, to the output.
   void (*merge)(const AttentionCall& call, const RowTile& tile, const float* partials, char* workspace);
 };

@@ -4,9 +4,9 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-// keys and values point to the first vector. While a panel is read, that of the next tile is fetched: `next`, or the
-// panel itself where no tile follows. Blocks lie in any order, which no hardware foresees, and a tile fits the
-// second-level cache twice.
+// keys and values point to the first vector. While a panel is read, that of the next tile, or of what comes after it, is
+// fetched: `next`, or the panel itself where nothing follows. Blocks lie in any order, which no hardware foresees, and a
+// tile fits the second-level cache twice.
 struct TilePanels {
   int64_t first;  // of the sequence
   int count;
@@ -29,42 +29,48 @@ struct Lanes {
 // Walks the panels of a sequence in order, without a division for each.
 class PanelWalk {
  public:
-  PanelWalk(const AttentionCall& call, const RowTile& tile, int64_t panel)
-      : call_(call),
-        table_(call.block_tables + tile.seq * call.max_blocks_per_seq),
-        kv_head_(tile.kv_head),
+  PanelWalk(const AttentionCall& call, int64_t seq, int64_t kv_head, int64_t panel)
+      : call_(&call),
+        table_(call.block_tables + seq * call.max_blocks_per_seq),
+        kv_head_(kv_head),
         block_(panel / call.layout.panels_per_block),
         in_block_(panel % call.layout.panels_per_block) {}
 
-  const uint8_t* Address() const { return call_.cache + call_.layout.PanelOffset(table_[block_], kv_head_, in_block_); }
-  int64_t FirstPosition() const { return block_ * call_.layout.shape.block_size + in_block_ * kPanelPositions; }
+  const uint8_t* Address() const { return call_->cache + call_->layout.PanelOffset(table_[block_], kv_head_, in_block_); }
+  int64_t FirstPosition() const { return block_ * call_->layout.shape.block_size + in_block_ * kPanelPositions; }
   int Size() const {
-    const int64_t rest = call_.layout.shape.block_size - in_block_ * kPanelPositions;
+    const int64_t rest = call_->layout.shape.block_size - in_block_ * kPanelPositions;
     return static_cast<int>(rest < kPanelPositions ? rest : kPanelPositions);
   }
   void Advance() {
-    if (++in_block_ < call_.layout.panels_per_block) return;
+    if (++in_block_ < call_->layout.panels_per_block) return;
     in_block_ = 0;
     ++block_;
   }
 
  private:
-  const AttentionCall& call_;
+  const AttentionCall* call_;
   const int32_t* table_;
   int64_t kv_head_;
   int64_t block_;
   int64_t in_block_;
 };
 
-// The panels of a tile that the rows, whose panels end at `end`, may see. last: the end of the panels to read after it.
+// What is read after a tile: panels of the same sequence and head up to `end`, then those of the next piece of work.
+struct Ahead {
+  int64_t end;
+  Upcoming upcoming;
+};
+
+// The panels of a tile that the rows, whose panels end at `end`, may see.
 inline TilePanels FindPanels(const AttentionCall& call, const RowTile& tile, int64_t tile_index, int64_t end,
-                             int64_t last) {
+                             const Ahead& after) {
   const KvLayout& layout = call.layout;
   TilePanels panels;
   panels.first = tile_index * kTilePanels;
   panels.count = static_cast<int>(end - panels.first < kTilePanels ? end - panels.first : kTilePanels);
   panels.has_gaps = layout.shape.block_size % kPanelPositions != 0;
-  PanelWalk walk(call, tile, panels.first);
+  PanelWalk walk(call, tile.seq, tile.kv_head, panels.first);
   for (int i = 0; i < panels.count; ++i, walk.Advance()) {
     const uint8_t* address = walk.Address();
     panels.begin[i] = walk.FirstPosition();
@@ -73,8 +79,11 @@ inline TilePanels FindPanels(const AttentionCall& call, const RowTile& tile, int
     panels.values[i] = address + layout.value_offset;
     panels.scales[i] = reinterpret_cast<const float*>(address + layout.scale_offset);
   }
-  const int64_t ahead = last - panels.first - kTilePanels;
-  for (int i = 0; i < ahead && i < panels.count; ++i, walk.Advance()) panels.next[i] = walk.Address();
+  const int64_t ahead = after.end - panels.first - kTilePanels;
+  const Range upcoming = after.upcoming.panels;
+  if (ahead <= 0) walk = PanelWalk(call, after.upcoming.seq, after.upcoming.kv_head, upcoming.begin);
+  const int64_t num_next = ahead > 0 ? ahead : upcoming.end - upcoming.begin;
+  for (int i = 0; i < num_next && i < panels.count; ++i, walk.Advance()) panels.next[i] = walk.Address();
   return panels;
 }
 

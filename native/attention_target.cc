@@ -72,15 +72,16 @@ float FirstReference(const AttentionCall& call) {
   return call.scheme == SoftmaxScheme::kAsynchronized ? call.unified_max.value : -kInfinity;
 }
 
-// All rows over the tiles of one split, into w.split. last: the end of the panels read after it.
-void AttendSplit(const AttentionCall& call, const RowTile& tile, const Workspace& w, int64_t split, int64_t last) {
+// All rows over the tiles of one split, into w.split.
+void AttendSplit(const AttentionCall& call, const RowTile& tile, const Workspace& w, int64_t split,
+                 const Ahead& after) {
   const int num_rows = static_cast<int>(tile.rows.end - tile.rows.begin);
   const int64_t end = VisiblePanels(call, tile).end;
   for (int i = 0; i < num_rows; ++i) w.split.m[i] = FirstReference(call);
   memset(w.split.sum, 0, num_rows * kLanes * sizeof(float));
   memset(w.split.o, 0, num_rows * OutputStride(call.layout) * sizeof(float));
   for (int64_t t = SplitBegin(split); t < SplitBegin(split + 1) && t * kTilePanels < end; ++t) {
-    const TilePanels panels = FindPanels(call, tile, t, end, last);
+    const TilePanels panels = FindPanels(call, tile, t, end, after);
     for (int first = 0; first < num_rows; first += kBlockRows) {
       AttendBlock(call, w, panels, first, num_rows - first < kBlockRows ? num_rows - first : kBlockRows);
     }
@@ -173,7 +174,7 @@ bool IsSound(const AttentionCall& call, const Workspace& w, int i) {
   return SumLanes(zero) == 0 && sum >= num_keys * smallest && sum <= largest;
 }
 
-void Attend(const AttentionCall& call, const RowTile& tile, const Workspace& w);
+void Attend(const AttentionCall& call, const RowTile& tile, const Upcoming& upcoming, const Workspace& w);
 
 // Divides and writes every row, or writes a share undivided; those that the unified maximum did not suit are computed again.
 void Finish(const AttentionCall& call, const RowTile& tile, const Workspace& w) {
@@ -206,7 +207,7 @@ void Finish(const AttentionCall& call, const RowTile& tile, const Workspace& w) 
   again.scheme = SoftmaxScheme::kSynchronized;
   for (int i = 0; i < num_rows && num_unsound > 0; ++i) {
     const int64_t row = tile.rows.begin + i;
-    if (is_unsound[i]) Attend(again, {tile.seq, tile.kv_head, {row, row + 1}}, w);
+    if (is_unsound[i]) Attend(again, {tile.seq, tile.kv_head, {row, row + 1}}, {}, w);
   }
 }
 
@@ -220,13 +221,13 @@ void MergeSplits(const AttentionCall& call, const RowTile& tile, const Workspace
   }
 }
 
-void Attend(const AttentionCall& call, const RowTile& tile, const Workspace& w) {
+void Attend(const AttentionCall& call, const RowTile& tile, const Upcoming& upcoming, const Workspace& w) {
   PrepareRows(call, tile, w);
   bool is_merged[kTileRows] = {};
   const Range splits = VisibleSplits(call, tile);
-  const int64_t last = VisiblePanels(call, tile).end;
+  const Ahead after = {VisiblePanels(call, tile).end, upcoming};
   for (int64_t split = splits.begin; split < splits.end; ++split) {
-    AttendSplit(call, tile, w, split, last);
+    AttendSplit(call, tile, w, split, after);
     MergeSplits(call, tile, w, split, is_merged);
   }
   Finish(call, tile, w);
@@ -237,18 +238,19 @@ Workspace WorkspaceIn(const AttentionCall& call, char* memory) {
   return CutWorkspace(call.layout, cutter);
 }
 
-void AttendRows(const AttentionCall& call, const RowTile& tile, char* workspace) {
-  Attend(call, tile, WorkspaceIn(call, workspace));
+void AttendRows(const AttentionCall& call, const RowTile& tile, const Upcoming& upcoming, char* workspace) {
+  Attend(call, tile, upcoming, WorkspaceIn(call, workspace));
 }
 
-void AttendSplits(const AttentionCall& call, const RowTile& tile, Range splits, float* partials, char* workspace) {
+void AttendSplits(const AttentionCall& call, const RowTile& tile, Range splits, const Upcoming& upcoming,
+                  float* partials, char* workspace) {
   const Workspace w = WorkspaceIn(call, workspace);
   PrepareRows(call, tile, w);
   const int64_t num_rows = tile.rows.end - tile.rows.begin, o_stride = OutputStride(call.layout);
   const int64_t visible = VisiblePanels(call, tile).end, mine = SplitBegin(splits.end) * kTilePanels;
-  const int64_t last = mine < visible ? mine : visible;
+  const Ahead after = {mine < visible ? mine : visible, upcoming};
   for (int64_t split = splits.begin; split < splits.end; ++split, partials += PartialFloats(call.layout, num_rows)) {
-    AttendSplit(call, tile, w, split, last);
+    AttendSplit(call, tile, w, split, after);
     for (int64_t i = 0; i < num_rows; ++i) partials[num_rows + i] = SumLanes(Load(w.split.sum + i * kLanes));
     memcpy(partials, w.split.m, num_rows * sizeof(float));
     memcpy(partials + 2 * num_rows, w.split.o, num_rows * o_stride * sizeof(float));
