@@ -10,6 +10,7 @@ namespace {
 struct TilePanels {
   int64_t first;  // of the sequence
   int count;
+  int64_t key_vectors;
   bool has_gaps;  // blocks end in a panel of fewer than 16 positions
   int64_t begin[kTilePanels];  // first position
   int size[kTilePanels];       // positions
@@ -69,6 +70,7 @@ inline TilePanels FindPanels(const AttentionCall& call, const RowTile& tile, int
   TilePanels panels;
   panels.first = tile_index * kTilePanels;
   panels.count = static_cast<int>(end - panels.first < kTilePanels ? end - panels.first : kTilePanels);
+  panels.key_vectors = layout.key_vectors;
   panels.has_gaps = layout.shape.block_size % kPanelPositions != 0;
   PanelWalk walk(call, tile.seq, tile.kv_head, panels.first);
   for (int i = 0; i < panels.count; ++i, walk.Advance()) {

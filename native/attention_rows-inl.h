@@ -30,7 +30,7 @@ struct Workspace {
   Row* rows;
   char* query;          // query_bytes for each row
   float* query_scale;   // int8: log2(e) * softmax_scale * the scale of the row's query
-  int32_t* query_start; // int8: -offset * sum of the query, upper and lower bits joined
+  int32_t* query_start; // int8: -offset * sum of the query
   float* t;             // [kBlockRows][kTilePositions]
   char* p;              // [kBlockRows], p_bytes each
   float* p_scale;       // int8: [kBlockRows]
@@ -53,7 +53,7 @@ inline int64_t QueryBytes(const KvLayout& layout) {
     case Format::kInt4:
       break;
   }
-  return 2 * QueryEntries(layout);  // upper and lower bits
+  return QueryEntries(layout);
 }
 
 inline int64_t ProbabilityBytes(Format format) {
@@ -125,38 +125,31 @@ void ExpandQuery(const X* x, int64_t head_dim, int64_t num_entries, Out* out) {
   for (int64_t d = head_dim; d < num_entries; ++d) out[d] = 0;
 }
 
-// q = scale * (128 * high + low) with high in [-127, 127] and low in [-64, 63]. Returns scale; NaN for a query with NaN
-// or infinity.
-constexpr float kLargestQuery = 127 * 128 + 63;
-
+// Rounds to whole numbers times the returned scale, the largest of which is 127; NaN for a query with NaN or infinity.
 template <class X>
-float SplitQuery(const X* x, int64_t head_dim, int64_t num_entries, int8_t* high, int8_t* low, int32_t* start) {
+float QuantizeQuery(const X* x, int64_t head_dim, int64_t num_entries, int8_t* out, int32_t* start) {
   uint32_t largest_bits = 0;
   for (int64_t d = 0; d < head_dim; ++d) {
     const uint32_t bits = Bits(ToFloat32(x[d])) & 0x7fffffff;
     largest_bits = bits > largest_bits ? bits : largest_bits;
   }
   constexpr uint32_t kInfinity = 0x7f800000;
-  constexpr float kSmallestScale = 0x1p-126f;
-  memset(high, 0, num_entries);
-  memset(low, 0, num_entries);
+  constexpr float kLargest = 127.0f, kSmallestScale = 0x1p-126f;
+  memset(out, 0, num_entries);
   *start = 0;
   if (largest_bits >= kInfinity) return FromBits(0x7fc00000);
-  const float scale = FromBits(largest_bits) / kLargestQuery;
+  const float scale = FromBits(largest_bits) / kLargest;
   if (scale < kSmallestScale) return 0.0f;
   const float inverse = 1.0f / scale;
-  int32_t high_sum = 0, low_sum = 0;
+  int32_t sum = 0;
   for (int64_t d = 0; d < head_dim; ++d) {
     // Adding 1.5 * 2^23 rounds; its bits then count up from those of that number.
     constexpr float kShift = 12582912.0f;
     const int32_t whole = static_cast<int32_t>(Bits(ToFloat32(x[d]) * inverse + kShift) - Bits(kShift));
-    const int32_t upper = (whole + 64) >> 7;
-    high[d] = static_cast<int8_t>(upper);
-    low[d] = static_cast<int8_t>(whole - 128 * upper);
-    high_sum += upper;
-    low_sum += whole - 128 * upper;
+    out[d] = static_cast<int8_t>(whole);
+    sum += whole;
   }
-  *start = -kInt8Offset * (128 * high_sum + low_sum);
+  *start = -kInt8Offset * sum;
   return scale;
 }
 
@@ -173,8 +166,7 @@ void PrepareQuery(const AttentionCall& call, const X* x, int64_t i, const Worksp
     case Format::kInt4:
       break;
   }
-  auto* high = reinterpret_cast<int8_t*>(out);
-  w.query_scale[i] = SplitQuery(x, head_dim, num_entries, high, high + num_entries, w.query_start + i);
+  w.query_scale[i] = QuantizeQuery(x, head_dim, num_entries, reinterpret_cast<int8_t*>(out), w.query_start + i);
 }
 
 // Fills w.rows. Rows of one token differ in their head only.

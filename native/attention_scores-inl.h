@@ -69,29 +69,25 @@ void FloatScores(const ScoreTile& at) {
   });
 }
 
-// The same with integers: upper and lower bits of the query are two products, joined and scaled.
+// The same with integers. Of the keys of the next tile every other line is asked for here, the rest beside the softmax
+// (PrefetchKeys): more at a time than memory delivers makes the product wait.
 template <int kRows, int kPanels>
 void IntScores(const ScoreTile& at) {
-  const int64_t num_vectors = at.call.layout.key_vectors, low_offset = QueryEntries(at.call.layout);
-  const int64_t row_bytes = QueryBytes(at.call.layout);
+  const int64_t num_vectors = at.call.layout.key_vectors, row_bytes = QueryBytes(at.call.layout);
   const auto* query = reinterpret_cast<const int8_t*>(at.workspace.query + at.row * row_bytes);
   const uint8_t* const* keys = at.panels.keys + at.panel;
   const uint8_t* const* next = at.panels.next + at.panel;
-  I32x16 high[kRows][kPanels], low[kRows][kPanels];
-  UnrollPairs<kRows, kPanels>([&](auto r, auto p) HEADRACE_LAMBDA {
-    high[r][p] = BroadcastInt(0);
-    low[r][p] = BroadcastInt(at.workspace.query_start[at.row + r]);
-  });
+  I32x16 acc[kRows][kPanels];
+  UnrollPairs<kRows, kPanels>(
+      [&](auto r, auto p) HEADRACE_LAMBDA { acc[r][p] = BroadcastInt(at.workspace.query_start[at.row + r]); });
   for (int64_t i = 0; i < num_vectors; ++i) {
     Int8Step step[kPanels];
     Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
-      Prefetch(next[p] + i * kVectorBytes);
+      if (i % 2 == 0) Prefetch(next[p] + i * kVectorBytes);
       step[p] = LoadInt8(keys[p] + i * kVectorBytes);
     });
     UnrollPairs<kRows, kPanels>([&](auto r, auto p) HEADRACE_LAMBDA {
-      const int8_t* q = query + r * row_bytes + i * VectorColumns(Format::kInt8);
-      high[r][p] = DotInt8(high[r][p], step[p], q);
-      low[r][p] = DotInt8(low[r][p], step[p], q + low_offset);
+      acc[r][p] = DotInt8(acc[r][p], step[p], query + r * row_bytes + i * VectorColumns(Format::kInt8));
     });
   }
   float* t = at.t;
@@ -103,7 +99,7 @@ void IntScores(const ScoreTile& at) {
     const F32x16 key_scale = Load(at.panels.scales[at.panel + p]);
     Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
       const F32x16 scale = Mul(key_scale, Broadcast(query_scale[r] * at.scale));
-      Store(t + r * kTilePositions + p * kPanelPositions, Mul(ToFloat(Join(high[r][p], low[r][p])), scale));
+      Store(t + r * kTilePositions + p * kPanelPositions, Mul(ToFloat(acc[r][p]), scale));
     });
   });
 }
@@ -128,26 +124,22 @@ struct IntScoreTable<kPanels, std::integer_sequence<int, kRows...>> {
 struct ScoreFunctions {
   const ScoreFunction* wide;    // kFloatPanels panels at a time
   const ScoreFunction* narrow;  // one
-  int max_wide_rows;
 };
 
 inline ScoreFunctions ScoreFunctionsOf(Format format) {
   using Rows = std::make_integer_sequence<int, kBlockRows>;
-  // Integers need two accumulators for each pair.
-  using WideIntRows = std::make_integer_sequence<int, kBlockRows / 2>;
   constexpr int kPanels = kFloatPanels;
   switch (format) {
     case Format::kFloat32:
-      return {FloatScoreTable<Float32Keys, kPanels, Rows>::functions, FloatScoreTable<Float32Keys, 1, Rows>::functions,
-              kBlockRows};
+      return {FloatScoreTable<Float32Keys, kPanels, Rows>::functions, FloatScoreTable<Float32Keys, 1, Rows>::functions};
     case Format::kBfloat16:
       return {FloatScoreTable<Bfloat16Keys, kPanels, Rows>::functions,
-              FloatScoreTable<Bfloat16Keys, 1, Rows>::functions, kBlockRows};
+              FloatScoreTable<Bfloat16Keys, 1, Rows>::functions};
     case Format::kInt8:
     case Format::kInt4:
       break;
   }
-  return {IntScoreTable<kPanels, WideIntRows>::functions, IntScoreTable<1, Rows>::functions, kBlockRows / 2};
+  return {IntScoreTable<kPanels, Rows>::functions, IntScoreTable<1, Rows>::functions};
 }
 
 // t = cap * tanh(t), cap in base 2.
@@ -166,7 +158,7 @@ void ComputeScores(const AttentionCall& call, const Workspace& w, const TilePane
   const ScoreFunctions functions = ScoreFunctionsOf(call.layout.shape.format);
   const float scale = ScoreScale(call);
   for (int64_t panel = range.begin; panel < range.end;) {
-    const bool is_wide = num_rows <= functions.max_wide_rows && panel + kFloatPanels <= range.end;
+    const bool is_wide = panel + kFloatPanels <= range.end;
     const ScoreTile at = {call, w, panels, scale, row, static_cast<int>(panel), w.t + panel * kPanelPositions};
     (is_wide ? functions.wide : functions.narrow)[num_rows - 1](at);
     panel += is_wide ? kFloatPanels : 1;

@@ -167,6 +167,16 @@ void Bfloat16Probabilities(const SoftmaxBlock& block, const float* reference, in
   });
 }
 
+// Asks for the lines of a panel of the next tile's keys that the scores left out: where there are two groups of rows, half
+// of them beside each.
+inline void PrefetchKeys(const TilePanels& panels, int64_t panel, const SoftmaxBlock& block, int row) {
+  const int64_t num_groups = block.count > kSoftmaxRows ? 2 : 1;
+  const uint8_t* lines = panels.next[panel];
+  for (int64_t i = 1 + 2 * (row / kSoftmaxRows); i < panels.key_vectors; i += 2 * num_groups) {
+    Prefetch(lines + i * kVectorBytes);
+  }
+}
+
 // p times the values' scales, as 14 bits of the largest in the tile: upper seven, then lower seven, kSplitPanels panels
 // at a time (StoreSplit). Panels that a row does not see, among those, have p = 0.
 template <int kRows>
@@ -180,6 +190,7 @@ void IntProbabilities(const TilePanels& panels, const SoftmaxBlock& block, const
     const F32x16 x = Mul(e, Load(panels.scales[i / kPanelPositions] + kPanelPositions));
     max[r] = Max(x, max[r]);
     Store(scaled + r * kTilePositions + i, x);
+    if (r == 0 && row % kSoftmaxRows == 0) PrefetchKeys(panels, i / kPanelPositions, block, row);
   });
   const Range groups = SplitGroups(block.visible);
   for (int r = 0; r < kRows; ++r) {

@@ -127,8 +127,21 @@ def run(target: str, problem: Problem, spec: AttentionSpec, *, max_pieces: int |
     )
 
 
+def seen_queries(problem: Problem) -> Tensor:
+    """In float64; an int8 cache is multiplied by queries of 8 bits, of each head's largest entry.
+
+    Rounded by float32's arithmetic: one bit more or less of a huge query is seen in the result.
+    """
+    query = problem.query.float()
+    if problem.cache.spec.cache_format is not KvCacheFormat.INT8:
+        return query.double()
+    scale = query.abs().amax(dim=-1, keepdim=True) / 127
+    return (query * (1 / scale)).round().double() * scale.double()
+
+
 def exact(problem: Problem, spec: AttentionSpec) -> Tensor:
     """Brute force in float64, over the keys and values as the cache holds them."""
+    queries = seen_queries(problem)
     out = torch.empty(problem.query.shape, dtype=torch.float64)
     ratio = problem.query.shape[1] // problem.cache.spec.num_kv_heads
     for seq, (context, new) in enumerate(zip(problem.context_lens, problem.new_lens, strict=True)):
@@ -139,7 +152,7 @@ def exact(problem: Problem, spec: AttentionSpec) -> Tensor:
             row, position = problem.bounds[seq] + i, context - new + i
             first = 0 if spec.sliding_window is None else max(0, position - spec.sliding_window + 1)
             seen_keys, seen_values = keys[first : position + 1], values[first : position + 1]
-            scores = torch.einsum("hd,phd->hp", problem.query[row].double(), seen_keys) * spec.softmax_scale
+            scores = torch.einsum("hd,phd->hp", queries[row], seen_keys) * spec.softmax_scale
             if spec.logit_soft_cap is not None:
                 scores = spec.logit_soft_cap * torch.tanh(scores / spec.logit_soft_cap)
             out[row] = torch.einsum("hp,phd->hd", torch.softmax(scores, dim=-1), seen_values)

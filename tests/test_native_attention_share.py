@@ -86,7 +86,7 @@ def exact_logits(problem, spec: AttentionSpec, row: int, seq: int) -> tuple[Tens
     stop = context - (problem.bounds[seq + 1] - row) + 1
     start = 0 if spec.sliding_window is None else max(0, stop - spec.sliding_window)
     keys = cpu.read_kv(problem.cache, problem.slots(seq))[0].double().repeat_interleave(ratio, dim=1)[start:stop]
-    logits = torch.einsum("hd,phd->hp", problem.query[row].double(), keys) * spec.softmax_scale
+    logits = torch.einsum("hd,phd->hp", native.seen_queries(problem)[row], keys) * spec.softmax_scale
     if spec.logit_soft_cap is not None:
         logits = spec.logit_soft_cap * torch.tanh(logits / spec.logit_soft_cap)
     return logits, torch.arange(start, stop)

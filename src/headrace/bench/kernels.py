@@ -221,7 +221,7 @@ def measure_attention(
     measured anew.
 
     A causal prefill of n tokens is counted as 4 * head_dim * num_heads * n (n + 1) / 2 operations. With an int8 cache
-    queries and probabilities have 14 bits, so that each multiplication is two of int8.
+    probabilities have 14 bits, so that each multiplication by a value is two of int8.
     """
     for cache_format in formats:
         for context_len, num_new in lengths:
@@ -229,8 +229,8 @@ def measure_attention(
             caches = _caches(kernels, shape, cache_format, context_len)
             num_bytes = kernels.kv_cache_num_bytes(caches[0].spec)
             pairs = num_new * (2 * context_len - num_new + 1) // 2
-            num_products = 2 if cache_format is KvCacheFormat.INT8 else 1
-            num_ops = num_products * 4 * shape.head_dim * shape.num_heads * pairs
+            num_products = 3 if cache_format is KvCacheFormat.INT8 else 2  # of keys and of values
+            num_ops = num_products * 2 * shape.head_dim * shape.num_heads * pairs
             runs = [_attention(kernels, shape, caches, (context_len, num_new), s) for s in kernels.softmax_schemes]
             rounds = _Rounds(kernels, limits, runs, len(caches))
             for scheme, seconds in zip(kernels.softmax_schemes, rounds.seconds, strict=True):
