@@ -29,7 +29,7 @@ struct State {
 struct Workspace {
   Row* rows;
   char* query;          // query_bytes for each row
-  float* query_scale;   // int8: log2(e) * softmax_scale * the scale of the row's query
+  float* query_scale;   // int8: ScoreScale * the scale of the row's query
   int32_t* query_start; // int8: -offset * sum of the query
   float* t;             // [kBlockRows][kTilePositions]
   char* p;              // [kBlockRows], p_bytes each
@@ -153,6 +153,13 @@ float QuantizeQuery(const X* x, int64_t head_dim, int64_t num_entries, int8_t* o
   return scale;
 }
 
+constexpr float kLog2E = 1.44269504088896340736f;
+
+// A product times this is t, or with a soft cap what the hyperbolic tangent is taken of.
+inline float ScoreScale(const AttentionCall& call) {
+  return call.has_soft_cap ? call.score_scale / call.soft_cap : call.score_scale * kLog2E;
+}
+
 template <class X>
 void PrepareQuery(const AttentionCall& call, const X* x, int64_t i, const Workspace& w) {
   const int64_t head_dim = call.layout.shape.head_dim, num_entries = QueryEntries(call.layout);
@@ -166,7 +173,8 @@ void PrepareQuery(const AttentionCall& call, const X* x, int64_t i, const Worksp
     case Format::kInt4:
       break;
   }
-  w.query_scale[i] = QuantizeQuery(x, head_dim, num_entries, reinterpret_cast<int8_t*>(out), w.query_start + i);
+  const float scale = QuantizeQuery(x, head_dim, num_entries, reinterpret_cast<int8_t*>(out), w.query_start + i);
+  w.query_scale[i] = scale * ScoreScale(call);
 }
 
 // Fills w.rows. Rows of one token differ in their head only.

@@ -7,8 +7,6 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896340736f;
-
 struct Float32Keys {
   using X = float;
   static constexpr int kColumns = VectorColumns(Format::kFloat32);
@@ -24,11 +22,6 @@ struct Bfloat16Keys {
   static Step LoadStep(const uint8_t* from) { return LoadBf16(from); }
   static F32x16 MulAddStep(const F32x16& acc, const Step& k, const X* q) { return MulAddBf16(acc, k, q); }
 };
-
-// A product times this is t, or with a soft cap what the hyperbolic tangent is taken of.
-inline float ScoreScale(const AttentionCall& call) {
-  return call.has_soft_cap ? call.score_scale / call.soft_cap : call.score_scale * kLog2E;
-}
 
 // First row of a block and first panel of a tile of the product; t as in Workspace, from the block's first row and the
 // tile's first panel on.
@@ -98,7 +91,7 @@ void IntScores(const ScoreTile& at) {
     Prefetch(next_scales + kVectorBytes);
     const F32x16 key_scale = Load(at.panels.scales[at.panel + p]);
     Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
-      const F32x16 scale = Mul(key_scale, Broadcast(query_scale[r] * at.scale));
+      const F32x16 scale = Mul(key_scale, Broadcast(query_scale[r]));
       Store(t + r * kTilePositions + p * kPanelPositions, Mul(ToFloat(acc[r][p]), scale));
     });
   });
