@@ -26,7 +26,7 @@ def rows(num_seqs: int, position: int) -> list[Row]:
 def run(runner: ModelRunner, num_seqs: int, position: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
     logits, largest = runner.logits(runner.run(rows(num_seqs, position)))
     assert largest is not None
-    return logits.clone(), largest.token_ids.copy(), largest.logits.copy()
+    return logits.clone(), np.array(largest.token_ids), np.array(largest.logits)
 
 
 def test_replayed_logits_are_those_of_the_head(runner) -> None:

@@ -66,8 +66,8 @@ class DecodeStep:
         self.sizes = sizes
         self._layers: dict[int, _Layers] = {}
         self._heads: dict[int, _Head] = {}
-        self._last: tuple[_Layers, Tensor] | None = None
-        """What this object ran last, if it can be replayed, and what it gave for that."""
+        self._last: tuple[_Layers, Tensor, int] | None = None
+        """What this object ran last, if it can be replayed, what it gave for that, and for how many sequences."""
 
     @property
     def obstacle(self) -> str | None:
@@ -120,14 +120,14 @@ class DecodeStep:
         else:
             layers.recording.replay()
         hidden_states = layers.hidden_states if num_seqs == num_rows else layers.hidden_states[:num_seqs]
-        self._last = (layers, hidden_states) if layers.recording.replay is not None else None
+        self._last = (layers, hidden_states, num_seqs) if layers.recording.replay is not None else None
         return hidden_states
 
     def logits(self, hidden_states: Tensor) -> Logits | None:
         """Logits of what the last run returned, valid until the next one; None of anything that was not replayed."""
         if self._last is None or self._last[1] is not hidden_states:
             return None
-        layers, num_seqs = self._last[0], len(hidden_states)
+        layers, _, num_seqs = self._last
         head = self._heads.get(layers.num_rows)
         if head is None:
             head = self._heads[layers.num_rows] = self._record_head(layers.hidden_states)
@@ -174,12 +174,13 @@ class DecodeStep:
 
 
 def _reader(token_ids: Tensor, logits: Tensor) -> Callable[[int], Largest]:
-    """Of the first rows of tensors that change with every run."""
+    """Of the first rows of tensors that change with every run. Where steps are short, torch is not asked for anything:
+    its code has left the caches since the last one."""
     if not token_ids.is_cpu:
         return lambda num_rows: read_largest(token_ids[:num_rows], logits[:num_rows])
-    whole = Largest(token_ids.numpy(), logits.numpy())
+    whole, num_all = Largest(token_ids.numpy().data, logits.numpy().data), len(token_ids)
     return lambda num_rows: (
-        whole if num_rows == len(token_ids) else Largest(whole.token_ids[:num_rows], whole.logits[:num_rows])
+        whole if num_rows == num_all else Largest(whole.token_ids[:num_rows], whole.logits[:num_rows])
     )
 
 

@@ -17,11 +17,13 @@ from headrace.errors import ShapeError
 class Largest(NamedTuple):
     """Of each row the first id of its largest logit, and that one; NaN counts as largest.
 
-    Shapes: both [num_rows]
+    As arrays, or as views of memory that the next step writes to, which are read with less ado.
+
+    Shapes: both [num_rows], int64 and float32
     """
 
-    token_ids: NDArray[np.int64]
-    logits: NDArray[np.float32]
+    token_ids: NDArray[np.int64] | memoryview
+    logits: NDArray[np.float32] | memoryview
 
 
 class Logits(NamedTuple):
@@ -53,7 +55,7 @@ class HostLogits:
 
     def fetch(self, indices: Sequence[int]) -> None:
         """Bring rows that will be asked for to the host in one copy, instead of waiting for each."""
-        if self._view is None and not self._logits.is_cpu and indices:
+        if indices and self._view is None and not self._logits.is_cpu:
             rows = self._logits.detach()[list(indices)].cpu()
             self._fetched |= dict(zip(indices, map(float32_row, rows), strict=True))
 

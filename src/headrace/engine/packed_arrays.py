@@ -27,11 +27,11 @@ class PackedArrays:
 
     def __init__(self, specs: Mapping[str, ArraySpec], device: torch.device, *, is_staged: bool | None = None) -> None:
         on_gpu = device.type != "cpu"
-        self._is_staged = on_gpu if is_staged is None else is_staged
+        self.is_staged = on_gpu if is_staged is None else is_staged
         starts, num_bytes = _lay_out(specs)
         self._starts = starts
         self._host = torch.zeros(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
-        self._device = torch.zeros_like(self._host, device=device) if self._is_staged else self._host
+        self._device = torch.zeros_like(self._host, device=device) if self.is_staged else self._host
         self._has_left = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self.host: dict[str, NDArray[Any]] = {
             name: _part(self._host, starts[name], spec).numpy() for name, spec in specs.items()
@@ -43,7 +43,7 @@ class PackedArrays:
 
         until: arrays from this one on are left out, but for its first num_rows rows; None sends all.
         """
-        if not self._is_staged:
+        if not self.is_staged:
             return
         end = None if until is None else self._starts[until] + self.host[until][:num_rows].nbytes
         self._device[:end].copy_(self._host[:end], non_blocking=True)

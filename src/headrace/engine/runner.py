@@ -81,7 +81,8 @@ class ModelRunner:
 
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states of all rows' tokens, laid end to end: [num_tokens, hidden_size]. Valid until the next run."""
-        if len(rows) <= self._decode_step.sizes.largest and all(len(row.token_ids) == 1 for row in rows):
+        num_tokens = sum([len(row.token_ids) for row in rows])
+        if num_tokens == len(rows) <= self._decode_step.sizes.largest:
             return self._decode_step.run(rows)
         device = self._decoder.kernels.device
         return self._forward(build_forward_batch(rows, self._kv_pool.spec.block_size, self._share, device))

@@ -98,17 +98,19 @@ class Sampler:
             ShapeError: logits and rows do not pair up.
         """
         host = HostLogits(logits)
+        is_plain = [row.takes_largest for row in rows]
         if largest is None:
             host.check(len(rows))
             candidates: Iterable[tuple[int, float]] = host.largest()
         else:
             candidates = zip(largest.token_ids.tolist(), largest.logits.tolist(), strict=True)
-        self.follow(rows)
-        host.fetch([index for index, row in enumerate(rows) if not row.takes_largest])
+        if self._counts or not all(is_plain):
+            self.follow(rows)
+            host.fetch([index for index, plain in enumerate(is_plain) if not plain])
         sampled: list[SampledToken] = []
         failed: dict[int, str] = {}
-        for index, (row, (token_id, logit)) in enumerate(zip(rows, candidates, strict=True)):
-            if row.takes_largest and isfinite(logit):
+        for index, (row, plain, (token_id, logit)) in enumerate(zip(rows, is_plain, candidates, strict=True)):
+            if plain and isfinite(logit):
                 sampled.append(SampledToken(row.seq_id, token_id))
                 continue
             try:

@@ -222,9 +222,11 @@ class Scheduler:
             )
         draft = _Draft()
         prefilling = self._schedule_decodes(draft)
-        room = PromptRoom(self._num_prompt_tokens(draft, prompt_limit))
-        self._schedule_prompts(prefilling, draft, room)
-        chunks = (*draft.decodes, *room.close())
+        chunks = draft.decodes
+        if prefilling or self._waiting:
+            room = PromptRoom(self._num_prompt_tokens(draft, prompt_limit))
+            self._schedule_prompts(prefilling, draft, room)
+            chunks = [*chunks, *room.close()]
         if num_in_flight and not chunks:
             return None
         self._step += 1
@@ -233,13 +235,13 @@ class Scheduler:
             sampled=tuple([token for token in self._sampled if token[0] in self._entries]),
             new=tuple(draft.new),
             finished=tuple(self._finished),
-            chunks=chunks,
+            chunks=tuple(chunks),
             num_decode_tokens=draft.num_decode_tokens,
         )
         self._finished.clear()
         self._sampled.clear()
-        self._check_progress(plan)
-        if not plan.chunks:
+        if not chunks:
+            self._check_progress()
             self._updated_step = self._step
         return plan
 
@@ -327,7 +329,7 @@ class Scheduler:
         """Pass 1; returns who runs and is not done with its prompt. The loop is the scheduler's hot path: a few
         microseconds per sequence."""
         prefilling: list[_Entry] = []
-        num_free_seqs = self._decode_share()
+        num_free_seqs = len(self._running) if self._max_in_flight == 1 else self._decode_share()
         index = 0
         # Oldest first, while preemption takes from the end: nobody who has a chunk already loses its blocks.
         while index < len(self._running):
@@ -343,7 +345,9 @@ class Scheduler:
                 continue
             if not num_free_seqs:
                 continue
-            new_block_ids = self._grow(entry, num_tokens, draft)
+            new_block_ids = self._blocks.try_append(sequence.seq_id, num_tokens)
+            if new_block_ids is None:
+                new_block_ids = self._make_room(entry, num_tokens, draft)
             if new_block_ids is None:
                 continue
             num_free_seqs -= 1
@@ -371,23 +375,22 @@ class Scheduler:
         return any(s.output_token_ids and s.num_tokens - s.num_scheduled_tokens <= 1 for s in sequences)
 
     def _decode_share(self) -> int:
-        """How many sequences may decode in the next step."""
-        if self._max_in_flight == 1:
-            return len(self._running)
+        """How many sequences may decode in the next of several steps at a time."""
         sequences = [entry.sequence for entry in self._running]
         num_decoding = sum([sequence.num_tokens - sequence.num_scheduled_tokens <= 1 for sequence in sequences])
         return decode_share(num_decoding, self._max_in_flight)
 
-    def _grow(self, entry: _Entry, num_tokens: int, draft: _Draft) -> tuple[int, ...] | None:
-        """Blocks for num_tokens tokens in all, most often no new ones. Preempts from the end until they are there; None
-        if that took the sequence itself."""
-        while (new_block_ids := self._blocks.try_append(entry.sequence.seq_id, num_tokens)) is None:
-            victim = self._running.pop()
+    def _make_room(self, entry: _Entry, num_tokens: int, draft: _Draft) -> tuple[int, ...] | None:
+        """Preempts from the end until there are blocks for num_tokens tokens in all; None if that took the sequence
+        itself."""
+        draft.has_preempted = True
+        while (victim := self._running.pop()) is not entry:
             self._preempt(victim)
-            draft.has_preempted = True
-            if victim is entry:
-                return None
-        return new_block_ids
+            new_block_ids = self._blocks.try_append(entry.sequence.seq_id, num_tokens)
+            if new_block_ids is not None:
+                return new_block_ids
+        self._preempt(entry)
+        return None
 
     def _preempt(self, entry: _Entry) -> None:
         """Back to the waiting line, before everyone who arrived later. Its tokens are kept and computed again."""
@@ -498,10 +501,10 @@ class Scheduler:
         num_common_tokens = min(sequence.num_prompt_tokens, sequence.num_tokens - 1)
         return self._blocks.forkable_prefix(sibling.seq_id, num_common_tokens)
 
-    def _check_progress(self, plan: StepPlan) -> None:
+    def _check_progress(self) -> None:
         """An empty plan with sequences left and nothing in flight would repeat for ever: an error is better than a
         hang."""
-        if self._entries and not plan.chunks:
+        if self._entries:
             seq_id = min(self._entries.values(), key=_by_arrival).sequence.seq_id
             raise RuntimeError(
                 f"nothing can be scheduled though {len(self._entries)} sequences are unfinished; sequence {seq_id} "

@@ -142,7 +142,7 @@ class ShardedSampler:
         words = np.empty((len(largest.token_ids), LARGEST_WORDS), np.int32)
         words[:, 0] = largest.token_ids
         words[:, 0] += self._shard.start
-        words[:, 1] = largest.logits.view(np.int32)
+        words[:, 1] = np.asarray(largest.logits).view(np.int32)
         return words
 
     def _exchange(self, words: Words, device: torch.device) -> Words:

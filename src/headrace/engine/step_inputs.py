@@ -39,6 +39,11 @@ class StepInputs:
             max_num_seqs, max_num_seqs, num_blocks_for(max_model_len, block_size), is_shared=share is not None
         )
         self.arrays = PackedArrays(specs, device, is_staged=is_staged)
+        # What is written for each sequence of each step, as views that are written to with less ado than arrays.
+        host = self.arrays.host
+        self._input_ids, self._positions = host["input_ids"].data, host["positions"].data
+        self._slot_mapping, self._context_lens = host["slot_mapping"].data, host["context_lens"].data
+        self._block_tables = host["block_tables"].data
         # Tables are long and grow once in many steps: else they are neither copied nor sent.
         self._first_table = "block_tables" if share is None else "owned_blocks"
         self._written_tables: list[NDArray[np.int32] | None] = [None] * max_num_seqs
@@ -48,9 +53,13 @@ class StepInputs:
 
     def fill(self, rows: Sequence[Row], num_rows: int) -> None:
         """Write a step's sequences, at most num_rows, and make the rows up to there stand for nobody."""
-        self.arrays.wait_until_sent()
+        if self.arrays.is_staged:
+            self.arrays.wait_until_sent()
         has_new_table = self._write(rows)
-        self._pad(len(rows), num_rows)
+        if len(rows) < num_rows:
+            self._pad(len(rows), num_rows)
+        if not self.arrays.is_staged:
+            return
         if has_new_table:
             self.arrays.send(until="block_tables", num_rows=num_rows)
         else:
@@ -63,34 +72,32 @@ class StepInputs:
 
     def _write(self, rows: Sequence[Row]) -> bool:
         """Whether a block table is another than the row had."""
-        host, size, has_new_table = self.arrays.host, self._block_size, False
-        input_ids, positions, slot_mapping = host["input_ids"], host["positions"], host["slot_mapping"]
-        context_lens = host["context_lens"]
+        size, has_new_table = self._block_size, False
         for i, (token_ids, position, block_table) in enumerate(rows):
-            input_ids[i] = token_ids[0]
-            positions[i] = position
-            slot_mapping[i] = self._slot(block_table.item(position // size), position % size)
-            context_lens[i] = position + 1
             if self._written_tables[i] is not block_table:
                 self._write_table(i, block_table)
                 self._written_tables[i] = block_table
                 has_new_table = True
+            self._input_ids[i] = token_ids[0]
+            self._positions[i] = position
+            self._context_lens[i] = position + 1
+            if self._share is None:
+                slot = self._block_tables[i, position // size] * size + position % size
+            else:
+                slot = self._local_slot(self._share, block_table.item(position // size), position % size)
+            self._slot_mapping[i] = slot
         return has_new_table
 
     def _pad(self, start: int, stop: int) -> None:
         """Their tables hold what they held, which nothing reads."""
-        if start == stop:
-            return
         host, part = self.arrays.host, slice(start, stop)
         host["input_ids"][part] = 0
         host["positions"][part] = 0
         host["slot_mapping"][part] = NOT_STORED
         host["context_lens"][part] = 0
 
-    def _slot(self, block_id: int, offset: int) -> int:
-        if self._share is None:
-            return block_id * self._block_size + offset
-        local_id = self._share.local_block(block_id)
+    def _local_slot(self, share: KvShare, block_id: int, offset: int) -> int:
+        local_id = share.local_block(block_id)
         return NOT_STORED if local_id is None else local_id * self._block_size + offset
 
     def _write_table(self, i: int, block_table: NDArray[np.int32]) -> None:

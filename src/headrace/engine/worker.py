@@ -18,7 +18,7 @@ from headrace.engine.device_sampler import DeviceSampler
 from headrace.engine.exchange_check import ExchangeCheck
 from headrace.engine.logprobs import prompt_logprobs
 from headrace.engine.plan import NewSequence, PromptLogprobs, ScheduledChunk, StepPlan, StepResult
-from headrace.engine.pooler import Pooler, PoolingRows
+from headrace.engine.pooler import NOTHING_POOLED, Pooler, PoolingRows
 from headrace.engine.rank_statistics import RankStatistics
 from headrace.engine.rows import Row
 from headrace.engine.runner import ModelRunner
@@ -76,7 +76,7 @@ class Worker:
         self._steps: list[StepEvent] | None = None
         """For a trace; None while there is none."""
         self._runner = runner
-        self._device = runner.kernels.device
+        self._needs_device = runner.kernels.device.type == "cuda"
         self._sampler = _make_sampler(tp_group, runner, gathers_logits)
         self._pooler = Pooler(runner.last_hidden_states)
         self._eos_token_ids = eos_token_ids
@@ -107,9 +107,9 @@ class Worker:
             self._sequences[new.seq_id] = self._sequence(new)
         if not plan.chunks:
             return StepResult(sampled=(), prompt_logprobs=(), failed={})
-        if self._device.type == "cuda":
+        if self._needs_device:
             # Each thread has a GPU of its own to launch on, the first one if it does not say, and callers are many.
-            torch.cuda.set_device(self._device)
+            torch.cuda.set_device(self.device)
         if self._steps is None:
             return self._run_checked(plan)
         start_ns = time.monotonic_ns()
@@ -234,7 +234,7 @@ class Worker:
                 mask = masks.get(chunk.seq_id)
                 sampling.append(sequence.sampling if mask is None else replace(sequence.sampling, mask=mask))
         # Before logits are computed, which a recorded step may put where hidden states are.
-        pooled = self._pooler.pool(pooling)
+        pooled = self._pooler.pool(pooling) if pooling else NOTHING_POOLED
         failed |= pooled.failed
         if not sampling:
             self._pooler.keep(pooled)

@@ -29,8 +29,8 @@ class Attention:
 
     A token's result depends on its query and on the keys and values it sees, to the bit: not on the batch, the chunks a
     prompt came in, prefix hits or the number of threads. Float32 caches are computed in float32. With a bfloat16 cache,
-    queries and probabilities are rounded to it where the machine multiplies bfloat16; with int8, queries become integers
-    of 8 bits, as keys are, and probabilities of 14.
+    queries and probabilities are rounded to it where the machine multiplies bfloat16; with int8, queries become
+    integers of 8 bits, as keys are, and probabilities of 14.
 
     Raises:
         BackendUnavailable: an instruction set this machine cannot run.
