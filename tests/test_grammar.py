@@ -291,17 +291,49 @@ def test_what_is_large_but_allowed_compiles():
     assert compiled(regex="[a-z]{8000}")
 
 
-def test_an_output_whose_form_takes_too_long_ends(monkeypatch):
-    """A clock that says that each token has taken a tenth of a second."""
+@pytest.fixture
+def slow_clock(monkeypatch) -> None:
+    """Says that each token has taken a tenth of a second."""
     clock = iter(np.arange(0, 1000, 0.1))
     monkeypatch.setattr(grammar_module.time, "thread_time", lambda: float(next(clock)))
-    matcher = compiled(regex="a+").matcher()
+
+
+def accepted_tokens(matchers: list[GrammarMatcher], most: int) -> int:
+    """How many they take in turn, up to `most`, before one takes no more as all of them have taken too long."""
     token_id = DEMO.encode("a")[-1]
-    for _ in range(10):
-        matcher.accept(token_id)
+    for num_tokens in range(most):
+        try:
+            matchers[num_tokens % len(matchers)].accept(token_id)
+        except RequestError as error:
+            assert "too long" in str(error)
+            return num_tokens
+    return most
+
+
+def test_an_output_whose_form_takes_too_long_ends(slow_clock):
+    """At 100 ms for a token: 1.2 s > 1 s + 12 * 10 ms after twelve."""
+    assert accepted_tokens([compiled(regex="a+").matcher()], 100) == 12
+
+
+def test_outputs_of_one_request_share_their_time(slow_clock):
+    """All outputs of a form end, whether they have taken long themselves or not; another request's do not."""
+    grammar, other = compiled(regex="a+"), compiled(regex="a+").matcher()
+    siblings = [grammar.matcher() for _ in range(100)]
+    # 1.1 s > 1 s + 9 ms + 11 * 1 ms
+    assert accepted_tokens(siblings, 100) == 11
+    assert accepted_tokens(siblings[50:], 100) == accepted_tokens([grammar.matcher()], 100) == 0
+    assert accepted_tokens([other], 5) == 5
+
+
+def test_a_token_that_fails_has_taken_its_time(slow_clock):
+    """A thousand outputs that each reach a limit at once take a second together, not a hundred."""
+    grammar = compiled(regex="a{1,3}")
+    wrong_id = DEMO.encode("b")[-1]
+    for _ in range(11):
+        with pytest.raises(RequestError, match=r"^(?!.*too long)"):
+            grammar.matcher().accept(wrong_id)
     with pytest.raises(RequestError, match="too long"):
-        for _ in range(5):
-            matcher.accept(token_id)
+        grammar.matcher().accept(wrong_id)
 
 
 def test_a_limit_reached_on_the_way():

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.config import StructuredOutputs
+from headrace.engine.grammar_budget import TimeBudget
 from headrace.engine.grammar_source import grammar_source
 from headrace.engine.grammar_vocabulary import make_ll_tokenizer
 from headrace.errors import RequestError
@@ -30,10 +31,6 @@ _LIMITS = llguidance.LLParserLimits(
     step_lexer_fuel=100_000,
     verbose_errors=False,
 )
-
-_MAX_S, _MAX_S_PER_TOKEN = 1.0, 0.01
-"""Of a core's time that one output may take in all: 100 times what following a schema costs. What is within the limits
-at each token but near them at all of them ends here, instead of delaying everybody else."""
 
 _NOTHING = "no token of this model satisfies it"
 _IN_OTHER_WORDS = {
@@ -79,7 +76,7 @@ class GrammarCompiler:
             raise _refused(warnings[0])
         try:
             start = GrammarMatcher(matcher, vocabulary)
-            start.fork().probe()
+            start.fork(TimeBudget()).probe()
         except RequestError as error:
             raise _refused(str(error)) from None
         if start.is_complete:
@@ -114,16 +111,16 @@ class Vocabulary:
 
 
 class Grammar:
-    """A compiled form. Immutable; each output follows it with a matcher of its own."""
+    """A form, compiled for one request: each output follows it with a matcher of its own, in the time they share."""
 
     def __init__(self, start: "GrammarMatcher") -> None:
-        self._start = start
+        self._start, self._budget = start, TimeBudget()
 
     def matcher(self, *, ignore_eos: bool = False) -> "GrammarMatcher":
         """
         ignore_eos: no end of sequence is allowed, so that the output goes on as long as the form does.
         """
-        return self._start.fork(ignore_eos=ignore_eos)
+        return self._start.fork(self._budget, ignore_eos=ignore_eos)
 
 
 class GrammarMatcher:
@@ -140,14 +137,15 @@ class GrammarMatcher:
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._ignore_eos = False
+        self._budget = TimeBudget()
         self._num_tokens = 0
-        self._spent_s = 0.0
         self.mask, self.is_complete = b"", False
         self._look_ahead()
 
-    def fork(self, *, ignore_eos: bool = False) -> "GrammarMatcher":
-        """Another output that goes on from here."""
+    def fork(self, budget: TimeBudget, *, ignore_eos: bool = False) -> "GrammarMatcher":
+        """Another output that goes on from here, in the time that the budget has."""
         other = copy(self)
+        other._budget = budget
         other._matcher = self._matcher.deep_copy()
         other._ignore_eos = ignore_eos
         if ignore_eos:
@@ -162,14 +160,15 @@ class GrammarMatcher:
         """
         if token_id in self._vocabulary.eos_token_ids:
             return
+        self._budget.check()
         start_s = time.thread_time()
-        if not self._matcher.consume_token(token_id):
-            raise _stopped(self._matcher)
-        self._look_ahead()
         self._num_tokens += 1
-        self._spent_s += time.thread_time() - start_s
-        if self._spent_s > _MAX_S + _MAX_S_PER_TOKEN * self._num_tokens:
-            raise RequestError(f"following it has taken {self._spent_s:.1f} s for {self._num_tokens} tokens, too long")
+        try:
+            if not self._matcher.consume_token(token_id):
+                raise _stopped(self._matcher)
+            self._look_ahead()
+        finally:
+            self._budget.spend(time.thread_time() - start_s, self._num_tokens)
 
     def probe(self) -> None:
         """Go one token on: what reaches a limit most often does so with the first one.
