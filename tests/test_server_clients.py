@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import openai
 import pytest
@@ -26,6 +27,7 @@ def server() -> Iterator[RunningServer]:
         engine_settings(scheduler={"max_num_seqs": 4}),
         max_waiting_requests=2,
         max_waiting_tokens=2000,
+        max_logprob_bytes=11 * 2**20,
         max_body_bytes=100_000,
         body_timeout_s=0.5,
         slow_reader_s=1.0,
@@ -47,6 +49,7 @@ def nothing_stays_behind(server: RunningServer) -> Iterator[None]:
     server.ask(lambda engine: engine.check_integrity())
     assert server.serving.engine.num_open == 0
     assert server.serving.engine.admission.num_requests == server.serving.engine.admission.num_tokens == 0
+    server.wait_until(lambda: server.serving.engine.admission.logprob_bytes == 0)
 
 
 def _is_idle(engine: Engine) -> bool:
@@ -122,6 +125,30 @@ def test_tokens_that_wait_are_limited_too(server: RunningServer, client: openai.
         server.wait_until(lambda: server.serving.engine.admission.num_tokens == 1000)
         with pytest.raises(openai.RateLimitError, match="prompt tokens wait"):
             client.completions.create(model="demo", prompt=[8] * 1001, max_tokens=5)
+
+
+def test_log_probabilities_of_all_open_requests_are_limited(server: RunningServer, client: openai.OpenAI) -> None:
+    """4214 bytes for each of 1800 positions are 7.2 MiB; 950 others are 3.8 MiB."""
+    admission = server.serving.engine.admission
+    body = {"prompt": [7] * 100, "max_tokens": 850, "n": 2, "logprobs": 20, "prompt_logprobs": 20}
+    ask = partial(client.completions.create, model="demo", prompt="Hello", max_tokens=950, logprobs=20, stop=["e"])
+    with server.paused(), server.connect() as connection:
+        connection.sendall(raw_request(body))
+        server.wait_until(lambda: admission.logprob_bytes == 1800 * 4214)
+        with pytest.raises(openai.RateLimitError, match="open requests may take 8 MiB") as refused:
+            ask()
+        connection.close()
+        server.wait_until(lambda: admission.logprob_bytes == 0)
+    assert int(refused.value.response.headers["retry-after"]) >= 1
+    assert ask().choices
+    assert admission.num_refused["max_logprob_bytes"] == 1
+
+
+def test_one_request_for_too_many_log_probabilities_is_refused_for_good(client: openai.OpenAI) -> None:
+    """4 outputs of 900 tokens, 4214 bytes for each: 14.5 MiB."""
+    with pytest.raises(openai.BadRequestError, match=r"15 MiB.*at most 11 MiB") as refused:
+        client.completions.create(model="demo", prompt="Hello", max_tokens=900, n=4, logprobs=20)
+    assert refused.value.param == "logprobs"
 
 
 def test_of_several_prompts_all_are_accepted_or_none(server: RunningServer, client: openai.OpenAI) -> None:

@@ -177,12 +177,20 @@ def test_percentiles_are_those_of_the_last_requests(server):
 
 
 def test_refusals_are_counted_by_the_limit_that_was_met():
-    admission = Admission(max_requests=2, max_tokens=10)
+    admission = Admission(max_requests=2, max_tokens=10, max_logprob_bytes=100)
     admission.enter(1, 9)
+    admission.hold_logprobs(60, now_s=0.0)
     for num_requests, num_tokens in ((2, 1), (2, 1), (1, 2)):
         with pytest.raises(Overloaded):
             admission.check(num_requests, num_tokens, now_s=0.0)
-    assert admission.num_refused == {"max_waiting_requests": 2, "max_waiting_tokens": 1, "queue_timeout": 0}
+    with pytest.raises(Overloaded):
+        admission.hold_logprobs(41, now_s=0.0)
+    assert list(admission.num_refused.items()) == [
+        ("max_waiting_requests", 2),
+        ("max_waiting_tokens", 1),
+        ("max_logprob_bytes", 1),
+        ("queue_timeout", 0),
+    ]
 
 
 class FakeEngine:

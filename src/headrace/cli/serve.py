@@ -94,6 +94,14 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         help="prompt tokens of those (default: %(default)s)",
     )
     group.add_argument(
+        "--max-logprobs-memory",
+        dest="max_logprob_bytes",
+        type=parse_bytes,
+        default=default.max_logprob_bytes,
+        metavar="BYTES",
+        help=f"that log probabilities of all open requests may take (default: {default.max_logprob_bytes // 2**30}GiB)",
+    )
+    group.add_argument(
         "--max-body",
         dest="max_body_bytes",
         type=parse_bytes,

@@ -10,6 +10,7 @@ LOCALHOST = "127.0.0.1"
 MAX_PORT = 65535
 MAX_S = 1e6
 """Of any time limit, some eleven days: timers of the system count milliseconds in 31 bits, and know no infinity."""
+_COUNTS = ("max_waiting_requests", "max_waiting_tokens", "max_logprob_bytes", "max_body_bytes", "max_connections")
 TOOL_FORMATS = ("auto", "hermes", "llama3", "qwen")
 
 
@@ -23,6 +24,8 @@ class ServerConfig:
     served_model_name: what clients call the model; None takes the folder's name or the hub id.
     max_waiting_requests, max_waiting_tokens: outputs and prompt tokens accepted that have no output token yet, beyond
         which requests are refused (429). A request that could never fit is refused alone (400).
+    max_logprob_bytes: that the log probabilities of all open requests may take: one that alone may take more is refused
+        for good (400), others until there is room (429).
     max_body_bytes: of one request.
     max_connections: open at a time; more are refused (503).
     queue_timeout_s: a request that has no first token by then is refused (503); request_timeout_s: ended by then.
@@ -40,6 +43,7 @@ class ServerConfig:
     served_model_name: str | None = None
     max_waiting_requests: int = 256
     max_waiting_tokens: int = 262_144
+    max_logprob_bytes: int = 2**30
     max_body_bytes: int = 8 * 2**20
     max_connections: int = 2048
     queue_timeout_s: float = 300.0
@@ -56,7 +60,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= MAX_PORT:
             raise ConfigError(f"port is {self.port}; allowed: 1 to {MAX_PORT}, or 0 for a free one")
-        for name in ("max_waiting_requests", "max_waiting_tokens", "max_body_bytes", "max_connections"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 1 and more")
         for name in ("queue_timeout_s", "request_timeout_s", "body_timeout_s", "slow_reader_s", "restart_window_s"):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from headrace.engine.metrics import RequestMetrics
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Logprob:
     """Natural-log probability under the raw logits; rank 1 is the most likely token."""
 

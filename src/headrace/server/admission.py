@@ -1,25 +1,31 @@
-"""How many may wait: requests beyond a limit are refused at once, with a hint when to come again."""
+"""How much may wait, and be held: requests beyond a limit are refused at once, with a hint when to come again."""
 
 import math
 from collections import deque
 
-from headrace.server.errors import Overloaded
+from headrace.server.errors import InvalidParameter, Overloaded
 
 _MAX_RETRY_AFTER_S = 60
 _NUM_REMEMBERED = 64
 
 
 class Admission:
-    """Counts what was accepted and has no output token yet: outputs, and prompt tokens.
+    """Counts what was accepted and has no output token yet: outputs, and prompt tokens. And the log probabilities that
+    all requests that were not answered yet may come to hold.
 
-    max_requests, max_tokens: limits of both. An empty queue takes any request, however long, that the engine can hold.
+    max_requests, max_tokens: limits of what waits. An empty queue takes any request, however long, that the engine can
+        hold.
+    max_logprob_bytes: beyond which a request alone is refused for good.
     """
 
-    def __init__(self, max_requests: int, max_tokens: int) -> None:
+    def __init__(self, max_requests: int, max_tokens: int, max_logprob_bytes: int) -> None:
         self._max_requests, self._max_tokens = max_requests, max_tokens
-        self.num_requests = self.num_tokens = 0
+        self._max_logprob_bytes = max_logprob_bytes
+        self.num_requests = self.num_tokens = self.logprob_bytes = 0
         self._starts_s: deque[float] = deque(maxlen=_NUM_REMEMBERED)
-        self.num_refused = {"max_waiting_requests": 0, "max_waiting_tokens": 0, "queue_timeout": 0}
+        self.num_refused = dict.fromkeys(
+            ("max_waiting_requests", "max_waiting_tokens", "max_logprob_bytes", "queue_timeout"), 0
+        )
         """By the limit that they met."""
 
     def check(self, num_requests: int, num_tokens: int, now_s: float) -> None:
@@ -40,6 +46,31 @@ class Admission:
                 retry_after_s=self.retry_after_s(now_s),
             )
 
+    def hold_logprobs(self, num_bytes: int, now_s: float) -> None:
+        """Until `release_logprobs`.
+
+        Raises:
+            InvalidParameter: they are more than all requests together may hold.
+            Overloaded: they are too many beside those of others.
+        """
+        if num_bytes > self._max_logprob_bytes:
+            raise InvalidParameter(
+                "logprobs",
+                f"the log probabilities asked for may take {_mib(num_bytes)}, at most {_mib(self._max_logprob_bytes)} "
+                "may be; ask for fewer tokens (max_tokens), fewer outputs (n) or fewer log probabilities of each",
+            )
+        if self.logprob_bytes + num_bytes > self._max_logprob_bytes:
+            self.num_refused["max_logprob_bytes"] += 1
+            raise Overloaded(
+                f"log probabilities of open requests may take {_mib(self.logprob_bytes)}, those asked for "
+                f"{_mib(num_bytes)}, and all at most {_mib(self._max_logprob_bytes)}; try again later",
+                retry_after_s=self.retry_after_s(now_s),
+            )
+        self.logprob_bytes += num_bytes
+
+    def release_logprobs(self, num_bytes: int) -> None:
+        self.logprob_bytes -= num_bytes
+
     def enter(self, num_requests: int, num_tokens: int) -> None:
         self.num_requests += num_requests
         self.num_tokens += num_tokens
@@ -57,3 +88,7 @@ class Admission:
             return 1
         per_s = len(self._starts_s) / max(now_s - self._starts_s[0], 1e-3)
         return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(self.num_requests / 2 / per_s)))
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{math.ceil(num_bytes / 2**20)} MiB"

@@ -15,6 +15,7 @@ from headrace.server.body_limit import BodyLimit
 from headrace.server.clients import error_response
 from headrace.server.context import ServerContext, request_id_of
 from headrace.server.errors import ServerError, error_object, explain_validation
+from headrace.server.holdings import Holdings
 from headrace.server.observability import Observability
 from headrace.server.openapi import describe
 from headrace.server.page import page_routes
@@ -50,6 +51,7 @@ def build_app(context: ServerContext) -> FastAPI:
     app.add_exception_handler(Exception, _answer_unforeseen)
     config = context.config
     # The last one added is the first one that a request meets.
+    app.add_middleware(Holdings)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
     app.add_middleware(ApiKeys, keys=config.api_keys)
     if config.cors_origins:

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
+from fastapi import Request
 from pydantic_core import to_json
 from starlette.responses import Response
 
@@ -15,11 +16,14 @@ from headrace.engine.grammar import Grammar
 from headrace.engine.outputs import CompletionOutput, RequestOutput, RequestUpdate
 from headrace.server.context import ServerContext
 from headrace.server.errors import ServerError
+from headrace.server.holdings import holdings_of
+from headrace.server.logprob_memory import logprob_bytes
 from headrace.server.prompts import EncodedPrompt
 from headrace.server.request_stream import RequestStream
 
 
 async def submit_all(
+    request: Request,
     context: ServerContext,
     request_id: str,
     prompts: Sequence[EncodedPrompt],
@@ -29,7 +33,7 @@ async def submit_all(
 
     Raises:
         RequestError: one of them can never run.
-        Overloaded: they are too many for the queue.
+        Overloaded: they are too many for the queue, or their log probabilities for memory.
         Unavailable: no engine.
     """
     engine = context.engine
@@ -37,7 +41,11 @@ async def submit_all(
     for prompt in prompts:
         engine.check(prompt.token_ids, params)
     num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    engine.admission.check(params.n * len(prompts), num_tokens, time.monotonic())
+    num_logprob_bytes = sum(logprob_bytes(len(prompt.token_ids), params) for prompt in prompts)
+    admission, now_s = engine.admission, time.monotonic()
+    admission.hold_logprobs(num_logprob_bytes, now_s)
+    holdings_of(request.scope).callback(admission.release_logprobs, num_logprob_bytes)
+    admission.check(params.n * len(prompts), num_tokens, now_s)
     return [engine.submit(request_id, prompt.token_ids, params, prompt.text, grammar) for prompt in prompts]
 
 

@@ -90,8 +90,13 @@ class _ServerCollector(Collector):
         yield GaugeMetricFamily(
             "headrace:queued_tokens", "Prompt tokens of those that have no token yet.", engine.admission.num_tokens
         )
+        yield GaugeMetricFamily(
+            "headrace:logprob_bytes",
+            "Bytes that log probabilities of open requests may come to take.",
+            engine.admission.logprob_bytes,
+        )
         refused = CounterMetricFamily(
-            "headrace:refused_requests", "Requests refused because others wait, by limit.", labels=("reason",)
+            "headrace:refused_requests", "Requests refused because of others, by limit.", labels=("reason",)
         )
         for reason, number in engine.admission.num_refused.items():
             refused.add_metric((reason,), number)

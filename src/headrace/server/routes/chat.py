@@ -46,7 +46,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     )
     params = plan.apply(_params(body, context, prompt))
     answer = _ChatCompletion(body, context, request_id_of(request), params, plan)
-    streams = await submit_all(context, answer.id, [prompt], params)
+    streams = await submit_all(request, context, answer.id, [prompt], params)
     if body.stream:
         return EventStream(answer.events(streams), streams, slow_reader_s=context.config.slow_reader_s)
     [output] = await finish_for(request.receive, streams, finish_all(streams))

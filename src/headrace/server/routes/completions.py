@@ -47,7 +47,7 @@ async def create_completion(body: CompletionRequest, request: Request, context: 
     )
     params = _params(body, context, prompts)
     answer = _Completion(body, context, request_id_of(request), prompts, params)
-    streams = await submit_all(context, answer.id, prompts, params)
+    streams = await submit_all(request, context, answer.id, prompts, params)
     if body.stream:
         return EventStream(answer.events(streams), streams, slow_reader_s=context.config.slow_reader_s)
     outputs = await finish_for(request.receive, streams, finish_all(streams))

@@ -36,7 +36,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, context: C
         max_prompts=MAX_INPUTS,
     )
     params = _params(body)
-    streams = await submit_all(context, f"embd-{request_id_of(request)}", prompts, params)
+    streams = await submit_all(request, context, f"embd-{request_id_of(request)}", prompts, params)
     outputs = await finish_for(request.receive, streams, finish_all(streams))
     encode = partial(_encode, outputs, context.model_name, is_base64=body.encoding_format == "base64")
     # Millions of numbers, if many vectors are asked for at once.
