@@ -29,6 +29,7 @@ def server() -> Iterator[RunningServer]:
         max_waiting_tokens=2000,
         max_logprob_bytes=11 * 2**20,
         max_body_bytes=100_000,
+        max_bodies_bytes=250_000,
         body_timeout_s=0.5,
         slow_reader_s=1.0,
         cors_origins=("https://a.example",),
@@ -50,6 +51,7 @@ def nothing_stays_behind(server: RunningServer) -> Iterator[None]:
     assert server.serving.engine.num_open == 0
     assert server.serving.engine.admission.num_requests == server.serving.engine.admission.num_tokens == 0
     server.wait_until(lambda: server.serving.engine.admission.logprob_bytes == 0)
+    server.wait_until(lambda: server.serving.engine.admission.body_bytes == 0)
 
 
 def _is_idle(engine: Engine) -> bool:
@@ -177,6 +179,42 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(server: RunningServer) ->
         status, headers, answer = _answer(connection)
     assert (status, headers["connection"]) == (408, "close")
     assert json.loads(answer)["error"]["code"] == "body_timeout"
+
+
+def _padded(body: dict[str, object], num_bytes: int) -> bytes:
+    """A request whose body has so many bytes."""
+    data = json.dumps(body).encode()
+    return HEAD + b"Content-Length: %d\r\n\r\n" % num_bytes + data + b" " * (num_bytes - len(data))
+
+
+def test_bodies_of_all_open_requests_are_limited_together(server: RunningServer) -> None:
+    """Two of three fit in. The third one does when one of them has ended: here, as its client has left."""
+    admission = server.serving.engine.admission
+    asked = _padded({"prompt": "Hello", "max_tokens": 3}, 100_000)
+    with server.connect() as first, server.connect() as second, server.connect() as third, server.connect() as fourth:
+        with server.paused():
+            first.sendall(asked)
+            second.sendall(asked)
+            server.wait_until(lambda: admission.body_bytes == 200_000)
+            third.sendall(asked)
+            status, headers, answer = _answer(third)
+            first.close()
+            server.wait_until(lambda: admission.body_bytes == 100_000)
+            fourth.sendall(asked)
+            server.wait_until(lambda: admission.body_bytes == 200_000)
+        assert _answer(second)[0] == _answer(fourth)[0] == 200
+    assert (status, headers["connection"], int(headers["retry-after"]) >= 1) == (503, "close", True)
+    error = json.loads(answer)["error"]
+    assert (error["type"], error["code"]) == ("service_unavailable_error", "too_many_bodies")
+    assert admission.num_refused["max_bodies_bytes"] == 1
+
+
+def test_a_body_of_which_only_the_beginning_came_is_given_up(server: RunningServer) -> None:
+    admission = server.serving.engine.admission
+    with server.connect() as connection:
+        connection.sendall(_padded({"prompt": "Hello"}, 90_000)[:60_000])
+        server.wait_until(lambda: admission.body_bytes > 50_000)
+    server.wait_until(lambda: admission.body_bytes == 0, timeout_s=5)
 
 
 @pytest.mark.parametrize(

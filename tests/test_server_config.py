@@ -23,3 +23,9 @@ def test_a_time_that_no_timer_knows_is_refused(name: str, value: float) -> None:
 def test_a_listener_gives_slow_readers_the_time_that_was_said(given_s: float, timeout_ms: int) -> None:
     with listen(ServerConfig(port=0, slow_reader_s=given_s)) as listener:
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == timeout_ms
+
+
+def test_all_bodies_together_may_not_have_less_than_one() -> None:
+    with pytest.raises(ConfigError, match=r"max_body_bytes is 11, .*10 \(max_bodies_bytes\)"):
+        ServerConfig(max_body_bytes=11, max_bodies_bytes=10)
+    assert ServerConfig(max_body_bytes=10, max_bodies_bytes=10)

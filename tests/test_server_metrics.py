@@ -16,6 +16,7 @@ from checkpoints import HAS_NATIVE
 from prometheus_client import parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
+from headrace.config.server import ServerConfig
 from headrace.engine.metrics import EngineStatistics, RequestMetrics
 from headrace.server import engine_watch
 from headrace.server.admission import Admission
@@ -177,7 +178,7 @@ def test_percentiles_are_those_of_the_last_requests(server):
 
 
 def test_refusals_are_counted_by_the_limit_that_was_met():
-    admission = Admission(max_requests=2, max_tokens=10, max_logprob_bytes=100)
+    admission = Admission(ServerConfig(max_waiting_requests=2, max_waiting_tokens=10, max_logprob_bytes=100))
     admission.enter(1, 9)
     admission.hold_logprobs(60, now_s=0.0)
     for num_requests, num_tokens in ((2, 1), (2, 1), (1, 2)):
@@ -189,6 +190,7 @@ def test_refusals_are_counted_by_the_limit_that_was_met():
         ("max_waiting_requests", 2),
         ("max_waiting_tokens", 1),
         ("max_logprob_bytes", 1),
+        ("max_bodies_bytes", 0),
         ("queue_timeout", 0),
     ]
 

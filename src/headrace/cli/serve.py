@@ -110,6 +110,14 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         help=f"of one request (default: {default.max_body_bytes // 2**20}MiB)",
     )
     group.add_argument(
+        "--max-bodies",
+        dest="max_bodies_bytes",
+        type=parse_bytes,
+        default=default.max_bodies_bytes,
+        metavar="BYTES",
+        help=f"of all open requests (default: {default.max_bodies_bytes // 2**20}MiB)",
+    )
+    group.add_argument(
         "--max-connections",
         type=int,
         default=default.max_connections,

@@ -26,7 +26,7 @@ class ServerConfig:
         which requests are refused (429). A request that could never fit is refused alone (400).
     max_logprob_bytes: that the log probabilities of all open requests may take: one that alone may take more is refused
         for good (400), others until there is room (429).
-    max_body_bytes: of one request.
+    max_body_bytes: of one request. max_bodies_bytes: of all open ones together, beyond which they are refused (503).
     max_connections: open at a time; more are refused (503).
     queue_timeout_s: a request that has no first token by then is refused (503); request_timeout_s: ended by then.
     body_timeout_s: for a request's body to arrive. slow_reader_s: for a client to take in what was sent to it.
@@ -45,6 +45,7 @@ class ServerConfig:
     max_waiting_tokens: int = 262_144
     max_logprob_bytes: int = 2**30
     max_body_bytes: int = 8 * 2**20
+    max_bodies_bytes: int = 256 * 2**20
     max_connections: int = 2048
     queue_timeout_s: float = 300.0
     request_timeout_s: float = 3600.0
@@ -63,6 +64,11 @@ class ServerConfig:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 1 and more")
+        if self.max_body_bytes > self.max_bodies_bytes:
+            raise ConfigError(
+                f"max_body_bytes is {self.max_body_bytes}, but all bodies together may have {self.max_bodies_bytes} "
+                "(max_bodies_bytes); allow a body less, or all of them more"
+            )
         for name in ("queue_timeout_s", "request_timeout_s", "body_timeout_s", "slow_reader_s", "restart_window_s"):
             if not 0 < getattr(self, name) <= MAX_S:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: above 0 seconds, up to {MAX_S:.0f}")

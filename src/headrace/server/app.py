@@ -52,7 +52,12 @@ def build_app(context: ServerContext) -> FastAPI:
     config = context.config
     # The last one added is the first one that a request meets.
     app.add_middleware(Holdings)
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=config.max_body_bytes,
+        timeout_s=config.body_timeout_s,
+        admission=context.engine.admission,
+    )
     app.add_middleware(ApiKeys, keys=config.api_keys)
     if config.cors_origins:
         app.add_middleware(
@@ -85,7 +90,8 @@ async def _answer_http_error(request: Request, error: Exception) -> JSONResponse
     message = str(error.detail)
     if error.status_code in (404, 405):
         message = f"there is no {request.method} {request.url.path[:200]} here; OpenAI's paths begin with /v1"
-    body = error_object(message, "invalid_request_error", code=getattr(error, "code", None))
+    kind = getattr(error, "kind", "invalid_request_error")
+    body = error_object(message, kind, code=getattr(error, "code", None))
     return JSONResponse(body, error.status_code, dict(error.headers or {}))
 
 

@@ -49,7 +49,7 @@ class AsyncEngine:
         on_failed: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
         self.config = config
-        self.admission = Admission(config.max_waiting_requests, config.max_waiting_tokens, config.max_logprob_bytes)
+        self.admission = Admission(config)
         self.restarts = RestartPolicy(config.max_restarts if can_restart else 0, config.restart_window_s)
         self.state = EngineState.STARTING
         self.is_draining = False

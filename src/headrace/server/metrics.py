@@ -95,6 +95,9 @@ class _ServerCollector(Collector):
             "Bytes that log probabilities of open requests may come to take.",
             engine.admission.logprob_bytes,
         )
+        yield GaugeMetricFamily(
+            "headrace:body_bytes", "Bytes of the bodies of open requests.", engine.admission.body_bytes
+        )
         refused = CounterMetricFamily(
             "headrace:refused_requests", "Requests refused because of others, by limit.", labels=("reason",)
         )
