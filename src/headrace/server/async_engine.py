@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import count
 from typing import TypeVar
 
 from headrace.config import PoolingParams, SamplingParams
@@ -13,16 +12,17 @@ from headrace.config.server import ServerConfig
 from headrace.engine.engine import Engine
 from headrace.engine.grammar import Grammar
 from headrace.engine.outputs import RequestUpdate
-from headrace.errors import RequestError
-from headrace.server.admission import Admission
 from headrace.server.engine_thread import EngineState, EngineThread
-from headrace.server.errors import TimedOut, Unavailable
+from headrace.server.errors import Unavailable
+from headrace.server.loop_relay import LoopRelay, answered_on_loop
+from headrace.server.open_requests import OpenRequests
 from headrace.server.request_stream import RequestStream
 from headrace.server.restarts import RestartPolicy
 
 logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 5
+_SHUTTING_DOWN = "the server is shutting down"
 _SILENT_S = 2.5
 """Ranks are heard of twice a second. One that is silent for so long is not lost yet, but no place to send anything."""
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class AsyncEngine:
-    """Owns the engine's thread and every open request. All methods are for the one event loop that `start` ran on.
+    """Owns the engine's thread, and knows how it is. All methods are for the one event loop that `start` ran on.
 
     load: makes an engine, on that thread; called again when its ranks were lost.
     can_restart: whether that could work; ranks of a launcher end with the job.
@@ -49,7 +49,6 @@ class AsyncEngine:
         on_failed: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
         self.config = config
-        self.admission = Admission(config)
         self.restarts = RestartPolicy(config.max_restarts if can_restart else 0, config.restart_window_s)
         self.state = EngineState.STARTING
         self.is_draining = False
@@ -59,13 +58,13 @@ class AsyncEngine:
         """Requests that ended with their engine."""
         self.watchers: list[Callable[[Sequence[RequestUpdate]], None]] = []
         """Called on the loop with what each step has brought, and with what is left of a request that was aborted."""
-        self._streams: dict[str, RequestStream] = {}
-        self._numbers = count()
+        self._changed = asyncio.Event()
+        self._requests = OpenRequests(config, abort=self._abort, on_end=self._changed.set)
+        self.admission = self._requests.admission
         self._on_failed = on_failed
         self._engine: Engine | None = None
         self._error: BaseException | None = None
-        self._thread = EngineThread(load, _Relay(self), self.restarts)
-        self._changed = asyncio.Event()
+        self._thread = EngineThread(load, self.restarts)
 
     async def start(self) -> None:
         """Load the engine; returns when it is ready, or is not needed any more.
@@ -73,7 +72,7 @@ class AsyncEngine:
         Raises: what `load` raises.
         """
         self.loop = asyncio.get_running_loop()
-        self._thread.start()
+        self._thread.start(LoopRelay(self, self.loop))
         await self.wait_until(lambda: self.state is not EngineState.STARTING or self.is_draining)
         if self._error is not None:
             raise self._error
@@ -98,13 +97,13 @@ class AsyncEngine:
     @property
     def num_open(self) -> int:
         """Requests that have not ended."""
-        return len(self._streams)
+        return len(self._requests)
 
     @property
     def trouble(self) -> str | None:
         """Why the server cannot answer requests now; None if it can. Knows of a lost rank before any step meets it."""
         if self.is_draining:
-            return "the server is shutting down"
+            return _SHUTTING_DOWN
         if self.state is not EngineState.READY or self._engine is None:
             return self.reason or f"the engine is {self.state.value}"
         if self._engine.failure is not None:
@@ -126,16 +125,8 @@ class AsyncEngine:
         grammar: Grammar | None = None,
     ) -> RequestStream:
         """Queue a request that generates, or a prompt of which an embedding is to be made; `check` and `admission` have
-        let it pass, together with all that come with it.
-
-        request_id: in the engine a number follows it that is never used again. Clients may use an id again while a step
-        that ran for the first one is still on its way back.
-        """
-        request_id = f"{request_id}-{next(self._numbers)}"
-        stream = RequestStream(request_id, len(prompt_token_ids), params.n, self._abort)
-        self._streams[request_id] = stream
-        self.admission.enter(stream.num_outputs, stream.num_prompt_tokens)
-        stream.timer = self.loop.call_later(self._patience_s, self._end_waiting, stream)
+        let it pass, together with all that come with it. The stream's id is the engine's."""
+        stream = self._requests.open(request_id, len(prompt_token_ids), params.n)
         self._thread.do(partial(self._add, stream, tuple(prompt_token_ids), params, prompt, grammar))
         return stream
 
@@ -158,16 +149,7 @@ class AsyncEngine:
         if self._engine is None:
             raise self._unavailable()
         answer: asyncio.Future[T] = self.loop.create_future()
-
-        def run(engine: Engine) -> None:
-            try:
-                result = question(engine)
-            except Exception as error:
-                self.loop.call_soon_threadsafe(_set_exception, answer, error)
-            else:
-                self.loop.call_soon_threadsafe(_set_result, answer, result)
-
-        self._thread.do(run)
+        self._thread.do(answered_on_loop(question, answer))
         lost = asyncio.create_task(self.wait_until(lambda: self._engine is None))
         try:
             await asyncio.wait((answer, lost), return_when=asyncio.FIRST_COMPLETED)
@@ -182,17 +164,15 @@ class AsyncEngine:
         self.is_draining = True
         self._changed.set()
         try:
-            await asyncio.wait_for(self.wait_until(lambda: not self._streams), self.config.drain_s)
+            await asyncio.wait_for(self.wait_until(lambda: not self._requests), self.config.drain_s)
         except TimeoutError:
-            for stream in list(self._streams.values()):
-                self._end(stream, Unavailable("the server is shutting down"))
+            self._requests.end_all(_SHUTTING_DOWN)
 
     async def close(self, patience_s: float) -> bool:
         """End the engine after the step that runs, or the model is loaded; false if that takes longer than patience_s,
         and the thread still runs."""
         self.is_draining = True
-        for stream in list(self._streams.values()):
-            self._end(stream, Unavailable("the server is shutting down"))
+        self._requests.end_all(_SHUTTING_DOWN)
         return await asyncio.to_thread(self._thread.stop, patience_s)
 
     def _add(
@@ -213,19 +193,10 @@ class AsyncEngine:
             else:
                 engine.add_request(stream.request_id, prompt_token_ids, params, prompt, grammar)
         except Exception as error:
-            self.loop.call_soon_threadsafe(self._refuse, stream, error)
-
-    def _refuse(self, stream: RequestStream, error: Exception) -> None:
-        logger.error("a request that had been accepted was refused", exc_info=error)
-        stream.fail(error if isinstance(error, RequestError) else Unavailable(str(error)))
-        self._forget(stream)
+            self.loop.call_soon_threadsafe(self._requests.refuse, stream, error)
 
     def _abort(self, request_id: str) -> None:
-        """The reader of a request has left."""
-        stream = self._streams.get(request_id)
-        if stream is not None:
-            self._forget(stream)
-            self._thread.do(partial(self._drop, request_id))
+        self._thread.do(partial(self._drop, request_id))
 
     def _drop(self, request_id: str, engine: Engine) -> None:
         """On the engine's thread."""
@@ -237,121 +208,39 @@ class AsyncEngine:
         for watch in self.watchers:
             watch(updates)
 
-    def _end(self, stream: RequestStream, error: TimedOut | Unavailable) -> None:
-        if not stream.is_ended:
-            stream.abort(error)
-
-    @property
-    def _patience_s(self) -> float:
-        return min(self.config.queue_timeout_s, self.config.request_timeout_s)
-
-    def _end_waiting(self, stream: RequestStream) -> None:
-        if stream.has_started or self.config.request_timeout_s <= self.config.queue_timeout_s:
-            rest_s = self.config.request_timeout_s - self._patience_s
-            stream.timer = self.loop.call_later(rest_s, self._end_late, stream)
-            return
-        seconds = self.config.queue_timeout_s
-        self.admission.num_refused["queue_timeout"] += 1
-        retry_after_s = self.admission.retry_after_s(time.monotonic())
-        reason = f"the request waited {seconds:g} s for its first token; try again"
-        self._end(stream, Unavailable(reason, retry_after_s=retry_after_s))
-
-    def _end_late(self, stream: RequestStream) -> None:
-        seconds = self.config.request_timeout_s
-        self._end(stream, TimedOut(f"the request took more than {seconds:g} s; ask for fewer tokens"))
-
-    def _forget(self, stream: RequestStream) -> None:
-        if self._streams.pop(stream.request_id, None) is None:
-            return
-        if stream.timer is not None:
-            stream.timer.cancel()
-        self._count_start(stream)
-        if self.is_draining:
-            self._changed.set()
-
-    def _count_start(self, stream: RequestStream, now_s: float | None = None) -> None:
-        """It waits no longer: it has a token, or it has ended."""
-        if not stream.has_started:
-            stream.has_started = True
-            self.admission.leave(stream.num_outputs, stream.num_prompt_tokens, started_s=now_s)
-
     def _unavailable(self) -> Unavailable:
         reason = self.trouble or "the engine is not ready"
         return Unavailable(f"{reason}; try again later", retry_after_s=_RETRY_AFTER_S)
 
     # What follows is told by the engine's thread, on the loop.
 
-    def take(self, updates: Sequence[RequestUpdate]) -> None:
+    def on_updates(self, updates: Sequence[RequestUpdate]) -> None:
         """Hand updates to those who wait for them."""
         self._show(updates)
-        now_s = time.monotonic()
-        for update in updates:
-            stream = self._streams.get(update.request_id)
-            if stream is None:
-                continue
-            if not stream.has_started and update.chunks:
-                self._count_start(stream, now_s)
-            stream.push(update)
-            if update.finished is not None:
-                self._forget(stream)
+        self._requests.take(updates)
 
-    def set_ready(self, engine: Engine) -> None:
+    def on_ready(self, engine: Engine) -> None:
         if self.state is EngineState.RECOVERING:
             logger.warning("the engine is back; requests are answered again")
         self._engine = engine
         self._set_state(EngineState.READY, "")
 
-    def set_lost(self, reason: str, delay_s: float) -> None:
+    def on_lost(self, reason: str, delay_s: float) -> None:
         self._engine = None
         self._set_state(EngineState.RECOVERING, reason)
         logger.error("the engine was lost: %s; %d requests end, next start in %g s", reason, self.num_open, delay_s)
         self._fail_all(reason)
 
-    def set_failed(self, error: BaseException) -> None:
+    def on_failed(self, error: BaseException) -> None:
         self._engine, self._error = None, error
         self._set_state(EngineState.FAILED, str(error))
         self._fail_all(str(error))
         self._on_failed(error)
 
     def _fail_all(self, reason: str) -> None:
-        for stream in list(self._streams.values()):
-            self.num_lost += 1
-            stream.fail(Unavailable(f"the request was lost: {reason}; send it again", retry_after_s=_RETRY_AFTER_S))
-            self._forget(stream)
+        lost = f"the request was lost: {reason}; send it again"
+        self.num_lost += self._requests.fail_all(lost, retry_after_s=_RETRY_AFTER_S)
 
     def _set_state(self, state: EngineState, reason: str) -> None:
         self.state, self.reason = state, reason
         self._changed.set()
-
-
-class _Relay:
-    """Carries what the engine's thread says over to the loop, unless that has ended."""
-
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._to = engine
-
-    def on_ready(self, engine: Engine) -> None:
-        self._call(partial(self._to.set_ready, engine))
-
-    def on_updates(self, updates: Sequence[RequestUpdate]) -> None:
-        self._call(partial(self._to.take, updates))
-
-    def on_lost(self, reason: str, delay_s: float) -> None:
-        self._call(partial(self._to.set_lost, reason, delay_s))
-
-    def on_failed(self, error: BaseException) -> None:
-        self._call(partial(self._to.set_failed, error))
-
-    def _call(self, call: Callable[[], None]) -> None:
-        if not self._to.loop.is_closed():
-            self._to.loop.call_soon_threadsafe(call)
-
-
-def _set_result(future: "asyncio.Future[T]", result: T) -> None:
-    if not future.done():
-        future.set_result(result)
-
-
-def _set_exception(future: "asyncio.Future[T]", error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)

@@ -30,7 +30,7 @@ class EngineState(Enum):
 
 
 class Listener(Protocol):
-    """Told on the engine's thread; must not block."""
+    """Told on the engine's thread, where it must not block, or on the loop."""
 
     def on_ready(self, engine: Engine) -> None: ...
 
@@ -53,15 +53,16 @@ class EngineThread:
     load: makes an engine; called on this thread, again after every loss that `restarts` allows for.
     """
 
-    def __init__(self, load: Callable[[], Engine], listener: Listener, restarts: RestartPolicy) -> None:
-        self._load, self._listener, self._restarts = load, listener, restarts
+    def __init__(self, load: Callable[[], Engine], restarts: RestartPolicy) -> None:
+        self._load, self._restarts = load, restarts
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
         self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="headrace-engine", daemon=True)
         self.step_began_s: float | None = None
         """When the step that is running began; for others to see whether it ends."""
 
-    def start(self) -> None:
+    def start(self, listener: Listener) -> None:
+        self._listener = listener
         self._thread.start()
 
     def do(self, command: Command) -> None:
