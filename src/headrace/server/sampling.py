@@ -5,28 +5,10 @@ from typing import Any
 
 from headrace.config import SamplingParams
 from headrace.server.errors import InvalidParameter
-from headrace.server.protocol.sampling import SamplingFields
+from headrace.server.protocol.base import RequestModel
+from headrace.server.protocol.sampling import SamplingFields, TokenChoice
 from headrace.server.structured import structured_outputs_of
 
-_PASSED_ON = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "min_tokens",
-    "ignore_eos",
-    "skip_special_tokens",
-    "n",
-    "seed",
-    "prompt_logprobs",
-)
 _RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -55,10 +37,31 @@ def make_sampling_params(
     Raises:
         RequestError: a value outside its range, or two that exclude each other.
     """
-    given = {name: getattr(request, name) for name in _PASSED_ON if getattr(request, name) is not None}
-    if given.get("prompt_logprobs") is not None and request.stream:
+    if request.prompt_logprobs is not None and request.stream:
         raise InvalidParameter("prompt_logprobs", "prompt_logprobs are not streamed; set stream to false")
-    if request.stream_options is not None and not request.stream:
+    check_stream_options(request.stream, request.stream_options)
+    form = structured_outputs_of(request)
+    settled = {"max_tokens": max_tokens, "logprobs": logprobs, "structured_outputs": form}
+    return sampling_params_of(request, recommended, settled)
+
+
+def sampling_params_of(
+    request: TokenChoice, recommended: Mapping[str, Any], settled: Mapping[str, Any]
+) -> SamplingParams:
+    """
+    settled: parameters that are not simply the request's field of the same name.
+
+    Raises: see `make_sampling_params`.
+    """
+    names = type(request).model_fields.keys() & SamplingParams.__dataclass_fields__.keys() - settled.keys()
+    given = {name: value for name in names if (value := getattr(request, name)) is not None}
+    return SamplingParams.from_mapping({**recommended, **given, **settled})
+
+
+def check_stream_options(stream: bool | None, options: RequestModel | None) -> None:
+    """
+    Raises:
+        InvalidParameter: there are options, but no stream.
+    """
+    if options is not None and not stream:
         raise InvalidParameter("stream_options", "stream_options are for streams; set stream to true")
-    given |= {"max_tokens": max_tokens, "logprobs": logprobs, "structured_outputs": structured_outputs_of(request)}
-    return SamplingParams.from_mapping({**recommended, **given})

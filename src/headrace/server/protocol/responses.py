@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from headrace.server.protocol.base import RequestModel
-from headrace.server.protocol.sampling import INT64, Metadata, Objects, Stops
+from headrace.server.protocol.sampling import Metadata, Objects, TokenChoice
 
 MAX_ITEMS = 4096
 
@@ -35,7 +35,7 @@ class ResponsesStreamOptions(RequestModel):
         return {"include_obfuscation": (False,)}
 
 
-class ResponsesRequest(RequestModel):
+class ResponsesRequest(TokenChoice):
     """Answer a conversation, given as items. Nothing is stored: each request carries the whole conversation.
 
     metadata, user, safety_identifier, prompt_cache_key: for the client's own books; they change no answer.
@@ -45,25 +45,12 @@ class ResponsesRequest(RequestModel):
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, lt=2**31)
-    temperature: float | None = Field(default=None, ge=0, le=100)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=1e6)
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
-    stop: Stops | None = None
-    min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
-    ignore_eos: bool | None = None
     text: TextConfig | None = None
     tools: Objects | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    stream: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
     metadata: Metadata | None = None
-    user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     store: bool | None = None

@@ -73,8 +73,9 @@ class StructuredOutputsField(RequestModel):
     json_object: bool | None = None
 
 
-class SamplingFields(RequestModel):
-    """Defaults are what the model's generation_config.json recommends, else OpenAI's."""
+class TokenChoice(RequestModel):
+    """How tokens are chosen, whichever way they are asked for. Defaults are what the model's generation_config.json
+    recommends, else OpenAI's."""
 
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -83,17 +84,24 @@ class SamplingFields(RequestModel):
     repetition_penalty: float | None = Field(default=None, gt=0, le=1e6)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
+    stop: Stops | None = None
+    min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    user: str | None = None
+
+
+class SamplingFields(TokenChoice):
+    """What completions and chats have in common."""
+
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], SMALL] | None = Field(
         default=None, max_length=MAX_BIASES
     )
-    stop: Stops | None = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=4096)
     include_stop_str_in_output: bool | None = None
-    min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
-    ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_OUTPUTS)
-    seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputsField | None = None
@@ -101,9 +109,7 @@ class SamplingFields(RequestModel):
     guided_regex: str | None = None
     guided_choice: Strings | None = None
     guided_grammar: str | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     return_token_ids: bool | None = None
 

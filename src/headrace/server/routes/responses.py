@@ -22,24 +22,11 @@ from headrace.server.responses.answer import Answer
 from headrace.server.responses.conversation import make_messages
 from headrace.server.responses.output import Event
 from headrace.server.routes.models import check_model
+from headrace.server.sampling import check_stream_options, sampling_params_of
 from headrace.server.strict_json import StrictRoute
 from headrace.server.tool_plans import tool_plan
 
 router = APIRouter(route_class=StrictRoute)
-
-_PASSED_ON = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "stop",
-    "min_tokens",
-    "ignore_eos",
-)
 
 
 @router.post("/v1/responses", responses=answers(streams=True))
@@ -95,14 +82,10 @@ def _params(
     body: ResponsesRequest, context: ServerContext, prompt: EncodedPrompt, form: dict[str, Any] | None
 ) -> SamplingParams:
     """Without a limit an answer may be as long as the model and the cache allow."""
-    if body.stream_options is not None and not body.stream:
-        raise InvalidParameter("stream_options", "stream_options are for streams; set stream to true")
-    given = {name: getattr(body, name) for name in _PASSED_ON if getattr(body, name) is not None}
+    check_stream_options(body.stream, body.stream_options)
     asked = body.max_output_tokens
-    given["max_tokens"] = output_room(context, [prompt], asked, default=None, param="max_output_tokens")
-    if form is not None:
-        given["structured_outputs"] = form
-    return SamplingParams.from_mapping({**context.recommended, **given})
+    max_tokens = output_room(context, [prompt], asked, default=None, param="max_output_tokens")
+    return sampling_params_of(body, context.recommended, {"max_tokens": max_tokens, "structured_outputs": form})
 
 
 async def _events(answer: Answer, streams: list[RequestStream]) -> AsyncGenerator[bytes, None]:
