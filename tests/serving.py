@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import socket
 import threading
 import time
@@ -45,6 +46,16 @@ class RunningServer:
 
     def wait_for(self, condition: Callable[[Engine], bool], timeout_s: float = 20) -> None:
         self.wait_until(lambda: bool(self.ask(condition)), timeout_s)
+
+    def assert_nothing_stays_behind(self) -> None:
+        """Once all requests have ended: neither work nor anything that they held."""
+        self.wait_for(lambda engine: not engine.has_unfinished)
+        self.ask(lambda engine: engine.check_integrity())
+        assert self.serving.engine.num_open == 0
+        admission = self.serving.engine.admission
+        assert admission.num_requests == admission.num_tokens == 0
+        # A client may read its answer's last byte a moment before the server is done with it.
+        self.wait_until(lambda: admission.logprob_bytes == admission.body_bytes == 0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -130,6 +141,13 @@ def running_server(
             server.do(serving.end)
         thread.join(START_S)
         assert not thread.is_alive(), "the server does not end"
+
+
+def demo_with_template(folder: Path, template: str) -> Path:
+    """The demo model with another chat template, in a new folder."""
+    shutil.copytree(demo_model_path(), folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
 
 
 def raw_request(body: dict[str, Any], path: str = "/v1/completions", headers: str = "") -> bytes:

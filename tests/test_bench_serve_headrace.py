@@ -10,16 +10,11 @@ from headrace.bench.serve.lengths import RequestMix
 from headrace.bench.serve.metrics import summarize
 from headrace.cli.main import main
 from headrace.demo_model import demo_model_path
-from tests.serving import running_server
+
+pytest_plugins = ["tests.server_fixtures"]
 
 MIX = "9-30:3-7"
 VOCAB_SIZE = 900
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running_server() as running:
-        yield running
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from headrace.engine.outputs import RequestUpdate
 from headrace.server import http_protocol
 from tests.serving import RunningServer, engine_settings, raw_request, running_server
 
+pytest_plugins = ["tests.server_fixtures"]
+
 LONG = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "temperature": 1.0}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
 
@@ -37,21 +39,10 @@ def server() -> Iterator[RunningServer]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 @pytest.fixture(autouse=True)
 def nothing_stays_behind(server: RunningServer) -> Iterator[None]:
     yield
-    server.wait_for(_is_idle)
-    server.ask(lambda engine: engine.check_integrity())
-    assert server.serving.engine.num_open == 0
-    assert server.serving.engine.admission.num_requests == server.serving.engine.admission.num_tokens == 0
-    server.wait_until(lambda: server.serving.engine.admission.logprob_bytes == 0)
-    server.wait_until(lambda: server.serving.engine.admission.body_bytes == 0)
+    server.assert_nothing_stays_behind()
 
 
 def _is_idle(engine: Engine) -> bool:

@@ -5,14 +5,12 @@ import json
 import re
 import threading
 import urllib.request
-from collections.abc import Iterator
 
 import openai
 import pytest
 from pydantic import ValidationError
 
 from headrace import LLM, SamplingParams
-from headrace.demo_model import demo_model_path
 from headrace.server.encoding import chat_logprobs
 from headrace.server.protocol.base import RequestModel
 from headrace.server.protocol.chat import ChatCompletionRequest
@@ -20,27 +18,11 @@ from headrace.server.protocol.completions import CompletionRequest
 from headrace.server.protocol.embeddings import EmbeddingRequest
 from headrace.server.protocol.responses import ResponsesRequest
 from headrace.server.protocol.text import DetokenizeRequest, TokenizeRequest
-from tests.serving import RunningServer, running_server
+from tests.serving import RunningServer
+
+pytest_plugins = ["tests.server_fixtures"]
 
 QUESTION = [{"role": "user", "content": "What is the largest ocean?"}]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running_server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(demo_model_path(), num_threads=1, dataflow="default") as made:
-        yield made
 
 
 def test_a_chat_is_what_the_engine_answers(client: openai.OpenAI, llm: LLM) -> None:

@@ -9,8 +9,9 @@ import openai
 import pytest
 
 from headrace import LLM, PoolingParams
-from headrace.demo_model import demo_model_path
 from tests.serving import RunningServer, engine_settings, running_server
+
+pytest_plugins = ["tests.server_fixtures"]
 
 TEXTS = ["What is the largest ocean?", "Once upon a time", "x"]
 IDS = [[5, 6, 7], [8], list(range(20, 90))]
@@ -22,25 +23,10 @@ def server() -> Iterator[RunningServer]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(demo_model_path(), num_threads=1, dataflow="default") as made:
-        yield made
-
-
 @pytest.fixture(autouse=True)
 def nothing_stays_behind(server: RunningServer) -> Iterator[None]:
     yield
-    server.wait_for(lambda engine: not engine.has_unfinished)
-    server.ask(lambda engine: engine.check_integrity())
-    assert server.serving.engine.num_open == 0
-    assert server.serving.engine.admission.num_requests == server.serving.engine.admission.num_tokens == 0
+    server.assert_nothing_stays_behind()
 
 
 def as_prompt(given):

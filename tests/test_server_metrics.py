@@ -27,6 +27,8 @@ from headrace.server.stats import build_stats
 from tests.http_get import get
 from tests.serving import RunningServer, engine_settings, running_server
 
+pytest_plugins = ["tests.server_fixtures"]
+
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "metrics.md"
@@ -38,12 +40,6 @@ Samples = dict[tuple[str, ...], float]
 def server() -> Iterator[RunningServer]:
     with running_server(engine_settings(parallel={"tensor_parallel_size": 2})) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def client(server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def scrape(server: RunningServer) -> Samples:

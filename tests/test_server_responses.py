@@ -1,6 +1,5 @@
 """`/v1/responses` through the official client, beside the engine itself and with its own reader of events."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from headrace import LLM, SamplingParams
-from headrace.demo_model import demo_model_path
 from headrace.engine.outputs import CompletionChunk, CompletionOutput
 from headrace.server.encoding import usage_object
 from headrace.server.errors import InvalidParameter, ServerError
@@ -20,7 +18,9 @@ from headrace.server.protocol.responses import ResponsesRequest
 from headrace.server.responses.answer import Answer
 from headrace.server.responses.conversation import make_messages
 from headrace.server.tools import FORMATS, FunctionTool, ToolPlan
-from tests.serving import RunningServer, engine_settings, running_server
+from tests.serving import RunningServer, demo_with_template, engine_settings, running_server
+
+pytest_plugins = ["tests.server_fixtures"]
 
 QUESTION = "What is the largest ocean?"
 TEMPLATE = """
@@ -43,22 +43,13 @@ WEATHER = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model, told of tools."""
-    made = tmp_path_factory.mktemp("models") / "demo"
-    shutil.copytree(demo_model_path(), made)
-    (made / "chat_template.jinja").write_text(TEMPLATE)
-    return made
+    return demo_with_template(tmp_path_factory.mktemp("models") / "demo", TEMPLATE)
 
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[RunningServer]:
     with running_server(engine_settings(folder)) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

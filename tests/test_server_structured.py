@@ -3,13 +3,12 @@
 import json
 import re
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
-from tests.serving import RunningServer, running_server
+pytest_plugins = ["tests.server_fixtures"]
 
 SCHEMA = {
     "type": "object",
@@ -23,18 +22,6 @@ SCHEMA = {
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
 QUESTION = [{"role": "user", "content": "Who?"}]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running_server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def _chat(client: openai.OpenAI, **settings: Any) -> Any:

@@ -1,7 +1,6 @@
 """Tools of chats and responses through the official client: a small model that is made to call."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from headrace.demo_model import demo_model_path
-from tests.serving import engine_settings, running_server
+from tests.serving import demo_with_template, engine_settings, running_server
 
 TEMPLATE = """
 {%- for tool in tools or [] %}{{- '<|system|>' + tool.function.name + '<|end|>' }}{%- endfor %}
@@ -38,10 +36,7 @@ SETTINGS: dict[str, Any] = {"model": "demo", "messages": MESSAGES, "tools": TOOL
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model, told of tools."""
-    made = tmp_path_factory.mktemp("models") / "demo"
-    shutil.copytree(demo_model_path(), made)
-    (made / "chat_template.jinja").write_text(TEMPLATE)
-    return made
+    return demo_with_template(tmp_path_factory.mktemp("models") / "demo", TEMPLATE)
 
 
 @pytest.fixture(scope="module", params=["hermes", "llama3", "qwen"])
