@@ -191,6 +191,13 @@ def test_a_wrong_field_is_named(client: openai.OpenAI, settings: dict[str, Any],
     assert named.split(".")[-1] in refused.value.message
 
 
+def test_a_form_that_cannot_be_compiled_is_named(client: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "name": "a", "schema": {"type": "object", "uniqueItems": True, "not": {}}}
+    with pytest.raises(openai.BadRequestError, match="cannot be compiled") as refused:
+        client.responses.create(model="demo", input=QUESTION, text={"format": form})
+    assert refused.value.param == "text.format"
+
+
 def test_defaults_that_ask_for_nothing_are_served(client: openai.OpenAI) -> None:
     response = client.responses.create(
         model="demo",

@@ -113,17 +113,15 @@ def test_every_way_to_ask_for_a_choice_gives_one(client: openai.OpenAI, extra: d
     [
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "json_object"}, "extra_body": {"guided_regex": "a"}}, "guided_regex"),
-        ({"extra_body": {"guided_regex": "("}}, None),
-        ({"extra_body": {"guided_grammar": "nonsense"}}, None),
-        ({"extra_body": {"guided_json": {"type": "no such type"}}}, None),
-        ({"extra_body": {"guided_json": {"$ref": "http://example.com/schema"}}}, None),
+        ({"extra_body": {"guided_regex": "("}}, "guided_regex"),
+        ({"extra_body": {"guided_grammar": "nonsense"}}, "guided_grammar"),
+        ({"extra_body": {"guided_json": {"type": "no such type"}}}, "guided_json"),
+        ({"extra_body": {"guided_json": {"$ref": "http://example.com/schema"}}}, "guided_json"),
         ({"extra_body": {"guided_choice": []}}, "guided_choice"),
     ],
     ids=json.dumps,
 )
-def test_a_form_that_cannot_be_followed_is_refused(
-    client: openai.OpenAI, settings: dict[str, Any], param: str | None
-) -> None:
+def test_a_form_that_cannot_be_followed_is_refused(client: openai.OpenAI, settings: dict[str, Any], param: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         _chat(client, **settings)
     assert refused.value.param == param

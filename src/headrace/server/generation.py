@@ -14,6 +14,7 @@ from starlette.responses import Response
 from headrace.config import PoolingParams, SamplingParams
 from headrace.engine.grammar import Grammar
 from headrace.engine.outputs import CompletionOutput, RequestOutput, RequestUpdate
+from headrace.errors import RequestError
 from headrace.server.context import ServerContext
 from headrace.server.errors import ServerError
 from headrace.server.holdings import holdings_of
@@ -28,8 +29,12 @@ async def submit_all(
     request_id: str,
     prompts: Sequence[EncodedPrompt],
     params: SamplingParams | PoolingParams,
+    *,
+    form_field: str | None = None,
 ) -> list[RequestStream]:
     """One stream for each prompt. The form that outputs must have is compiled before anything is accepted.
+
+    form_field: of the request, that asks for the form.
 
     Raises:
         RequestError: one of them can never run.
@@ -37,7 +42,7 @@ async def submit_all(
         Unavailable: no engine.
     """
     engine = context.engine
-    grammar = await _compile(context, params)
+    grammar = await _compile(context, params, form_field)
     for prompt in prompts:
         engine.check(prompt.token_ids, params)
     num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
@@ -49,12 +54,18 @@ async def submit_all(
     return [engine.submit(request_id, prompt.token_ids, params, prompt.text, grammar) for prompt in prompts]
 
 
-async def _compile(context: ServerContext, params: SamplingParams | PoolingParams) -> Grammar | None:
+async def _compile(
+    context: ServerContext, params: SamplingParams | PoolingParams, form_field: str | None
+) -> Grammar | None:
     """On a thread of its own: within its limits a form may take a second or two."""
     if isinstance(params, PoolingParams) or params.structured_outputs is None:
         return None
     compiler = context.engine.engine.grammar_compiler
-    return await context.grammar_threads.run(partial(compiler.compile, params.structured_outputs))
+    try:
+        return await context.grammar_threads.run(partial(compiler.compile, params.structured_outputs))
+    except RequestError as error:
+        error.param = form_field
+        raise
 
 
 async def finish_all(streams: Sequence[RequestStream]) -> list[RequestOutput]:

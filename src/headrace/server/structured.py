@@ -31,6 +31,11 @@ def structured_outputs_of(request: SamplingFields) -> StructuredOutputs | None:
     return None
 
 
+def form_field_of(request: SamplingFields) -> str | None:
+    """The field that prescribes a form, if one does; of a request that `structured_outputs_of` takes."""
+    return next((name for name, form in _forms(request).items() if form is not None), None)
+
+
 def _forms(request: SamplingFields) -> dict[str, dict[str, Any] | None]:
     own = request.structured_outputs
     return {

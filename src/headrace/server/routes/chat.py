@@ -21,7 +21,7 @@ from headrace.server.request_stream import RequestStream
 from headrace.server.routes.models import check_model
 from headrace.server.sampling import make_sampling_params
 from headrace.server.strict_json import StrictRoute
-from headrace.server.structured import structured_outputs_of
+from headrace.server.structured import form_field_of, structured_outputs_of
 from headrace.server.tool_plans import tool_plan
 from headrace.server.tools import ToolPlan, finish_reason, prepare_messages
 from headrace.server.usage import Usage, UsageOptions
@@ -46,7 +46,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     )
     params = plan.apply(_params(body, context, prompt))
     answer = _ChatCompletion(body, context, request_id_of(request), params, plan)
-    streams = await submit_all(request, context, answer.id, [prompt], params)
+    streams = await submit_all(request, context, answer.id, [prompt], params, form_field=form_field_of(body) or "tools")
     if body.stream:
         return EventStream(answer.events(streams), streams, slow_reader_s=context.config.slow_reader_s)
     [output] = await finish_for(request.receive, streams, finish_all(streams))

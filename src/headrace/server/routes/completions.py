@@ -27,6 +27,7 @@ from headrace.server.request_stream import RequestStream
 from headrace.server.routes.models import check_model
 from headrace.server.sampling import make_sampling_params
 from headrace.server.strict_json import StrictRoute
+from headrace.server.structured import form_field_of
 from headrace.server.usage import Usage, UsageOptions
 
 router = APIRouter(route_class=StrictRoute)
@@ -47,7 +48,7 @@ async def create_completion(body: CompletionRequest, request: Request, context: 
     )
     params = _params(body, context, prompts)
     answer = _Completion(body, context, request_id_of(request), prompts, params)
-    streams = await submit_all(request, context, answer.id, prompts, params)
+    streams = await submit_all(request, context, answer.id, prompts, params, form_field=form_field_of(body))
     if body.stream:
         return EventStream(answer.events(streams), streams, slow_reader_s=context.config.slow_reader_s)
     outputs = await finish_for(request.receive, streams, finish_all(streams))

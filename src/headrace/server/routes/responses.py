@@ -47,7 +47,10 @@ async def create_response(body: ResponsesRequest, request: Request, context: Con
     prompt = await encode_chat(context, messages, tools=plan.template_tools)
     params = plan.apply(_params(body, context, prompt, form))
     answer = Answer(body, f"resp_{request_id_of(request)}", context.model_name, params, plan)
-    streams = await submit_all(request, context, f"resp-{request_id_of(request)}", [prompt], params)
+    form_field = "tools" if form is None else "text.format"
+    streams = await submit_all(
+        request, context, f"resp-{request_id_of(request)}", [prompt], params, form_field=form_field
+    )
     if body.stream:
         return EventStream(_events(answer, streams), streams, slow_reader_s=context.config.slow_reader_s)
     [output] = await finish_for(request.receive, streams, finish_all(streams))
