@@ -155,7 +155,8 @@ BAD_CALLS: dict[str, tuple[list[str], str]] = {
     "missing_folder": (["generate", "Hi", "--model", "./no/such/folder"], "does not exist"),
     "empty_prompt": (["generate", ""], "empty"),
     "prompt_beyond_the_context": (["generate", "--raw", "word " * 3000], "max_model_len"),
-    "budget_too_small": (["generate", "Hi", "--kv-cache-bytes", "10kB"], "too few for one sequence"),
+    "budget_too_small": (["generate", "Hi", "--kv-cache-bytes", "100kB"], "or set --max-model-len to at most 48"),
+    "transport_of_one_rank": (["generate", "Hi", "--transport", "mpi"], "transport is 'mpi', but one rank"),
     "context_too_long": (["generate", "Hi", "--max-model-len", "4096"], "positions reach 1024"),
     "negative_temperature": (["generate", "Hi", "--temperature", "-1"], "temperature"),
     "top_p_beyond_one": (["generate", "Hi", "--top-p", "1.5"], "top_p"),
@@ -197,6 +198,11 @@ def test_bad_call(
     argv, message = BAD_CALLS[name]
     assert message in error_line(capsys, *argv)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_without_room_for_anything_is_told_what_is_needed_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_line(capsys, "generate", "Hi", "--kv-cache-bytes", "1")
+    assert line.endswith("too few for one sequence of max_model_len 1024; give it 2097152 bytes (--kv-cache-bytes)")
 
 
 def test_prompt_file_that_is_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,8 +98,9 @@ def _was_asked_for(config: EngineConfig) -> bool:
 
 def _too_small(max_model_len: int, num_blocks: int, block_size: int, block_bytes: int) -> str:
     needed = num_blocks_for(max_model_len, block_size)
+    shorter = f" or set --max-model-len to at most {num_blocks * block_size}" if num_blocks else ""
     return (
         f"the KV cache has room for {num_blocks * block_size} tokens ({num_blocks} blocks of {block_bytes} bytes), "
         f"too few for one sequence of max_model_len {max_model_len}; give it {needed * block_bytes} bytes "
-        f"(--kv-cache-bytes) or set --max-model-len to at most {num_blocks * block_size}"
+        f"(--kv-cache-bytes){shorter}"
     )

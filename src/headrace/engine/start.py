@@ -51,6 +51,11 @@ def resolve_transport(config: EngineConfig, facts: GpuFacts | None = None) -> En
     """
     parallel, launched = config.parallel, launched_from()
     if parallel.world_size == 1:
+        if parallel.transport is not Transport.AUTO:
+            raise ParallelismError(
+                f"transport is '{parallel.transport.value}', but one rank has nobody to exchange anything with; leave "
+                "the transport to auto, or ask for more ranks (--tp, --pp)"
+            )
         return config
     device = _resolve_device(config, launched, facts)
     if parallel.transport is Transport.AUTO:
