@@ -38,7 +38,12 @@ Samples = dict[tuple[str, ...], float]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
-    with running_server(engine_settings(parallel={"tensor_parallel_size": 2})) as running:
+    """Its engine is asked as often as anybody looks."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        running_server(engine_settings(parallel={"tensor_parallel_size": 2})) as running,
+    ):
+        patch.setattr(engine_watch, "_MIN_INTERVAL_S", 0.0)
         yield running
 
 
@@ -53,11 +58,19 @@ def scrape(server: RunningServer) -> Samples:
 
 
 def eventually(look: Callable[[], object], expected: object) -> None:
-    """The engine is asked once a second at most."""
+    """What has ended is counted a moment later."""
     deadline_s = time.monotonic() + 20
     while (found := look()) != expected and time.monotonic() < deadline_s:
         time.sleep(0.1)
     assert found == expected
+
+
+def eventually_grown(server: RunningServer, before: Samples, expected: Samples) -> None:
+    def look() -> Samples:
+        now = scrape(server)
+        return {name: now[name] - before.get(name, 0) for name in expected}
+
+    eventually(look, expected)
 
 
 def test_counters_and_histograms_are_those_of_known_requests(server, client):
@@ -95,17 +108,25 @@ def test_counters_and_histograms_are_those_of_known_requests(server, client):
         ("headrace:http_requests_total", "GET", "none", "404"): 1,
     }
 
-    def look() -> Samples:
-        now = scrape(server)
-        return {name: now[name] - before.get(name, 0) for name in expected}
-
-    eventually(look, expected)
+    eventually_grown(server, before, expected)
     now = scrape(server)
     assert now["vllm:num_requests_running",] == now["vllm:num_requests_waiting",] == 0
     assert now["headrace:up",] == 1
     assert now["headrace:kv_cache_blocks",] == 512
+    assert now["vllm:cache_config_info", "16", "auto", "True", "512"] == 1
+    assert now["vllm:iteration_tokens_total_count",] == now["headrace:steps_total",]
     spans_s = [now[f"vllm:request_{part}_time_seconds_sum",] for part in ("queue", "prefill", "decode")]
     assert now["vllm:e2e_request_latency_seconds_sum",] == pytest.approx(sum(spans_s))
+
+
+def test_steps_are_sorted_by_their_tokens(server, client):
+    """Three of a prompt, then one at a time."""
+    before = scrape(server)
+    client.completions.create(model="demo", prompt=[5, 6, 7], max_tokens=4, extra_body={"ignore_eos": True})
+    buckets = {
+        ("vllm:iteration_tokens_total_bucket", le): number for le, number in (("1.0", 3), ("8.0", 4), ("+Inf", 4))
+    }
+    eventually_grown(server, before, {**buckets, ("vllm:iteration_tokens_total_sum",): 3 + 3})
 
 
 def test_predicted_bytes_stand_beside_those_counted(server, client):
@@ -206,7 +227,9 @@ class FakeEngine:
 
 
 class TestWatch:
-    def test_an_engine_is_asked_once_however_many_look(self):
+    def test_an_engine_is_asked_once_however_many_look(self, monkeypatch):
+        monkeypatch.setattr(engine_watch, "_MIN_INTERVAL_S", 20.0)
+
         async def look() -> None:
             engine = FakeEngine()
             engine.may_answer.set()

@@ -193,7 +193,7 @@ def test_a_wrong_field_is_named(client: openai.OpenAI, settings: dict[str, Any],
 
 def test_a_form_that_cannot_be_compiled_is_named(client: openai.OpenAI) -> None:
     form = {"type": "json_schema", "name": "a", "schema": {"type": "object", "uniqueItems": True, "not": {}}}
-    with pytest.raises(openai.BadRequestError, match="cannot be compiled") as refused:
+    with pytest.raises(openai.BadRequestError, match="cannot be enforced") as refused:
         client.responses.create(model="demo", input=QUESTION, text={"format": form})
     assert refused.value.param == "text.format"
 

@@ -3,6 +3,7 @@
 import logging
 import secrets
 import time
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from headrace.config import PoolingParams, SamplingParams
 from headrace.engine.grammar import Grammar, GrammarCompiler
 from headrace.engine.guides import Guides
 from headrace.engine.load import LoadedModel
-from headrace.engine.metrics import EngineMetrics, EngineStatistics
+from headrace.engine.metrics import STEP_TOKENS, EngineMetrics, EngineStatistics
 from headrace.engine.outputs import CompletionChunk, RequestUpdate
 from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.prompt_pace import PromptPace
@@ -53,7 +54,8 @@ class Engine:
         """May be called from other threads, before `add_request` is."""
         self._guides = Guides(self.grammar_compiler)
         self._sequence_ids = count()
-        self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = self._num_finished = 0
+        self._num_steps_by_tokens = [0] * (len(STEP_TOKENS) + 1)
+        self._num_prefill_tokens = self._num_decode_tokens = self._num_finished = 0
         self._num_prompt_tokens = self._num_generation_tokens = 0
         self._finish_reasons: Counter[str] = Counter()
         self._prefix_query_tokens = self._prefix_hit_tokens = self._num_preemptions = 0
@@ -193,7 +195,8 @@ class Engine:
             busy_s=self._busy_s,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
-            num_steps=self._num_steps,
+            num_steps=sum(self._num_steps_by_tokens),
+            num_steps_by_tokens=tuple(self._num_steps_by_tokens),
             num_prompt_tokens=self._num_prompt_tokens,
             num_generation_tokens=self._num_generation_tokens,
             num_prefill_tokens=self._num_prefill_tokens,
@@ -222,6 +225,7 @@ class Engine:
             exchange_s = self.model.executor.exchange_s()
         return EngineStatistics(
             metrics=self.metrics(),
+            cache=self.model.plan.cache,
             exchange_s=exchange_s,
             exchanges=exchange_totals(ranks),
             num_softmax_rows=sum(rank.num_softmax_rows for rank in ranks),
@@ -365,7 +369,9 @@ class Engine:
             self._prefix_hit_tokens += sequence.num_cached_tokens
 
     def _count(self, plan: StepPlan) -> None:
-        self._num_steps += bool(plan.chunks)
+        if plan.chunks:
+            num_tokens = plan.num_prefill_tokens + plan.num_decode_tokens
+            self._num_steps_by_tokens[bisect_left(STEP_TOKENS, num_tokens)] += 1
         self._num_decode_tokens += plan.num_decode_tokens
         self._num_prefill_tokens += plan.num_tokens - plan.num_decode_tokens
 

@@ -3,7 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from headrace.config import CacheConfig
 from headrace.engine.rank_statistics import ExchangeTotals
+
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""By which steps are sorted, as vLLM sorts them."""
 
 
 @dataclass(kw_only=True)
@@ -61,6 +65,8 @@ class EngineMetrics:
     num_prefill_tokens, num_decode_tokens: computed, those of a second time after a preemption included.
     num_prompt_tokens: of requests that have begun to run, those found in the cache included, and for n outputs once;
         num_generation_tokens: sampled.
+    num_steps_by_tokens: one more than STEP_TOKENS: steps of at most so many tokens and of more than the one before; the
+        last one is of steps that have more than any.
     num_finished_outputs: by finish reason, n for a request of n outputs.
     """
 
@@ -69,6 +75,7 @@ class EngineMetrics:
     num_running: int
     num_waiting: int
     num_steps: int
+    num_steps_by_tokens: tuple[int, ...]
     num_prompt_tokens: int
     num_generation_tokens: int
     num_prefill_tokens: int
@@ -96,11 +103,13 @@ class EngineMetrics:
 class EngineStatistics:
     """A snapshot of what all ranks have counted.
 
+    cache: its settings.
     exchange_s: of metrics.busy_s, what rank 0 spent in exchanges with other ranks, waiting for them included.
     exchanges, num_softmax_rows, num_recomputed_rows: of all ranks since they were loaded, see `RankStatistics`.
     """
 
     metrics: EngineMetrics
+    cache: CacheConfig
     exchange_s: float
     exchanges: tuple[ExchangeTotals, ...]
     num_softmax_rows: int

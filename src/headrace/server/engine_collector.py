@@ -1,11 +1,18 @@
 """The engine's statistics as Prometheus metrics: vLLM's names where it has one, headrace's where it has none."""
 
 from collections.abc import Iterator
+from itertools import accumulate
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
-from headrace.engine.metrics import EngineStatistics
+from headrace.engine.metrics import STEP_TOKENS, EngineMetrics, EngineStatistics
 from headrace.server.engine_watch import EngineWatch
 
 _COMMUNICATION = ("group", "operation", "phase", "source")
@@ -25,10 +32,23 @@ class EngineCollector(Collector):
         statistics = self._watch.latest
         if statistics is None:
             return
+        yield self._cache(statistics)
         yield from self._gauges(statistics)
         yield from self._counters(statistics)
+        yield self._step_tokens(statistics.metrics)
         yield self._times(statistics)
         yield from self._communication(statistics)
+
+    def _cache(self, statistics: EngineStatistics) -> Metric:
+        """vLLM counts the blocks of any device as a GPU's."""
+        cache = statistics.cache
+        facts = {
+            "block_size": str(cache.block_size),
+            "cache_dtype": cache.kv_cache_dtype.value,
+            "enable_prefix_caching": str(cache.enable_prefix_caching),
+            "num_gpu_blocks": str(statistics.metrics.num_blocks),
+        }
+        return InfoMetricFamily("vllm:cache_config", "The cache's settings.", {"model_name": self._model_name, **facts})
 
     def _gauges(self, statistics: EngineStatistics) -> Iterator[Metric]:
         metrics = statistics.metrics
@@ -68,6 +88,15 @@ class EngineCollector(Collector):
             "Rows of the asynchronized softmax that were out of range and computed again, all ranks.",
             statistics.num_recomputed_rows,
         )
+
+    def _step_tokens(self, metrics: EngineMetrics) -> Metric:
+        family = HistogramMetricFamily(
+            "vllm:iteration_tokens_total", "Tokens computed in one step of the engine.", labels=("model_name",)
+        )
+        bounds = (*(str(float(bound)) for bound in STEP_TOKENS), "+Inf")
+        buckets = list(zip(bounds, accumulate(metrics.num_steps_by_tokens), strict=True))
+        family.add_metric((self._model_name,), buckets, metrics.num_prefill_tokens + metrics.num_decode_tokens)
+        return family
 
     def _times(self, statistics: EngineStatistics) -> Metric:
         times = self._family(
