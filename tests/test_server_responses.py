@@ -106,6 +106,37 @@ def test_an_answer_goes_back_as_input(client: openai.OpenAI) -> None:
     assert second.top_p == 0.5
 
 
+def likely(entries: Any) -> list[tuple[str, float, list[tuple[str, float]]]]:
+    """Of each token: its text, its log probability, and those of the most likely ones."""
+    return [(e.token, e.logprob, [(top.token, top.logprob) for top in e.top_logprobs]) for e in entries]
+
+
+@pytest.mark.parametrize("num_top", [0, 2])
+def test_log_probabilities_of_a_text_are_the_engine_s(client: openai.OpenAI, llm: LLM, num_top: int) -> None:
+    settings = {"model": "demo", "input": QUESTION, "temperature": 0, "include": ["message.output_text.logprobs"]}
+    expected = answer_of(llm, [{"role": "user", "content": QUESTION}], logprobs=num_top).outputs[0]
+    by_rank = [sorted(entries.values(), key=lambda e: e.rank)[:num_top] for entries in expected.logprobs]
+    values = [
+        (
+            entries[token_id].decoded_token,
+            pytest.approx(entries[token_id].logprob, abs=1e-5),
+            [(e.decoded_token, pytest.approx(e.logprob, abs=1e-5)) for e in top],
+        )
+        for token_id, entries, top in zip(expected.token_ids, expected.logprobs, by_rank, strict=True)
+    ]
+    whole = client.responses.create(**settings, top_logprobs=num_top)
+    assert likely(whole.output[0].content[0].logprobs) == values
+    assert whole.top_logprobs == num_top
+    events = list(client.responses.create(**settings, top_logprobs=num_top, stream=True))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    told = [entry for event in deltas for entry in likely(event.logprobs)]
+    # The last token, which ends the text, has none.
+    assert told == values[: len(told)]
+    assert len(told) >= len(values) - 1
+    [done] = [event for event in events if event.type == "response.output_text.done"]
+    assert likely(done.logprobs) == likely(events[-1].response.output[0].content[0].logprobs) == values
+
+
 def test_a_stream_tells_of_everything_in_order(client: openai.OpenAI) -> None:
     whole = client.responses.create(model="demo", input=QUESTION, temperature=0)
     events = list(client.responses.create(model="demo", input=QUESTION, temperature=0, stream=True))
@@ -164,7 +195,10 @@ def test_a_seed_fixes_a_response(client: openai.OpenAI) -> None:
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
         ({"reasoning": {"effort": "low"}}, "reasoning"),
-        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"include": ["reasoning.encrypted_content"]}, "include"),
+        ({"include": ["message.output_text.logprobs"], "tools": [WEATHER]}, "include"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"include": ["message.output_text.logprobs"], "top_logprobs": 21}, "top_logprobs"),
         ({"truncation": "auto"}, "truncation"),
         ({"text": {"verbosity": "low"}}, "text"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),

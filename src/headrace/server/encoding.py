@@ -58,10 +58,13 @@ def usage_of(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
 
 def chat_logprobs(chunk: CompletionChunk | CompletionOutput, num_top: int) -> dict[str, Any] | None:
     """Chat's shape, with the num_top most likely tokens of each place; None where none were asked for."""
-    if chunk.logprobs is None:
-        return None
-    pairs = zip(chunk.token_ids, chunk.logprobs, strict=True)
-    return {"content": [_chat_entry(token_id, entries, num_top) for token_id, entries in pairs], "refusal": None}
+    return None if chunk.logprobs is None else {"content": token_logprobs(chunk, num_top), "refusal": None}
+
+
+def token_logprobs(chunk: CompletionChunk | CompletionOutput, num_top: int) -> list[dict[str, Any]]:
+    """One entry for each token, as chats and responses have them; none where none were asked for."""
+    pairs = zip(chunk.token_ids, chunk.logprobs, strict=True) if chunk.logprobs is not None else ()
+    return [_chat_entry(token_id, entries, num_top) for token_id, entries in pairs]
 
 
 def _chat_entry(token_id: int, entries: TokenLogprobs, num_top: int) -> dict[str, Any]:

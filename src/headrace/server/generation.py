@@ -84,13 +84,17 @@ async def finish_all(streams: Sequence[RequestStream]) -> list[RequestOutput]:
 async def json_answer(
     context: ServerContext, params: SamplingParams, describe: Callable[[], dict[str, Any]]
 ) -> Response:
-    """What a whole answer is described as. With log probabilities it may have millions of entries: it is made where the
-    loop does not wait for it."""
-    if params.logprobs is None and params.prompt_logprobs is None:
-        content = to_json(describe())
-    else:
-        content = await context.text_threads.run(lambda: to_json(describe()))
+    """What a whole answer is described as."""
+    content = await encoded(context, params, lambda: to_json(describe()))
     return Response(content, media_type="application/json")
+
+
+async def encoded(context: ServerContext, params: SamplingParams, encode: Callable[[], bytes]) -> bytes:
+    """A whole answer. With log probabilities it may have millions of entries: it is made where the loop does not wait
+    for it."""
+    if params.logprobs is None and params.prompt_logprobs is None:
+        return encode()
+    return await context.text_threads.run(encode)
 
 
 def check_completion(completion: CompletionOutput) -> None:

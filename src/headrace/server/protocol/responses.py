@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from headrace.config.sampling import MAX_LOGPROBS
 from headrace.server.protocol.base import RequestModel
-from headrace.server.protocol.sampling import Metadata, Objects, TokenChoice
+from headrace.server.protocol.sampling import FAIL_FAST, Metadata, Objects, TokenChoice
 
 MAX_ITEMS = 4096
 
@@ -50,6 +51,8 @@ class ResponsesRequest(TokenChoice):
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]], FAIL_FAST] | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     metadata: Metadata | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -62,7 +65,6 @@ class ResponsesRequest(TokenChoice):
             "background": (False,),
             "context_management": ([],),
             "conversation": (),
-            "include": ([],),
             "max_tool_calls": (),
             "moderation": (),
             "prompt": (),
@@ -70,6 +72,5 @@ class ResponsesRequest(TokenChoice):
             "prompt_cache_retention": ("in_memory",),
             "reasoning": ({},),
             "service_tier": ("auto", "default"),
-            "top_logprobs": (0,),
             "truncation": ("disabled",),
         }

@@ -7,6 +7,7 @@ from typing import Any
 from headrace.config import SamplingParams
 from headrace.engine.outputs import CompletionChunk, CompletionOutput
 from headrace.errors import HeadraceError
+from headrace.server.encoding import token_logprobs
 from headrace.server.protocol.responses import ResponsesRequest
 from headrace.server.responses.output import COMPLETED, IN_PROGRESS, INCOMPLETE, Event, OutputItems, exhaust
 from headrace.server.tools import ToolDelta, ToolPlan
@@ -20,6 +21,7 @@ class Answer:
     ) -> None:
         self._items = OutputItems()
         self._parser = plan.make_parser()
+        self._num_top = params.logprobs or 0
         self._sequence_number = 0
         self._state: dict[str, Any] = {"status": IN_PROGRESS, "error": None, "incomplete_details": None, "usage": None}
         self._head = {
@@ -39,7 +41,7 @@ class Answer:
             yield self._number({"type": kind, "response": {**self.response(), "output": []}})
 
     def add(self, chunk: CompletionChunk) -> Iterator[Event]:
-        yield from map(self._number, self._items.add(self._parse(chunk.text)))
+        yield from map(self._number, self._items.add(self._parse(chunk.text), token_logprobs(chunk, self._num_top)))
 
     def finish(self, completion: CompletionOutput, usage: Mapping[str, Any]) -> Iterator[Event]:
         """Everything has been added."""
@@ -62,7 +64,7 @@ class Answer:
 
     def whole(self, completion: CompletionOutput, usage: Mapping[str, Any]) -> dict[str, Any]:
         """The response to a request that is not streamed."""
-        exhaust(self._items.add(self._parse(completion.text)))
+        exhaust(self._items.add(self._parse(completion.text), token_logprobs(completion, self._num_top)))
         exhaust(self.finish(completion, usage))
         return self.response()
 
@@ -93,7 +95,7 @@ def _settings(request: ResponsesRequest, params: SamplingParams) -> dict[str, An
         "text": {"format": _shown(text_format.model_dump(by_alias=True)) if text_format else {"type": "text"}},
         "tool_choice": request.tool_choice or "auto",
         "tools": [{"strict": False, "parameters": None, **_shown(tool)} for tool in request.tools or ()],
-        "top_logprobs": 0,
+        "top_logprobs": params.logprobs or 0,
         "top_p": params.top_p,
         "truncation": "disabled",
         "user": request.user,

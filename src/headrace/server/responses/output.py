@@ -12,14 +12,19 @@ COMPLETED, INCOMPLETE, IN_PROGRESS = "completed", "incomplete", "in_progress"
 
 
 class OutputItems:
-    """Owns the items. At most the last one is open; every change gives its events, without their numbers."""
+    """Owns the items. At most the last one is open; every change gives its events, without their numbers.
+
+    Log probabilities are those of one message: of whatever else an answer may have, nobody can ask for them.
+    """
 
     def __init__(self) -> None:
         self.items: list[dict[str, Any]] = []
         self._is_open = False
-        self._call_index: int | None = None
+        self._new_logprobs: list[dict[str, Any]] = []
+        """Of tokens whose text was not shown yet."""
 
-    def add(self, delta: ToolDelta) -> Iterator[Event]:
+    def add(self, delta: ToolDelta, logprobs: Iterable[dict[str, Any]] = ()) -> Iterator[Event]:
+        self._new_logprobs += logprobs
         for part in delta.parts:
             yield from self._add_text(part) if isinstance(part, str) else self._add_call(part)
 
@@ -35,7 +40,7 @@ class OutputItems:
             yield from self._close(COMPLETED)
             yield from self._open_message()
         self._part["text"] += text
-        yield self._of_part("response.output_text.delta", delta=text, logprobs=[])
+        yield self._of_part("response.output_text.delta", delta=text, logprobs=self._take_logprobs())
 
     def _add_call(self, piece: ToolCallDelta) -> Iterator[Event]:
         if piece.id is not None:
@@ -51,7 +56,13 @@ class OutputItems:
         yield from self._open({**message, "content": []})
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         self._last["content"].append(part)
-        yield self._of_part("response.content_part.added", part=dict(part))
+        yield self._of_part("response.content_part.added", part={**part, "logprobs": []})
+
+    def _take_logprobs(self) -> list[dict[str, Any]]:
+        """Those that are new, which the message has from now on."""
+        taken, self._new_logprobs = self._new_logprobs, []
+        self._part["logprobs"] += taken
+        return taken
 
     def _open(self, item: dict[str, Any]) -> Iterator[Event]:
         self.items.append(item)
@@ -62,8 +73,9 @@ class OutputItems:
         if not self._is_open:
             return
         if self._last["type"] == "message":
-            text = self._part["text"]
-            yield self._of_part("response.output_text.done", text=text, logprobs=[])
+            self._take_logprobs()
+            text, logprobs = self._part["text"], self._part["logprobs"]
+            yield self._of_part("response.output_text.done", text=text, logprobs=logprobs)
             yield self._of_part("response.content_part.done", part=dict(self._part))
         else:
             done = {"name": self._last["name"], "arguments": self._last["arguments"]}

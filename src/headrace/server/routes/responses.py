@@ -2,10 +2,10 @@
 
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from starlette.responses import JSONResponse
 
 from headrace.config import SamplingParams
 from headrace.errors import HeadraceError
@@ -13,7 +13,7 @@ from headrace.server.clients import EventStream, finish_for
 from headrace.server.context import Context, ServerContext, request_id_of
 from headrace.server.encoding import event, usage_of
 from headrace.server.errors import ClientLeft, InvalidParameter
-from headrace.server.generation import finish_all, submit_all, updates_of
+from headrace.server.generation import encoded, finish_all, json_answer, submit_all, updates_of
 from headrace.server.openapi import answers
 from headrace.server.prompts import EncodedPrompt, encode_chat, output_room
 from headrace.server.protocol.responses import ResponsesRequest
@@ -43,6 +43,12 @@ async def create_response(body: ResponsesRequest, request: Request, context: Con
         has_output_form=form is not None,
         is_flat=True,
     )
+    if body.include and plan.format is not None:
+        raise InvalidParameter(
+            "include",
+            "include: log probabilities are those of a text, and with tools an answer may be none; leave out one of "
+            "them, or set tool_choice to 'none'",
+        )
     messages = make_messages(body.input, body.instructions)
     prompt = await encode_chat(context, messages, tools=plan.template_tools)
     params = plan.apply(_params(body, context, prompt, form))
@@ -52,9 +58,11 @@ async def create_response(body: ResponsesRequest, request: Request, context: Con
         request, context, f"resp-{request_id_of(request)}", [prompt], params, form_field=form_field
     )
     if body.stream:
-        return EventStream(_events(answer, streams), streams, slow_reader_s=context.config.slow_reader_s)
+        return EventStream(
+            _events(context, params, answer, streams), streams, slow_reader_s=context.config.slow_reader_s
+        )
     [output] = await finish_for(request.receive, streams, finish_all(streams))
-    return JSONResponse(answer.whole(output.outputs[0], usage_of([output])))
+    return await json_answer(context, params, lambda: answer.whole(output.outputs[0], usage_of([output])))
 
 
 def _check_nothing_is_stored(body: ResponsesRequest) -> None:
@@ -87,11 +95,28 @@ def _params(
     """Without a limit an answer may be as long as the model and the cache allow."""
     check_stream_options(body.stream, body.stream_options)
     asked = body.max_output_tokens
-    max_tokens = output_room(context, [prompt], asked, default=None, param="max_output_tokens")
-    return sampling_params_of(body, context.recommended, {"max_tokens": max_tokens, "structured_outputs": form})
+    settled = {
+        "max_tokens": output_room(context, [prompt], asked, default=None, param="max_output_tokens"),
+        "logprobs": _num_logprobs(body),
+        "structured_outputs": form,
+    }
+    return sampling_params_of(body, context.recommended, settled)
 
 
-async def _events(answer: Answer, streams: list[RequestStream]) -> AsyncGenerator[bytes, None]:
+def _num_logprobs(body: ResponsesRequest) -> int | None:
+    """How many likely tokens are shown beside each; None shows no log probabilities at all."""
+    if body.include:
+        return body.top_logprobs or 0
+    if body.top_logprobs:
+        raise InvalidParameter(
+            "top_logprobs", "top_logprobs needs 'message.output_text.logprobs' in include; send it, or leave this out"
+        )
+    return None
+
+
+async def _events(
+    context: ServerContext, params: SamplingParams, answer: Answer, streams: list[RequestStream]
+) -> AsyncGenerator[bytes, None]:
     """Nothing is sent before the engine has answered, so that a request that fails before has its own status."""
     has_begun = False
     try:
@@ -104,7 +129,8 @@ async def _events(answer: Answer, streams: list[RequestStream]) -> AsyncGenerato
                     if data := _encode(answer.add(chunk)):
                         yield data
                 if update.finished is not None:
-                    yield _encode(answer.finish(update.finished.outputs[0], usage_of([update.finished])))
+                    last = answer.finish(update.finished.outputs[0], usage_of([update.finished]))
+                    yield await encoded(context, params, partial(_encode, last))
     except ClientLeft:
         raise
     except HeadraceError as error:
