@@ -101,8 +101,9 @@ class EngineThread:
         finally:
             if engine is not None:
                 engine.close()
-            # Weights of the old engine must be gone before those of a new one come.
             del engine
+        if delay_s is not None:
+            # Weights of the old engine must be gone before those of a new one come.
             gc.collect()
         return delay_s is not None and not self._is_stopping.wait(delay_s)
 
