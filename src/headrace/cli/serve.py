@@ -79,51 +79,23 @@ def _add_observability(group: argparse._ArgumentGroup) -> None:
 
 def _add_limits(group: argparse._ArgumentGroup) -> None:
     default = ServerConfig
-    group.add_argument(
-        "--max-waiting-requests",
-        type=int,
-        default=default.max_waiting_requests,
-        metavar="N",
-        help="outputs that wait for their first token (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-waiting-tokens",
-        type=int,
-        default=default.max_waiting_tokens,
-        metavar="N",
-        help="prompt tokens of those (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-logprobs-memory",
-        dest="max_logprob_bytes",
-        type=parse_bytes,
-        default=default.max_logprob_bytes,
-        metavar="BYTES",
-        help=f"that log probabilities of all open requests may take (default: {default.max_logprob_bytes // 2**30}GiB)",
-    )
-    group.add_argument(
-        "--max-body",
-        dest="max_body_bytes",
-        type=parse_bytes,
-        default=default.max_body_bytes,
-        metavar="BYTES",
-        help=f"of one request (default: {default.max_body_bytes // 2**20}MiB)",
-    )
-    group.add_argument(
-        "--max-bodies",
-        dest="max_bodies_bytes",
-        type=parse_bytes,
-        default=default.max_bodies_bytes,
-        metavar="BYTES",
-        help=f"of all open requests (default: {default.max_bodies_bytes // 2**20}MiB)",
-    )
-    group.add_argument(
-        "--max-connections",
-        type=int,
-        default=default.max_connections,
-        metavar="N",
-        help="open at a time (default: %(default)s)",
-    )
+    counts = {
+        "--max-waiting-requests": ("max_waiting_requests", "outputs that wait for their first token"),
+        "--max-waiting-tokens": ("max_waiting_tokens", "prompt tokens of those"),
+        "--max-connections": ("max_connections", "open at a time"),
+    }
+    for option, (name, text) in counts.items():
+        value = getattr(default, name)
+        group.add_argument(option, dest=name, type=int, default=value, metavar="N", help=f"{text} (default: {value})")
+    sizes = {
+        "--max-logprobs-memory": ("max_logprob_bytes", "that log probabilities of all open requests may take"),
+        "--max-body": ("max_body_bytes", "of one request's body"),
+        "--max-bodies": ("max_bodies_bytes", "of the bodies of all open requests"),
+    }
+    for option, (name, text) in sizes.items():
+        value = getattr(default, name)
+        shown = f"{text} (default: {value // 2**20}MiB)"
+        group.add_argument(option, dest=name, type=parse_bytes, default=value, metavar="BYTES", help=shown)
     seconds = {
         "--queue-timeout": ("queue_timeout_s", "a request waits for its first token at most so long"),
         "--request-timeout": ("request_timeout_s", "a request runs at most so long"),
