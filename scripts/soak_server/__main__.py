@@ -110,7 +110,7 @@ async def _settled(server: "subprocess.Popen[str]") -> dict[str, Any]:
         found: dict[str, Any] = json.loads(await asyncio.to_thread(server.stdout.readline))
         if (
             "broken" in found
-            or not found["running"] + found["waiting"] + found["open"]
+            or not found["running"] + found["waiting"] + found["open"] + found["admitted"]
             or time.monotonic() > deadline_s
         ):
             return found

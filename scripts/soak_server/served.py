@@ -59,7 +59,8 @@ async def _look(serving: Serving) -> None:
     except AssertionError as error:
         found = {"broken": str(error)}
     admission = serving.engine.admission
-    _tell(found | {"open": serving.engine.num_open, "admitted": admission.num_requests + admission.num_tokens})
+    admitted = admission.num_requests + admission.num_tokens + admission.logprob_bytes + admission.body_bytes
+    _tell(found | {"open": serving.engine.num_open, "admitted": admitted})
 
 
 def _tell(data: dict[str, Any]) -> None:
