@@ -116,6 +116,31 @@ class TestRecordings:
         assert {recording.obstacle for recording in on_ranks(groups, run)} == {"none of your business"}
         assert {row.count for group in groups for row in group.ledger_rows()} == {2}
 
+    @pytest.mark.parametrize(("fails_in", "count"), [(1, 1), (2, 2)], ids=["first pass", "capture"])
+    def test_what_was_exchanged_before_a_failure_is_counted(self, fails_in, count) -> None:
+        """A capture exchanges nothing, so that one cut short leaves the pass that came before it."""
+        groups = thread_groups(2)
+
+        def run(group):
+            calls = []
+
+            def forward():
+                calls.append(None)
+                group.all_reduce(torch.ones(4), "a")
+                if len(calls) == fails_in:
+                    raise ZeroDivisionError
+                group.all_reduce(torch.ones(4), "b")
+
+            def capture(forward):
+                return forward(), forward()
+
+            with pytest.raises(ZeroDivisionError):
+                counting_record(capture, [group])(forward)
+
+        on_ranks(groups, run)
+        for group in groups:
+            assert sum(row.count for row in group.ledger_rows()) == count
+
     def test_a_trial_run_counts_nothing(self) -> None:
         groups = thread_groups(2)
 

@@ -57,10 +57,21 @@ class TestAroundACapture:
         assert recording.replay is None
         assert recording.obstacle == "it cannot be captured: operation not permitted when stream is capturing"
 
-    def test_memory_that_runs_out_is_no_obstacle_of_the_pass(self, recorder) -> None:
-        self.error = torch.OutOfMemoryError("CUDA out of memory.")
+    def test_a_pass_that_fits_while_its_graph_does_not_is_computed_once(self, recorder) -> None:
+        """Other ranks that have captured theirs have exchanged what one pass does, and no more."""
+        self.error, calls = torch.OutOfMemoryError("CUDA out of memory."), []
+        out, recording = recorder.record(lambda: calls.append(1) or torch.ones(2))
+        assert out.tolist() == [1.0, 1.0]
+        assert calls == [1]
+        assert recording.replay is None
+        assert recording.obstacle == "the device has no memory left to record it"
+
+    def test_a_pass_that_does_not_fit_fails(self, recorder) -> None:
+        def forward():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
         with pytest.raises(torch.OutOfMemoryError):
-            recorder.record(lambda: torch.ones(2))
+            recorder.record(forward)
 
 
 @pytest.mark.gpu

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,8 +14,6 @@ from headrace.engine.rows import Row
 from headrace.engine.step_inputs import StepInputs
 from headrace.engine.step_sizes import StepSizes
 from headrace.kernels import Kernels, Recording
-
-T = TypeVar("T")
 
 _MAX_KEPT_LOGITS_BYTES = 64 * 2**20
 """Logits are the one large output. Where each number of sequences has a recording of the head, and one is made as
@@ -138,16 +135,9 @@ class DecodeStep:
         logits = head.logits if num_seqs == layers.num_rows else head.logits[:num_seqs]
         return Logits(logits, head.largest(num_seqs))
 
-    def _record(self, run: Callable[[], T]) -> tuple[T, Recording]:
-        try:
-            return self._kernels.record(run)
-        except torch.OutOfMemoryError:
-            # There may be room for the step itself.
-            return run(), Recording(obstacle="the device has no memory left to record it")
-
     def _record_layers(self, num_rows: int) -> _Layers:
         batch = self.inputs.batch(num_rows)
-        hidden_states, recording = self._record(lambda: self._forward(batch))
+        hidden_states, recording = self._kernels.record(lambda: self._forward(batch))
         return _Layers(num_rows=num_rows, recording=recording, hidden_states=hidden_states)
 
     def _record_head(self, hidden_states: Tensor) -> _Head:
@@ -159,7 +149,7 @@ class DecodeStep:
             # A rank may hold no share of a small vocabulary.
             return logits, *(self._kernels.argmax(logits) if logits.shape[1] else _no_largest(logits))
 
-        (logits, token_ids, largest), recording = self._record(run)
+        (logits, token_ids, largest), recording = self._kernels.record(run)
         if not self.sizes.buckets:
             self._make_room(logits.nbytes)
         return _Head(recording=recording, logits=logits, largest=_reader(token_ids, largest))

@@ -38,27 +38,31 @@ def captured(groups: Sequence[Group]) -> Iterator[CapturedExchanges]:
 
 
 def counting_record(record: RecordOp, groups: Sequence[Group]) -> RecordOp:
-    """`record`, but the ledgers of the groups count its first pass once, however often it runs the pass to record it,
-    and each replay as much."""
+    """`record`, but the ledgers of the groups count its first pass once, as far as it came, however often it runs the
+    pass to record it, and each replay as much."""
     groups = [group for group in groups if group.world_size > 1]
     if not groups:
         return record
 
     def record_counted(forward: Callable[[], T]) -> tuple[T, Recording]:
-        last: CapturedExchanges | None = None
+        first: CapturedExchanges | None = None
 
         def noted() -> T:
-            nonlocal last
-            with captured(groups) as last:
+            nonlocal first
+            with captured(groups) as notes:
+                # Those of a capture that fails are not all, and none of them was exchanged.
+                first = first or notes
                 return forward()
 
-        out, recording = record(noted)
-        assert last is not None, "recording a pass runs it"
-        of_one_pass = last
-        of_one_pass.count()
+        try:
+            out, recording = record(noted)
+        finally:
+            if first is not None:
+                first.count()
         if recording.replay is None:
             return out, recording
-        run_again = recording.replay
+        run_again, of_one_pass = recording.replay, first
+        assert of_one_pass is not None, "recording a pass runs it"
 
         def replay() -> None:
             run_again()

@@ -28,17 +28,18 @@ class GraphRecorder:
         """Run `forward` and capture it; what it returns is at once valid, and again after each replay.
 
         It is called twice. The first call computes, and compiles and loads what is missing, which cannot be captured.
-        The second one only queues. So ranks exchange in this what they exchange in one pass.
+        The second one only queues. So ranks exchange in this what they exchange in one pass, also where the device has
+        no room for the graph.
 
         Raises:
-            torch.OutOfMemoryError: there is no room for the pass, or for its graph.
+            torch.OutOfMemoryError: there is no room for the pass itself.
         """
         computed = forward()
         graph = torch.cuda.CUDAGraph()
         try:
             captured = self._capture(graph, forward)
         except torch.OutOfMemoryError:
-            raise
+            return computed, Recording(obstacle="the device has no memory left to record it")
         except RuntimeError as error:
             return computed, Recording(obstacle=_first_line(error))
         with torch.inference_mode():
