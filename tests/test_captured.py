@@ -1,5 +1,6 @@
 """Ledgers of passes that are recorded once and replayed often."""
 
+import threading
 from collections import Counter
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from layout_cases import (
     tokens_of,
 )
 from planned_run import assert_ledgers_as_predicted, record_plans
-from recorded_kernels import record, with_padded_recordings, with_recordings, without_recordings
+from recorded_kernels import record, with_padded_recordings, with_recordings
 from thread_group import on_ranks, thread_groups
 from thread_world import thread_llm
 
@@ -28,8 +29,8 @@ from headrace import LLM
 from headrace.config import Transport
 from headrace.costs.exchanges import rules_of
 from headrace.costs.sites import Phase
-from headrace.engine import load_rank, start
-from headrace.errors import BackendUnavailable
+from headrace.engine import decode_step, load_rank, start
+from headrace.engine.worker import Worker
 from headrace.kernels import Recording
 from headrace.parallel.captured import captured, counting_record
 from headrace.parallel.exchange_counts import Call, ExchangeCounts
@@ -230,14 +231,65 @@ def test_padded_decode_steps_exchange_what_is_predicted(llama, layout, num_stage
             assert {row.payload_bytes for row in sums} == {sum(sizes[n] for n in decoded) * 4 * hidden_size}
 
 
-def test_ranks_record_their_steps_or_say_that_they_cannot(llama) -> None:
+def padded_run(subject, change_kernels, **settings) -> tuple[list[tuple[int, ...]], list[Worker]]:
+    """The sizes that each rank has recorded, after a run whose ledgers are as predicted, and its workers."""
+    settings = CROWDED | LAYOUTS["tp2-pp2"] | {"max_num_seqs": 8, "num_blocks": 48} | settings
+    with closing(thread_llm(subject.folder, change_kernels=change_kernels, **settings)) as llm:
+        workers = llm.engine.model.executor.workers
+        outputs = llm.generate(as_prompts(PROMPTS), GREEDY)
+        assert tokens_of(outputs) == subject.tokens
+        for worker in workers:
+            assert not worker.exchange_differences()
+            assert set(worker.decode_step._layers) == set(worker.decode_step.sizes.buckets)
+        return [worker.decode_step.sizes.buckets for worker in workers], workers
+
+
+class Clock:
+    """Stops at the first rank's third look at it."""
+
+    def __init__(self) -> None:
+        self._looks: Counter[int] = Counter()
+        self.first = None
+
+    def monotonic(self) -> float:
+        me = threading.get_ident()
+        self.first = self.first or me
+        self._looks[me] += 1
+        return 1e6 if me == self.first and self._looks[me] > 3 else 0.0
+
+
+def test_ranks_stop_recording_together(llama, monkeypatch, caplog) -> None:
+    """One is slower than its budget: none records another size, and steps of what is left run as the next size."""
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_step, "time", Clock())
+        sizes, _ = padded_run(llama, with_padded_recordings)
+    assert sizes == [(1, 8)] * 4
+    assert "steps of 2, 4 sequences are filled up to a size that is recorded (1, 8): 60 s were spent" in caplog.text
+
+
+def test_without_time_no_rank_records_anything(llama, caplog) -> None:
+    sizes, _ = padded_run(llama, with_padded_recordings, graph_budget_s=0)
+    assert sizes == [()] * 4
+    assert "steps of 1, 2, 4, 8 sequences are asked for op by op: 0 s were spent" in caplog.text
+
+
+def test_what_one_rank_cannot_record_no_rank_replays(llama, caplog) -> None:
     """One that exchanges op by op would wait for ever for one that replays."""
+    ranks = iter(range(4))
 
-    def unrecordable(kernels):
-        return replace(with_padded_recordings(kernels), record=without_recordings(kernels).record)
+    def refuse(forward):
+        return record(forward)[0], Recording(obstacle="every op is called")
 
-    with pytest.raises(BackendUnavailable, match=r"cannot be recorded: every op is called; .* \(--no-graphs"):
-        thread_llm(llama.folder, change_kernels=unrecordable, **CROWDED | LAYOUTS["tp2"])
+    def first_cannot(kernels):
+        recordable = with_padded_recordings(kernels)
+        return replace(recordable, record=refuse) if next(ranks) == 0 else recordable
+
+    sizes, workers = padded_run(llama, first_cannot)
+    assert sizes == [()] * 4
+    assert "are asked for op by op: every op is called" in caplog.text
+    assert "are asked for op by op: another rank cannot record them" in caplog.text
+    obstacles = Counter(worker.decode_step.obstacle for worker in workers)
+    assert obstacles == {"every op is called": 1, "another rank cannot record them": 3}
 
 
 def test_replayed_decode_steps_of_processes(llama, monkeypatch) -> None:

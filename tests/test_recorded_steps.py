@@ -103,7 +103,7 @@ class TestEngine:
         monkeypatch.setattr(decode_step.time, "monotonic", lambda: float(next(now)))
         llm = make_llm(folder, graph_budget_s=25)
         assert recorder.num_recordings == 2 * 2
-        assert "steps of 1, 2 sequences are recorded when they are first met: 25 s were spent" in caplog.text
+        assert "steps of 2, 4 sequences are recorded when they are first met: 25 s were spent" in caplog.text
         monkeypatch.undo()
         assert tokens(llm) == expected
         assert recorder.num_recordings > 2 * 2

@@ -84,6 +84,7 @@ def make_llm(folder, parallel: ParallelConfig) -> tuple[LLM, ThreadExecutor]:
             block_size=model.plan.cache.block_size,
             max_model_len=model.plan.max_model_len,
             eos_token_ids=model.eos_token_ids,
+            all_agree=bool,
         )
 
     executor = ThreadExecutor(groups, on_ranks(groups, worker))
@@ -193,7 +194,7 @@ def test_the_largest_of_a_shard_is_found_while_it_is_computed(folder, rank) -> N
     )
     config = EngineConfig(load=LoadConfig(model=str(folder)), parallel=parallel, num_threads=1)
     worker = load_rank(config, folder, world).make_worker(
-        num_blocks=8, block_size=16, max_model_len=64, eos_token_ids=frozenset()
+        num_blocks=8, block_size=16, max_model_len=64, eos_token_ids=frozenset(), all_agree=bool
     )
     runner = worker._runner
     for position in range(3):

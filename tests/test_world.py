@@ -1,8 +1,12 @@
 """Ranks of a world, each with its pulse, joined by sockets within one process."""
 
+import itertools
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 from headrace.config import ParallelConfig
 from headrace.parallel.channel import Channel
@@ -56,4 +60,14 @@ def test_who_hangs_up_without_a_word_is_lost():
         time.sleep(0.01)
     assert first.failure == third.failure == "rank 1 has gone"
     for world in (first, second, third):
+        world.close()
+
+
+@pytest.mark.parametrize("votes", list(itertools.product([True, False], repeat=3)))
+def test_all_ranks_agree_or_none(votes):
+    worlds = make_worlds(3)
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(2):
+            assert list(pool.map(World.all_agree, worlds, votes)) == [all(votes)] * 3
+    for world in worlds:
         world.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from thread_group import ThreadGroup, thread_groups
+from thread_group import TIMEOUT_S, ThreadGroup, thread_groups
 
 from headrace import LLM
 from headrace.config import Device, Dtype, LoadConfig, ParallelConfig, Quantize, Transport
@@ -40,6 +40,23 @@ class ThreadFabric:
     def abort(self) -> None:
         for groups in self._groups.values():
             groups[0].abort()
+
+
+class ThreadAgreement:
+    """`World.all_agree` for threads."""
+
+    def __init__(self, world_size: int) -> None:
+        self._votes: list[bool] = []
+        self._verdict = False
+        self._barrier = threading.Barrier(world_size, self._count)
+
+    def all_agree(self, agrees: bool) -> bool:
+        self._votes.append(agrees)
+        self._barrier.wait(TIMEOUT_S)
+        return self._verdict
+
+    def _count(self) -> None:
+        self._verdict, self._votes = all(self._votes), []
 
 
 class ThreadExecutor:
@@ -109,6 +126,8 @@ def thread_llm(
     # Ranks in threads bring whole tensors to every sum, as gloo's do.
     config = _engine_config(load, Device.parse("cpu"), settings | {"transport": transport.value})
 
+    agreement = ThreadAgreement(config.parallel.world_size)
+
     def worker(rank: int) -> Worker:
         of_threads = SimpleNamespace(make_group=lambda name, ranks, _: fabric.make_group(rank, name, ranks))
         world = SimpleNamespace(
@@ -123,6 +142,7 @@ def thread_llm(
             block_size=model.plan.cache.block_size,
             max_model_len=model.plan.max_model_len,
             eos_token_ids=model.eos_token_ids,
+            all_agree=agreement.all_agree,
         )
 
     # Ranks wait for each other where groups are made, and where steps are recorded.

@@ -120,7 +120,8 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         dest="graph_budget_s",
         type=float,
         metavar="S",
-        help="on a GPU: record decode steps for about so many seconds at start, and what is left when it is first met "
+        help="on a GPU: record decode steps for about so many seconds at start, and what is left when it is first met; "
+        "several ranks run it as a step of the next size "
         f"(default: {EngineConfig.graph_budget_s:g})",
     )
     group.add_argument(

@@ -188,7 +188,7 @@ class EngineConfig:
     device: where weights, cache and activations lie.
     graphs: decode steps are recorded once and replayed as one call, as CUDA graphs on a GPU; changes their speed alone.
     graph_budget_s: what recording them may take at start on a GPU, about; what is left is recorded when it is first
-        needed. Ranks that work together record all.
+        needed, or, with several ranks, not at all.
     """
 
     load: LoadConfig

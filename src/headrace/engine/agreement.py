@@ -61,4 +61,4 @@ def report_and_join(world: World, loaded: LoadedRank) -> Worker:
     world.send(0, json.dumps(vars(RankReport.of(loaded))).encode())
     agreement = json.loads(world.receive(0))
     eos_token_ids = frozenset(agreement.pop("eos_token_ids"))
-    return loaded.make_worker(**agreement, eos_token_ids=eos_token_ids)
+    return loaded.make_worker(**agreement, eos_token_ids=eos_token_ids, all_agree=world.all_agree)

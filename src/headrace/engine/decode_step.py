@@ -63,12 +63,16 @@ class DecodeStep:
         self.sizes = sizes
         self._layers: dict[int, _Layers] = {}
         self._heads: dict[int, _Head] = {}
+        self._obstacle: str | None = None
+        """Of steps that have no recording any more."""
         self._last: tuple[_Layers, Tensor, int] | None = None
         """What this object ran last, if it can be replayed, what it gave for that, and for how many sequences."""
 
     @property
     def obstacle(self) -> str | None:
         """What keeps steps from being replayed, once one has been tried."""
+        if self._obstacle is not None:
+            return self._obstacle
         tried = [step.recording for step in self._layers.values()]
         tried += [head.recording for head in self._heads.values()]
         return next((recording.obstacle for recording in tried if recording.obstacle), None)
@@ -79,23 +83,39 @@ class DecodeStep:
         self._heads.clear()
         self._last = None
 
-    def record(self, budget_s: float, on_start: Callable[[int], None] = lambda _: None) -> tuple[int, ...]:
-        """Record all sizes beforehand, the largest first, which shows whether there is room, and as long as the time
-        lasts. Those that are left, returned here, are recorded when they are first met.
+    def record(
+        self,
+        budget_s: float,
+        on_start: Callable[[int], None] = lambda _: None,
+        all_agree: Callable[[bool], bool] | None = None,
+    ) -> tuple[int, ...]:
+        """Record all sizes beforehand, as long as the time lasts: the largest first, which shows whether there is room,
+        then from the smallest up, for which it matters most. Where steps have sizes of their own nothing is done.
 
-        on_start: is told of each size. Where steps have sizes of their own there is nothing to do.
+        Those that are left are returned. One rank records them when they are first met. Several record a size together
+        or not at all, as what exchanges within a recording meets no exchange outside of one (NCCL's user guide, "Using
+        NCCL with CUDA Graphs"): steps of what is left run as the next size that there is.
+
+        on_start: is told of each size. all_agree: whether all ranks say so; None for a rank alone.
         """
-        end_s, left = time.monotonic() + budget_s, list(self.sizes.buckets)
-        while left and time.monotonic() < end_s:
-            num_rows = left.pop()
-            on_start(num_rows)
-            self.inputs.fill((), num_rows)
-            self._layers[num_rows] = layers = self._record_layers(num_rows)
-            if layers.recording.replay is None:
+        end_s, recorded = time.monotonic() + budget_s, list[int]()
+        agree = all_agree or bool
+        for num_rows in (*self.sizes.buckets[-1:], *self.sizes.buckets[:-1]):
+            if not agree(time.monotonic() < end_s):
                 break
-            if self._head is not None:
-                self._heads[num_rows] = self._record_head(layers.hidden_states)
-        return tuple(left)
+            on_start(num_rows)
+            self._record_size(num_rows)
+            if not agree(self.obstacle is None):
+                self._obstacle = self.obstacle or "another rank cannot record them"
+                break
+            recorded.append(num_rows)
+        left = tuple(size for size in self.sizes.buckets if size not in recorded)
+        if all_agree is not None and left:
+            for num_rows in left:
+                self._layers.pop(num_rows, None)
+                self._heads.pop(num_rows, None)
+            self.sizes = StepSizes(largest=max(recorded, default=0), buckets=tuple(sorted(recorded)))
+        return left
 
     def num_rows(self, num_seqs: int) -> int:
         """Rows that a step of num_seqs sequences computes."""
@@ -134,6 +154,13 @@ class DecodeStep:
             head.recording.replay()
         logits = head.logits if num_seqs == layers.num_rows else head.logits[:num_seqs]
         return Logits(logits, head.largest(num_seqs))
+
+    def _record_size(self, num_rows: int) -> None:
+        """Layers, and the head where there is one, of a step that stands for nobody."""
+        self.inputs.fill((), num_rows)
+        self._layers[num_rows] = layers = self._record_layers(num_rows)
+        if self._head is not None and layers.recording.replay is not None:
+            self._heads[num_rows] = self._record_head(layers.hidden_states)
 
     def _record_layers(self, num_rows: int) -> _Layers:
         batch = self.inputs.batch(num_rows)

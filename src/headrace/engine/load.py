@@ -96,7 +96,7 @@ def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kern
             "max_model_len": plan.max_model_len,
         }
         announce(world, agreement | {"eos_token_ids": sorted(eos_token_ids)})
-        worker = loaded.make_worker(**agreement, eos_token_ids=eos_token_ids)
+        worker = loaded.make_worker(**agreement, eos_token_ids=eos_token_ids, all_agree=world.all_agree)
     except BaseException as error:
         world.fail(error)
         world.close()

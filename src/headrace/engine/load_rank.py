@@ -1,6 +1,5 @@
 """One rank's part of a model: from a folder to a decoder stage, and, once all ranks agree on the cache, to a worker."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from headrace.engine.devices import resolve_device
 from headrace.engine.engine_plan import resolve_max_model_len
 from headrace.engine.exchange_check import ExchangeCheck
 from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, kv_cache_spec, resolve_kv_cache_format
-from headrace.engine.record_steps import check_recorded, record_steps
+from headrace.engine.record_steps import record_steps
 from headrace.engine.runner import ModelRunner
 from headrace.engine.softmax import ChosenSoftmax, resolve_softmax
 from headrace.engine.step_memory import measure_step_bytes
@@ -66,25 +65,33 @@ class LoadedRank:
     load_s: float
 
     def make_worker(
-        self, *, num_blocks: int, block_size: int, max_model_len: int, eos_token_ids: frozenset[int]
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+        all_agree: Callable[[bool], bool],
     ) -> Worker:
+        """all_agree: whether all ranks say so."""
         spec = kv_cache_spec(self.shape, self.kv_cache_format, num_blocks=num_blocks, block_size=block_size)
         with explaining_out_of_memory("the KV cache does not fit", self.kernels.device):
             pool = KvPool(self.kernels, spec, num_layers=len(self.shape.layers))
         config = self.config
         sizes = bucket_sizes(config.scheduler.max_num_seqs) if self.kernels.pads_steps else exact_sizes()
         runner = ModelRunner(self.decoder, pool, max_model_len, self.boundary, self.shape.share, sizes)
-        # Ranks must record the same sizes, and no two of them are equally fast.
-        budget_s = config.graph_budget_s if config.parallel.world_size == 1 else math.inf
         # No plan asks for what is exchanged here.
         with (
             explaining_out_of_memory("the KV cache leaves no room for a step", self.kernels.device),
             captured(self.groups),
         ):
-            record_steps(runner.decode_step, budget_s, show_progress=config.load.show_progress)
+            record_steps(
+                runner.decode_step,
+                config.graph_budget_s,
+                show_progress=config.load.show_progress,
+                all_agree=all_agree if config.parallel.world_size > 1 else None,
+            )
         tp_group, gathers_logits = self.groups[0], self.parallel.gather_logits
-        if config.parallel.world_size > 1:
-            check_recorded(runner.decode_step)
         return Worker(
             runner,
             eos_token_ids,

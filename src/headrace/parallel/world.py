@@ -16,6 +16,8 @@ from headrace.parallel.pulse import Pulse
 _GRACE_S = 1.0
 """What a rank has to end in once another one is lost, before it is ended."""
 
+_YES, _NO = b"y", b"n"
+
 _FAREWELL_S = 2.0
 """What ranks have to hang up in after an orderly end was announced."""
 
@@ -90,6 +92,21 @@ class World:
             return self.control[rank].receive()
         except ChannelClosed as error:
             raise self.error(rank, f"cannot be heard by rank {self.place.rank}: {error}") from None
+
+    def all_agree(self, agrees: bool) -> bool:
+        """Whether every rank does. Each waits for all, and nothing else may be under way on their lines.
+
+        Raises:
+            RankError: a rank was lost; says which, and why.
+        """
+        if self.place.rank > 0:
+            self.send(0, _YES if agrees else _NO)
+            return self.receive(0) == _YES
+        answers = [self.receive(rank) for rank in self.control]
+        agrees = agrees and all(answer == _YES for answer in answers)
+        for rank in self.control:
+            self.send(rank, _YES if agrees else _NO)
+        return agrees
 
     def error(self, rank: int, reason: str) -> RankError:
         """The first failure that was noticed, which is this one if there was none before.
