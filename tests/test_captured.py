@@ -231,9 +231,15 @@ def test_padded_decode_steps_exchange_what_is_predicted(llama, layout, num_stage
             assert {row.payload_bytes for row in sums} == {sum(sizes[n] for n in decoded) * 4 * hidden_size}
 
 
-def padded_run(subject, change_kernels, **settings) -> tuple[list[tuple[int, ...]], list[Worker]]:
+def test_padded_logits_that_are_gathered_exchange_what_is_predicted(llama) -> None:
+    """Each rank gets all rows of the recorded head, those that fill the step up too."""
+    sizes, _ = padded_run(llama, with_padded_recordings, layout="tp2", gather_logits=True)
+    assert sizes == [(1, 2, 4, 8)] * 2
+
+
+def padded_run(subject, change_kernels, layout="tp2-pp2", **settings) -> tuple[list[tuple[int, ...]], list[Worker]]:
     """The sizes that each rank has recorded, after a run whose ledgers are as predicted, and its workers."""
-    settings = CROWDED | LAYOUTS["tp2-pp2"] | {"max_num_seqs": 8, "num_blocks": 48} | settings
+    settings = CROWDED | LAYOUTS[layout] | {"max_num_seqs": 8, "num_blocks": 48} | settings
     with closing(thread_llm(subject.folder, change_kernels=change_kernels, **settings)) as llm:
         workers = llm.engine.model.executor.workers
         outputs = llm.generate(as_prompts(PROMPTS), GREEDY)

@@ -151,8 +151,8 @@ def test_two_tensors_between_stages_of_every_placement_of_norms(tmp_path, name):
 
 def test_a_wrong_prediction_is_reported_with_its_place(tiny, caplog, monkeypatch):
     """On rank 0, whose check believes that a step had a token more."""
-    begin = ExchangeCheck.begin_step
-    monkeypatch.setattr(ExchangeCheck, "begin_step", lambda self, phase, n: begin(self, phase, n + 1))
+    events = ExchangeCheck.events
+    monkeypatch.setattr(ExchangeCheck, "events", lambda self, phase, n, *rest: events(self, phase, n + 1, *rest))
     with LLM(tiny, tensor_parallel_size=2, num_threads=1) as llm:
         tokens(llm)
         llm.engine.model.executor.worker.check_exchanges()

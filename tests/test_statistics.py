@@ -174,8 +174,8 @@ def test_news_of_an_aborted_request_are_not_reported_later():
 
 def test_a_prediction_of_other_bytes_shows(monkeypatch):
     """Of a check that believes that each step had a token more."""
-    begin = ExchangeCheck.begin_step
-    monkeypatch.setattr(ExchangeCheck, "begin_step", lambda self, phase, n: begin(self, phase, n + 1))
+    events = ExchangeCheck.events
+    monkeypatch.setattr(ExchangeCheck, "events", lambda self, phase, n, *rest: events(self, phase, n + 1, *rest))
     with closing(thread_llm(demo_model_path(), **SETTINGS, **LAYOUTS["tp2"])) as llm:
         run(llm.engine, REQUESTS)
         statistics = llm.engine.statistics()

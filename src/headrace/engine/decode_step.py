@@ -125,6 +125,12 @@ class DecodeStep:
         layers = self._layers.get(num_rows)
         return num_seqs if layers is not None and layers.recording.replay is None else num_rows
 
+    def num_logits_rows(self, num_seqs: int) -> int:
+        """Rows that the head computes for a step of num_seqs sequences, of which all are sampled."""
+        num_rows = self.num_rows(num_seqs)
+        head = self._heads.get(num_rows)
+        return num_seqs if head is not None and head.recording.replay is None else num_rows
+
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states [num_seqs, hidden_size], valid until the next run."""
         num_seqs, num_rows = len(rows), self.sizes.of(len(rows))

@@ -3,13 +3,13 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from headrace.costs.candidates import candidates_payload_bytes, draws_payload_bytes, row_record
 from headrace.costs.exchanges import Layout
 from headrace.costs.sharding import shard_vocabulary
 from headrace.costs.sites import Phase
-from headrace.costs.steps import GREEDY_ROW_BYTES, ForwardPass, Run, SampledRows, WholeRows
+from headrace.costs.steps import GREEDY_ROW_BYTES, Event, ForwardPass, Run, SampledRows, WholeRows
 from headrace.costs.volume import ExchangeKind, RankVolume, Sums, add_totals, differences, totals_of
 from headrace.engine.sampler import SamplingRow
 from headrace.engine.sharded_sampler import GATHERED_ROWS
@@ -41,40 +41,38 @@ class ExchangeCheck:
         self._predicted: dict[ExchangeKind, Sums] = {}
         self._checked_s = time.monotonic()
         self._has_reported = False
-        self._phase = Phase.PREFILL
+        self._step: Sequence[Event] = ()
+        """The last one that was begun."""
         self._fallback_rows = 0
 
-    def begin_step(self, phase: Phase, num_tokens: int) -> None:
-        self._phase = phase
-        self._recent[ForwardPass(phase, num_tokens)] += 1
+    def events(
+        self,
+        phase: Phase,
+        num_tokens: int,
+        prompt_rows: Iterable[int],
+        sampling: Sequence[SamplingRow],
+        num_logits_rows: int,
+    ) -> list[Event]:
+        """What a step is about to do, in order.
 
-    def add_sampling(self, rows: Sequence[SamplingRow]) -> None:
-        """Rows about to be sampled together."""
-        phase = self._phase
-        if all(row.takes_largest for row in rows):
-            self._recent[SampledRows(phase, len(rows), len(rows) * GREEDY_ROW_BYTES)] += 1
-            return
-        records = [
-            row_record(
-                row.params,
-                changes_logits=row.changes_logits,
-                vocab_size=self._vocab_size,
-                largest_shard=self._largest_shard,
-            )
-            for row in rows
-        ]
-        candidate_bytes, draw_bytes = candidates_payload_bytes(records), draws_payload_bytes(records)
-        self._recent[SampledRows(phase, len(rows), candidate_bytes, draw_bytes)] += 1
+        num_tokens: rows that pass through the layers, those that fill a recorded step up included; num_logits_rows: so
+            of the head. prompt_rows: rows gathered whole at once, to score prompts.
+        """
+        events: list[Event] = [ForwardPass(phase, num_tokens)]
+        events += [WholeRows(phase, num_rows) for num_rows in prompt_rows]
+        if sampling:
+            events.append(self._sampled_rows(phase, sampling, num_logits_rows))
+        return events
 
-    def add_whole_rows(self, num_rows: int) -> None:
-        """Rows gathered whole at once."""
-        self._recent[WholeRows(self._phase, num_rows)] += 1
+    def begin_step(self, events: Sequence[Event]) -> None:
+        self._step = events
 
     def end_step(self, fallback_rows: int) -> None:
         """Compare now and then, and report the first difference as an error in the log.
 
         fallback_rows: gathered by the sampler in all steps so far.
         """
+        self._recent.update(self._step)
         if fallback_rows > self._fallback_rows:
             self._add_fallback(fallback_rows - self._fallback_rows)
             self._fallback_rows = fallback_rows
@@ -100,10 +98,25 @@ class ExchangeCheck:
         self._recent.clear()
         return dict(self._predicted)
 
+    def _sampled_rows(self, phase: Phase, rows: Sequence[SamplingRow], num_logits_rows: int) -> SampledRows:
+        if all(row.takes_largest for row in rows):
+            return SampledRows(phase, num_logits_rows, len(rows) * GREEDY_ROW_BYTES)
+        records = [
+            row_record(
+                row.params,
+                changes_logits=row.changes_logits,
+                vocab_size=self._vocab_size,
+                largest_shard=self._largest_shard,
+            )
+            for row in rows
+        ]
+        return SampledRows(phase, num_logits_rows, candidates_payload_bytes(records), draws_payload_bytes(records))
+
     def _add_fallback(self, num_rows: int) -> None:
         whole, rest = divmod(num_rows, GATHERED_ROWS)
+        phase = self._step[0].phase
         for rows in [GATHERED_ROWS] * whole + [rest] * bool(rest):
-            self.add_whole_rows(rows)
+            self._recent[WholeRows(phase, rows)] += 1
 
     def differences(self) -> list[str]:
         """One line for each figure that differs; none if ledger and prediction agree to the byte."""

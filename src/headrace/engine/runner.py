@@ -79,6 +79,10 @@ class ModelRunner:
         """Rows that a step of so many tokens computes, and exchanges."""
         return self._decode_step.num_rows(num_seqs) if num_tokens == num_seqs else num_tokens
 
+    def num_logits_rows(self, num_tokens: int, num_seqs: int, num_sampled: int) -> int:
+        """Rows of logits that such a step computes, and may exchange, if num_sampled of its sequences are sampled."""
+        return self._decode_step.num_logits_rows(num_seqs) if num_tokens == num_seqs == num_sampled else num_sampled
+
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states of all rows' tokens, laid end to end: [num_tokens, hidden_size]. Valid until the next run."""
         num_tokens = sum([len(row.token_ids) for row in rows])

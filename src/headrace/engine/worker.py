@@ -4,13 +4,14 @@ A worker decides nothing. Whoever feeds it the same plans gets the same tokens, 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from headrace.costs.sites import Phase
+from headrace.costs.steps import Event
 from headrace.costs.volume import totals_of
 from headrace.engine.block_table import BlockTable
 from headrace.engine.decode_step import DecodeStep
@@ -165,20 +166,44 @@ class Worker:
         self._pooler.reset()
 
     def _run_checked(self, plan: StepPlan) -> StepResult:
+        sampling = self._sampling_rows(plan) if self._runner.has_head else []
         if self._check is None:
-            return self._run(plan)
+            return self._run(plan, sampling)
         phase = _phase_of(plan)
         self._set_phase(phase)
-        self._check.begin_step(phase, self._runner.num_rows(plan.num_tokens, len(plan.chunks)))
-        result = self._run(plan)
+        self._check.begin_step(self._events(plan, phase, sampling))
+        result = self._run(plan, sampling)
         self._check.end_step(self.fallback_rows)
         return result
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _events(self, plan: StepPlan, phase: Phase, sampling: Sequence[SamplingRow]) -> list[Event]:
+        """What the step is about to exchange."""
+        assert self._check is not None, "without other ranks nothing is exchanged"
+        runner, num_tokens, num_seqs = self._runner, plan.num_tokens, len(plan.chunks)
+        prompt_rows = []
+        if runner.has_head:
+            for chunk in plan.chunks:
+                sequence = self._sequences[chunk.seq_id]
+                if sequence.scores_prompt:
+                    prompt_rows += [len(part) for part in _in_parts(_scored_tokens(chunk, sequence))]
+        num_logits_rows = runner.num_logits_rows(num_tokens, num_seqs, len(sampling))
+        return self._check.events(phase, runner.num_rows(num_tokens, num_seqs), prompt_rows, sampling, num_logits_rows)
+
+    def _sampling_rows(self, plan: StepPlan) -> list[SamplingRow]:
+        """Of the chunks that sample, in their order."""
+        masks = dict(plan.masks)
+        rows = []
+        for chunk in plan.chunks:
+            if chunk.samples:
+                row, mask = self._sequences[chunk.seq_id].sampling, masks.get(chunk.seq_id)
+                rows.append(row if mask is None else replace(row, mask=mask))
+        return rows
+
+    def _run(self, plan: StepPlan, sampling: Sequence[SamplingRow]) -> StepResult:
         hidden_states = self._runner.run([self._row(chunk) for chunk in plan.chunks])
         if not self._runner.has_head:
             return StepResult(sampled=(), prompt_logprobs=(), failed={})
-        return self._sample(plan, hidden_states)
+        return self._sample(plan, hidden_states, sampling)
 
     def _set_phase(self, phase: Phase) -> None:
         if phase is not self._phase:
@@ -212,11 +237,10 @@ class Worker:
         token_ids = sequence.tokens(chunk.start, chunk.start + chunk.num_tokens)
         return Row(token_ids, chunk.start, sequence.block_table.ids)
 
-    def _sample(self, plan: StepPlan, hidden_states: Tensor) -> StepResult:
+    def _sample(self, plan: StepPlan, hidden_states: Tensor, sampling: Sequence[SamplingRow]) -> StepResult:
         """What the step's hidden states bring: tokens, scored prompts, embeddings."""
-        last_rows, sampling, prompts, pooling, failed = [], [], [], [], {}
+        last_rows, prompts, pooling, failed = [], [], [], {}
         row = 0
-        masks = dict(plan.masks)
         for chunk in plan.chunks:
             sequence = self._sequences[chunk.seq_id]
             rows = slice(row, row + chunk.num_tokens)
@@ -231,8 +255,6 @@ class Worker:
             row += chunk.num_tokens
             if chunk.samples:
                 last_rows.append(row - 1)
-                mask = masks.get(chunk.seq_id)
-                sampling.append(sequence.sampling if mask is None else replace(sequence.sampling, mask=mask))
         # Before logits are computed, which a recorded step may put where hidden states are.
         pooled = self._pooler.pool(pooling) if pooling else NOTHING_POOLED
         failed |= pooled.failed
@@ -243,8 +265,6 @@ class Worker:
         if len(last_rows) < row:
             hidden_states = hidden_states[last_rows]
         logits, largest = self._runner.logits(hidden_states)
-        if self._check is not None:
-            self._check.add_sampling(sampling)
         outcome = self._sampler.sample(logits, sampling, largest)
         self._pooler.keep(pooled)
         return StepResult(outcome.sampled, tuple(prompts), {**outcome.failed, **failed}, pooled.embeddings)
@@ -252,19 +272,33 @@ class Worker:
     def _prompt_logprobs(
         self, chunk: ScheduledChunk, sequence: _WorkerSequence, hidden_states: Tensor
     ) -> list[PromptLogprobs]:
-        """Row i of the chunk scores the prompt token after it; the last prompt token scores none."""
+        """Row i of the chunk scores the prompt token after it; the last prompt token scores none.
+
+        What is exchanged for it follows from the plan alone: rows that cannot be used are gathered like others.
+        """
         num_top = sequence.new.params.prompt_logprobs
         assert num_top is not None
-        targets = sequence.new.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
-        found = []
-        for offset in range(0, len(targets), PROMPT_LOGITS_ROWS):
-            part = targets[offset : offset + PROMPT_LOGITS_ROWS]
-            if self._check is not None:
-                self._check.add_whole_rows(len(part))
+        found, offset, failure = [], 0, None
+        for part in _in_parts(_scored_tokens(chunk, sequence)):
             logits = self._runner.logits(hidden_states[offset : offset + len(part)]).logits
-            rows = prompt_logprobs(self._sampler.whole_rows(logits), part, num_top)
-            found.append(PromptLogprobs(seq_id=chunk.seq_id, start=chunk.start + offset + 1, rows=rows))
+            whole = self._sampler.whole_rows(logits)
+            try:
+                rows = prompt_logprobs(whole, part, num_top)
+                found.append(PromptLogprobs(seq_id=chunk.seq_id, start=chunk.start + offset + 1, rows=rows))
+            except KernelError as error:
+                failure = failure or error
+            offset += len(part)
+        if failure is not None:
+            raise failure
         return found
+
+
+def _scored_tokens(chunk: ScheduledChunk, sequence: _WorkerSequence) -> Sequence[int]:
+    return sequence.new.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
+
+
+def _in_parts(token_ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (token_ids[start : start + PROMPT_LOGITS_ROWS] for start in range(0, len(token_ids), PROMPT_LOGITS_ROWS))
 
 
 def _phase_of(plan: StepPlan) -> Phase:
