@@ -18,6 +18,7 @@ from headrace.engine.load_rank import load_rank
 from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.rank_statistics import RankStatistics
 from headrace.engine.worker import Worker
+from headrace.errors import OutOfDeviceMemory
 from headrace.kernels import Kernels
 from headrace.parallel.fabric import Fabric
 from headrace.parallel.group import Group, OneRankGroup
@@ -67,16 +68,20 @@ class ThreadExecutor:
         self.max_in_flight = parallel.pipeline_parallel_size
         self._reporters = workers[-parallel.tensor_parallel_size :]
         self._pool = ThreadPoolExecutor(len(workers))
-        self._results: list[StepResult] = []
+        self._results: list[StepResult | OutOfDeviceMemory] = []
 
     def submit(self, plan: StepPlan) -> None:
         results = list(self._pool.map(lambda worker: self._execute(worker, plan), self.workers))
+        without_room = [result for result in results if isinstance(result, OutOfDeviceMemory)]
         first, *others = results[-len(self._reporters) :]
-        assert all(other == first for other in others), "ranks of the last stage have sampled different tokens"
-        self._results.append(first)
+        assert without_room or all(other == first for other in others), "ranks have sampled different tokens"
+        self._results.append(without_room[0] if without_room else first)
 
     def collect(self) -> StepResult:
-        return self._results.pop(0)
+        result = self._results.pop(0)
+        if isinstance(result, OutOfDeviceMemory):
+            raise result
+        return result
 
     def reset(self) -> None:
         self._results.clear()
@@ -95,9 +100,9 @@ class ThreadExecutor:
     def ledger_rows(self) -> list[list[LedgerRow]]:
         return [[row for group in worker.groups for row in group.ledger_rows()] for worker in self.workers]
 
-    def _execute(self, worker: Worker, plan: StepPlan) -> StepResult:
+    def _execute(self, worker: Worker, plan: StepPlan) -> StepResult | OutOfDeviceMemory:
         try:
-            return worker.execute(plan)
+            return worker.try_to_execute(plan)
         except threading.BrokenBarrierError:
             raise
         except BaseException:

@@ -16,6 +16,9 @@ from headrace.engine.draw import Ids, Row, largest_tokens
 Words = NDArray[np.int32]
 Sums = NDArray[np.float64]
 
+OUT_OF_MEMORY = -2
+"""In the place of a step's first token id: the rank that brings it has no candidates, and the step is undone."""
+
 _NO_TOKEN = -1
 
 

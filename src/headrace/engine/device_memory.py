@@ -1,13 +1,17 @@
 """Room on the device that a rank runs on."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from headrace.config.engine import GPU_MEMORY_FRACTION, HOST_MEMORY_FRACTION
 from headrace.errors import OutOfDeviceMemory
 from headrace.machine import available_memory_bytes, host_id
+
+T = TypeVar("T")
 
 
 def default_memory_fraction(device: torch.device) -> float:
@@ -74,3 +78,48 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def what_torch_says(error: RuntimeError) -> str:
     """How much was asked for and how much there is; torch goes on to name settings of its own."""
     return ". ".join(str(error).split(". ")[:3]).removesuffix(".")[:300]
+
+
+class Retrying(Protocol):
+    """Calls what may find no memory."""
+
+    def __call__(self, run: Callable[[], T]) -> T: ...
+
+
+def call_once(run: Callable[[], T]) -> T:
+    return run()
+
+
+class Reserve:
+    """Memory of a device set aside for exchanges that other ranks wait for, which must not fail.
+
+    num_bytes: of the largest one; 0 where ranks need none.
+    """
+
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        self._device, self._num_bytes = device, num_bytes
+        self._memory = self._make()
+
+    def release(self) -> None:
+        """Give back what torch keeps for later, and set the reserve free for what this process allocates next."""
+        release_cached(self._device)
+        self._memory = None
+
+    def restore(self) -> None:
+        """After `release`: what was allocated since is gone, and torch has kept its memory."""
+        if self._memory is None and self._num_bytes:
+            with suppress(torch.OutOfMemoryError):
+                self._memory = self._make()
+
+    def retrying(self, run: Callable[[], T]) -> T:
+        """What `run` returns, which is called once more if it finds no memory."""
+        try:
+            return run()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        self.release()
+        return run()
+
+    def _make(self) -> Tensor | None:
+        return torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device) if self._num_bytes else None

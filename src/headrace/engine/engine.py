@@ -6,6 +6,7 @@ import time
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from operator import index
@@ -165,8 +166,8 @@ class Engine:
         """Let the ranks have as many steps as they can run at the same time, and say what the oldest brought to each
         request.
 
-        A step that does not fit the device's memory brings nothing: the request that arrived last is preempted. If
-        there is but one, its step is tried once more, and then it fails.
+        A step that does not fit a device's memory brings nothing, nor do those begun after it: the request that arrived
+        last is preempted. If there is but one, its step is tried once more, and then it fails.
 
         A step that raises (Ctrl-C, say) ends every request with that error, reported by the next step; the engine is
         then empty and takes new ones. With other ranks it takes none: they have ended.
@@ -330,9 +331,13 @@ class Engine:
         return self._report(plan, result)
 
     def _make_room(self, plan: StepPlan, reason: str) -> list[RequestUpdate]:
-        self._scheduler.undo(plan)
+        """Undo a plan that did not fit, and those that were begun after it: they may attend to what it left undone."""
+        self._scheduler.undo([plan, *self._collect_rest()])
         if self._scheduler.preempt_newest():
             logger.warning("%s; the newest of %d requests waits", reason, len(self._requests))
+            return []
+        if not self._scheduler.num_running:
+            # Whoever it was for has left.
             return []
         if not self._is_last_try:
             # What torch had kept of the device's memory is free now, and in fewer pieces.
@@ -340,6 +345,15 @@ class Engine:
             return []
         self._is_last_try = False
         return [self._update(self._fail(self._scheduler.oldest_running.seq_id, reason))]
+
+    def _collect_rest(self) -> list[StepPlan]:
+        """All plans in flight, whose results nobody wants."""
+        rest = list(self._in_flight)
+        self._in_flight.clear()
+        for _ in rest:
+            with suppress(OutOfDeviceMemory):
+                self.model.executor.collect()
+        return rest
 
     def _fail(self, seq_id: int, error: str) -> RequestState:
         state = self._by_sequence.pop(seq_id)
@@ -354,9 +368,7 @@ class Engine:
         if not self._in_flight or self._requests:
             return
         with _WithinAStep(self):
-            while self._in_flight:
-                self.model.executor.collect()
-                self._scheduler.update(self._in_flight.popleft(), {})
+            self._scheduler.undo(self._collect_rest())
 
     def _mark_scheduled(self, plan: StepPlan) -> None:
         for new in plan.new:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from headrace.costs.candidates import candidates_payload_bytes, draws_payload_bytes, row_record
 from headrace.costs.exchanges import Layout
@@ -66,6 +67,17 @@ class ExchangeCheck:
 
     def begin_step(self, events: Sequence[Event]) -> None:
         self._step = events
+
+    @property
+    def num_calls_of_step(self) -> int:
+        """Exchanges made since the step was begun: those that the ledger has and no step before it explains."""
+        counted, predicted = totals_of(self._rows()), self.predicted()
+        return sum(sums.num_calls for sums in counted.values()) - sum(sums.num_calls for sums in predicted.values())
+
+    def cut_short(self) -> list[Event]:
+        """What the step comes to where a rank has run out of memory: none of it but that is exchanged."""
+        self._step = [replace(event, draw_bytes=0) if isinstance(event, SampledRows) else event for event in self._step]
+        return list(self._step)
 
     def end_step(self, fallback_rows: int) -> None:
         """Compare now and then, and report the first difference as an error in the log.

@@ -4,7 +4,7 @@ import json
 import time
 from typing import Any
 
-from headrace.engine.wire import Kind, decode_plan, encode_result
+from headrace.engine.wire import Kind, decode_plan, encode_answer
 from headrace.engine.worker import Worker
 from headrace.machine import host_id
 from headrace.parallel.world import World
@@ -25,11 +25,10 @@ def follow(world: World, worker: Worker) -> None:
             worker.decode_step.forget()
             return
         if kind is Kind.PLAN:
-            result = worker.execute(decode_plan(message[1:]))
+            answer = worker.try_to_execute(decode_plan(message[1:]))
             # A GPU goes on where an exchange was cut short, with whatever its memory holds.
             world.check()
-            if world.place.reports:
-                world.send(0, encode_result(result))
+            world.send(0, encode_answer(answer, reports=world.place.reports))
         else:
             world.send(0, json.dumps(_answer(kind, world, worker)).encode())
 

@@ -14,8 +14,8 @@ from headrace.costs.exchanges import Layout, rules_of
 from headrace.engine.device_memory import explaining_out_of_memory
 from headrace.engine.devices import resolve_device
 from headrace.engine.engine_plan import resolve_max_model_len
-from headrace.engine.exchange_check import ExchangeCheck
 from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, kv_cache_spec, resolve_kv_cache_format
+from headrace.engine.rank_exchanges import RankExchanges, make_rank_exchanges
 from headrace.engine.record_steps import record_steps
 from headrace.engine.runner import ModelRunner
 from headrace.engine.softmax import ChosenSoftmax, resolve_softmax
@@ -41,8 +41,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRank:
-    """groups: tp, pp and kv. weight_bytes: weights in memory; step_bytes: what steps take of a GPU beside them;
-    block_bytes: of a cache block on all layers of this rank; load_s: so far."""
+    """groups: tp, pp and kv; exchanges: None without other ranks. weight_bytes: weights in memory; step_bytes: what
+    steps take of a GPU beside them; block_bytes: of a cache block on all layers of this rank; load_s: so far."""
 
     config: EngineConfig
     rank: int
@@ -53,6 +53,7 @@ class LoadedRank:
     boundary: Boundary
     groups: tuple[Group, ...]
     parallel: ParallelConfig
+    exchanges: RankExchanges | None
     formats: WeightFormats
     kv_cache_format: KvCacheFormat
     softmax: ChosenSoftmax
@@ -98,19 +99,8 @@ class LoadedRank:
             self.groups,
             tp_group=tp_group,
             gathers_logits=gathers_logits,
-            check=self._exchange_check(),
+            exchanges=self.exchanges,
         )
-
-    def _exchange_check(self) -> ExchangeCheck | None:
-        if self.parallel.world_size == 1:
-            return None
-        layout = Layout(
-            model=self.source.config,
-            parallel=self.parallel,
-            activation_bytes=self.formats.dtype.itemsize,
-            rules=rules_of(self.parallel.transport),
-        )
-        return ExchangeCheck(layout, self.rank, self.groups)
 
 
 def default_num_threads(config: EngineConfig, num_ranks_on_host: int) -> int:
@@ -204,6 +194,23 @@ def load_rank(
             max_model_len=max_model_len,
             block_size=config.cache.block_size,
         )
+    exchanges = None
+    if config.parallel.world_size > 1:
+        layout = Layout(
+            model=source.config,
+            parallel=config.parallel,
+            activation_bytes=formats.dtype.itemsize,
+            rules=rules_of(config.parallel.transport),
+        )
+        with explaining_out_of_memory("there is no room for what ranks exchange", kernels.device):
+            exchanges = make_rank_exchanges(
+                layout,
+                place,
+                context,
+                groups,
+                dtype=formats.dtype,
+                max_num_tokens=config.scheduler.max_num_batched_tokens,
+            )
     return LoadedRank(
         config=config,
         rank=place.rank,
@@ -214,6 +221,7 @@ def load_rank(
         boundary=boundary,
         groups=groups,
         parallel=config.parallel,
+        exchanges=exchanges,
         formats=formats,
         kv_cache_format=cache_format,
         softmax=softmax,

@@ -2,12 +2,12 @@
 
 import gc
 
-from headrace.engine.device_memory import is_out_of_memory, release_cached, what_torch_says
+from headrace.engine.device_memory import release_cached
 from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.rank_statistics import RankStatistics
 from headrace.engine.trace import RankTrace
 from headrace.engine.worker import Worker
-from headrace.errors import EngineStopped, OutOfDeviceMemory
+from headrace.errors import EngineStopped
 
 
 class LocalExecutor:
@@ -37,19 +37,10 @@ class LocalExecutor:
     def collect(self) -> StepResult:
         """
         Raises:
-            OutOfDeviceMemory: the step does not fit. What the plan says of sequences is known all the same; none of its
-                tokens counts as computed.
+            OutOfDeviceMemory: see `Worker.execute`.
         """
         assert self._plan is not None, "nothing was submitted"
-        try:
-            return self.worker.execute(self._plan)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = f"a step does not fit the memory of {self.worker.device}: {what_torch_says(error)}"
-        # Here, where the error no longer holds what the step has made.
-        release_cached(self.worker.device)
-        raise OutOfDeviceMemory(f"{reason}; lower max_num_batched_tokens, or leave more free with memory_fraction")
+        return self.worker.execute(self._plan)
 
     def start_trace(self) -> None:
         self.worker.start_trace()

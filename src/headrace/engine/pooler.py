@@ -36,7 +36,7 @@ class Pooled(NamedTuple):
 
     embeddings: tuple[Embedding, ...]
     failed: dict[int, str]
-    sums: dict[int, Tensor]
+    sums: dict[int, tuple[int, Tensor]]
 
 
 NOTHING_POOLED = Pooled((), {}, {})
@@ -46,18 +46,22 @@ class Pooler:
     """Owns the sums of prompts whose mean is wanted, from their first chunk to their last.
 
     Sums are made token by token in float64, so that they do not depend on how a prompt was cut. A prompt that starts
-    over is summed again, and a step that fails before `keep` has changed no sum.
+    over is summed again, a step that fails before `keep` has changed no sum, and one that is undone after it leaves the
+    sum that was there before.
 
     finish: makes the model's last hidden states of rows as its layers leave them, each row by itself.
+    max_undone_steps: of those that were kept, how many may be undone together.
     """
 
-    def __init__(self, finish: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, finish: Callable[[Tensor], Tensor], max_undone_steps: int = 0) -> None:
         self._finish = finish
-        self._sums: dict[int, Tensor] = {}
+        self._num_kept = 1 + max_undone_steps
+        self._sums: dict[int, dict[int, Tensor]] = {}
+        """By sequence id and number of tokens, those of the most tokens last."""
 
     def pool(self, rows: Sequence[PoolingRows]) -> Pooled:
         """Take in one step's chunks; the embeddings of those that were the last ones of their prompts."""
-        sums: dict[int, Tensor] = {}
+        sums: dict[int, tuple[int, Tensor]] = {}
         finished: list[tuple[PoolingRows, Tensor]] = []
         for row in rows:
             if row.params.pooling is Pooling.MEAN:
@@ -65,14 +69,17 @@ class Pooler:
                 if row.is_last:
                     finished.append((row, total / row.num_prompt_tokens))
                 else:
-                    sums[row.chunk.seq_id] = total
+                    sums[row.chunk.seq_id] = row.chunk.start + row.chunk.num_tokens, total
             elif row.is_last:
                 finished.append((row, self._finish(row.hidden_states[-1:])[0].double()))
         return _read(finished, sums)
 
     def keep(self, pooled: Pooled) -> None:
         """The step is done: its sums are what the next chunks are added to."""
-        self._sums |= pooled.sums
+        for seq_id, (num_tokens, total) in pooled.sums.items():
+            # Those of more tokens were undone.
+            before = [kept for kept in self._sums.get(seq_id, {}).items() if kept[0] < num_tokens]
+            self._sums[seq_id] = dict([*before, (num_tokens, total)][-self._num_kept :])
 
     def forget(self, seq_id: int) -> None:
         self._sums.pop(seq_id, None)
@@ -82,7 +89,7 @@ class Pooler:
 
     def _total(self, row: PoolingRows) -> Tensor:
         """The sum of the prompt's first tokens, up to this chunk's last."""
-        totals = [self._sums[row.chunk.seq_id]] if row.chunk.start else []
+        totals = [self._sums[row.chunk.seq_id][row.chunk.start]] if row.chunk.start else []
         for part in torch.split(row.hidden_states, _MAX_ROWS):
             rows = self._finish(part).double()
             # A plain sum may add in any order.
@@ -90,7 +97,7 @@ class Pooler:
         return totals[0]
 
 
-def _read(finished: Sequence[tuple[PoolingRows, Tensor]], sums: dict[int, Tensor]) -> Pooled:
+def _read(finished: Sequence[tuple[PoolingRows, Tensor]], sums: dict[int, tuple[int, Tensor]]) -> Pooled:
     """One copy from the device for all."""
     if not finished:
         return Pooled((), {}, sums)

@@ -9,9 +9,9 @@ from typing import Any
 from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.rank_statistics import RankStatistics
 from headrace.engine.trace import RankTrace
-from headrace.engine.wire import Kind, decode_result, encode_plan
+from headrace.engine.wire import Kind, decode_answer, encode_plan
 from headrace.engine.worker import Worker
-from headrace.errors import EngineStopped, RankError
+from headrace.errors import EngineStopped, OutOfDeviceMemory, RankError
 from headrace.machine import host_id
 from headrace.parallel.ledger import LedgerRow
 from headrace.parallel.world import World
@@ -20,7 +20,8 @@ _CLOCK_QUESTIONS = 16
 
 
 class RankedExecutor:
-    """Rank 0's executor: sends each plan to every rank, runs its own part, and takes the tokens of the last stage.
+    """Rank 0's executor: sends each plan to every rank, runs its own part, hears from all that it fitted, and takes the
+    tokens of the last stage.
 
     Raises:
         RankError: a rank died, stalled or failed, from whatever was going on at that time; and
@@ -32,7 +33,7 @@ class RankedExecutor:
         self._world = world
         self._config = world.place.config
         self._reporter = self._config.world_size - self._config.tensor_parallel_size
-        self._own_results: list[StepResult] = []
+        self._own_answers: list[StepResult | OutOfDeviceMemory] = []
         self._has_failed = False
         self._close = weakref.finalize(self, _close_in, os.getpid(), world)
 
@@ -56,25 +57,33 @@ class RankedExecutor:
         try:
             for rank in self._world.control:
                 self._world.send(rank, message)
-            result = self.worker.execute(plan)
+            answer = self.worker.try_to_execute(plan)
             # A GPU goes on where an exchange was cut short, with whatever its memory holds.
             self._world.check()
-            self._own_results.append(result)
+            self._own_answers.append(answer)
         except BaseException as error:
             raise self._failed(error) from None
 
     def collect(self) -> StepResult:
-        result = self._own_results.pop(0)
-        if self._reporter == 0:
-            return result
+        """
+        Raises:
+            OutOfDeviceMemory: of any rank.
+        """
+        answers: list[StepResult | OutOfDeviceMemory | None] = [self._own_answers.pop(0)]
         try:
-            return decode_result(self._world.receive(self._reporter))
+            answers += [decode_answer(self._world.receive(rank)) for rank in self._world.control]
         except BaseException as error:
             raise self._failed(error) from None
+        for answer in answers:
+            if isinstance(answer, OutOfDeviceMemory):
+                raise answer
+        result = answers[self._reporter]
+        assert isinstance(result, StepResult), "the rank that reports has said nothing"
+        return result
 
     def reset(self) -> None:
         """After a step that failed half way the ranks cannot go on, as nobody knows how far each has come."""
-        self._own_results.clear()
+        self._own_answers.clear()
         if not self._has_failed:
             self._failed(RankError("a step was cut short"))
 
@@ -146,8 +155,8 @@ class RankedExecutor:
     def _check_idle(self) -> None:
         """Answers would be taken for results."""
         self._check()
-        if self._own_results:
-            raise RuntimeError(f"{len(self._own_results)} plans are in flight; collect them before asking ranks")
+        if self._own_answers:
+            raise RuntimeError(f"{len(self._own_answers)} plans are in flight; collect them before asking ranks")
 
     def _check(self) -> None:
         if self._world.is_closed:

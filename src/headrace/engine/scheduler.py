@@ -274,14 +274,16 @@ class Scheduler:
             sequence.num_computed_tokens = chunk.start + chunk.num_tokens
             self._blocks.commit(chunk.seq_id, sequence.tokens, sequence.num_computed_tokens)
 
-    def undo(self, plan: StepPlan) -> None:
-        """Record that the only open plan came back without having been run: its tokens are still to be computed. What
-        it says of sequences and their blocks is known to the ranks."""
-        self._updated_step = plan.step
-        for chunk in plan.chunks:
-            entry = self._entries.get(chunk.seq_id)
-            if entry is not None:
-                entry.sequence.num_scheduled_tokens = chunk.start
+    def undo(self, plans: list[StepPlan]) -> None:
+        """Record that all open plans, in the order in which they were made, are as if they had not been run: their
+        tokens are still to be computed. What they say of sequences and their blocks is known to the ranks."""
+        self._updated_step = self._step
+        for plan in reversed(plans):
+            for chunk in plan.chunks:
+                entry = self._entries.get(chunk.seq_id)
+                # One that was preempted since starts over.
+                if entry is not None and entry.sequence.status is SequenceStatus.RUNNING:
+                    entry.sequence.num_scheduled_tokens = chunk.start
 
     def preempt_newest(self) -> bool:
         """Take the blocks of the running sequence that arrived last, and let fewer run together for some time, as steps

@@ -17,6 +17,7 @@ most likely ones, a very large top_k) all ranks gather that row and do as `Sampl
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from headrace.costs.candidates import LARGEST_WORDS, RowRecord, row_record
 from headrace.costs.sharding import shard_vocabulary, vocabulary_shard_sizes
 from headrace.costs.sites import Site
 from headrace.engine.candidates import (
+    OUT_OF_MEMORY,
     Shares,
     Words,
     largest_candidates,
@@ -35,6 +37,7 @@ from headrace.engine.candidates import (
     write_candidates_,
     write_sum_,
 )
+from headrace.engine.device_memory import Retrying, call_once
 from headrace.engine.draw import (
     Row,
     cumulative_block_sums,
@@ -57,7 +60,7 @@ from headrace.engine.sampler import (
     check_finite,
     explain_failure,
 )
-from headrace.errors import KernelError
+from headrace.errors import KernelError, OutOfDeviceMemory
 from headrace.parallel.group import Group
 
 GATHERED_ROWS = 64
@@ -92,10 +95,13 @@ class ShardedSampler:
     """A rank of a group that samples together. Owns what `Sampler` owns, of the same sequences.
 
     fallback_rows: rows gathered so far because candidates did not suffice.
+    retrying: calls what finds no memory once more, after making room: from the first exchange on, what other ranks wait
+        for depends on what they have said.
     """
 
-    def __init__(self, group: Group, vocab_size: int) -> None:
+    def __init__(self, group: Group, vocab_size: int, retrying: Retrying = call_once) -> None:
         self._group = group
+        self._retrying = retrying
         self._vocab_size = vocab_size
         self._sizes = vocabulary_shard_sizes(vocab_size, group.world_size)
         self._shard = shard_vocabulary(vocab_size, group.rank, group.world_size)
@@ -111,6 +117,7 @@ class ShardedSampler:
             logits: [num_rows, tokens of this rank's shard], computed in float32, never written
         Raises:
             ShapeError: logits and rows do not pair up.
+            OutOfDeviceMemory: another rank has said so instead of bringing candidates; there are no tokens.
         """
         host = HostLogits(logits)
         mine = self._own_largest(host, len(rows)) if largest is None else largest
@@ -119,7 +126,7 @@ class ShardedSampler:
         self._whole.follow(rows)
         step = _Step(rows=rows, records=[self._record(row) for row in rows])
         own = np.concatenate([self._largest_words(mine).reshape(-1), self._own_words(step, host, mine)])
-        everyones = self._exchange(own, logits.device)
+        everyones = self._exchange_candidates(own, logits.device)
         self._decide(step, everyones)
         self._draw_by_owner(step, logits.device)
         self._score(step)
@@ -128,7 +135,9 @@ class ShardedSampler:
 
     def whole_rows(self, logits: Tensor) -> Tensor:
         """Rows of this rank's shard, completed by the others' shards: [num_rows, vocab_size] float32."""
-        return torch.cat(self._group.all_gather(logits.float().contiguous(), Site.LOGITS, self._sizes), dim=-1)
+        own = self._retrying(lambda: logits.float().contiguous())
+        parts = self._retrying(lambda: self._group.all_gather(own, Site.LOGITS, self._sizes))
+        return self._retrying(lambda: torch.cat(parts, dim=-1))
 
     def _own_largest(self, host: HostLogits, num_rows: int) -> Largest:
         if not len(self._shard):
@@ -147,11 +156,26 @@ class ShardedSampler:
 
     def _exchange(self, words: Words, device: torch.device) -> Words:
         """[world_size, *words.shape]. Words travel as float32, which every transport carries and none changes."""
-        brought = self._group.all_gather(torch.from_numpy(words.view(np.float32)).to(device), Site.CANDIDATES)
-        return torch.stack(brought).cpu().numpy().view(np.int32)
+        group = self._group
+        brought = self._retrying(
+            lambda: group.all_gather(torch.from_numpy(words.reshape(-1).view(np.float32)).to(device), Site.CANDIDATES)
+        )
+        found: Words = self._retrying(lambda: torch.stack(brought).cpu()).numpy().view(np.int32)
+        return found.reshape(-1, *words.shape)
+
+    def _exchange_candidates(self, words: Words, device: torch.device) -> Words:
+        """
+        Raises:
+            OutOfDeviceMemory: see `sample`.
+        """
+        everyones = self._exchange(words, device)
+        [without] = np.nonzero(everyones.reshape(len(everyones), -1)[:, 0] == OUT_OF_MEMORY)
+        if len(without):
+            raise OutOfDeviceMemory(f"a step does not fit the memory of rank {without[0]} of {self._group.name}")
+        return everyones
 
     def _sample_largest(self, mine: Largest, rows: Sequence[SamplingRow], device: torch.device) -> SampleOutcome:
-        token_ids, logits = _largest_of_all(self._exchange(self._largest_words(mine), device))
+        token_ids, logits = _largest_of_all(self._exchange_candidates(self._largest_words(mine), device))
         if np.isfinite(logits).all():
             drawn = zip(rows, token_ids.tolist(), strict=True)
             return SampleOutcome(tuple([SampledToken(row.seq_id, token_id) for row, token_id in drawn]), {})
@@ -302,11 +326,14 @@ class ShardedSampler:
             else:
                 step.sampled[index] = SampledToken(row.seq_id, token_id, logprobs)
 
+    def _rows(self, logits: Tensor, indices: Sequence[int]) -> Tensor:
+        return self._retrying(lambda: logits[indices])
+
     def _sample_gathered(self, step: _Step, logits: Tensor) -> None:
         self.fallback_rows += len(step.gathered)
         for indices in _in_parts(step.gathered, GATHERED_ROWS):
-            host = HostLogits(self.whole_rows(logits[indices]))
-            host.fetch(range(len(indices)))
+            host = HostLogits(self.whole_rows(self._rows(logits, indices)))
+            self._retrying(partial(host.fetch, range(len(indices))))
             for place, index in enumerate(indices):
                 try:
                     step.sampled[index] = self._whole.sample_row(host.row(place), step.rows[index])

@@ -11,10 +11,10 @@ from headrace.config import KvCacheFormat, SchedulerConfig
 from headrace.costs.memory import num_blocks_for
 from headrace.engine.device_memory import peak_bytes
 from headrace.engine.kv_cache_spec import RankShape, kv_cache_spec
+from headrace.engine.prompt_scores import PROMPT_LOGITS_ROWS
 from headrace.engine.rows import Row
 from headrace.engine.runner import ModelRunner
 from headrace.engine.step_sizes import StepSizes, bucket_sizes
-from headrace.engine.worker import PROMPT_LOGITS_ROWS
 from headrace.models.boundary import Boundary
 from headrace.models.decoder import Decoder
 

@@ -16,11 +16,14 @@ from headrace.engine.plan import (
     StepResult,
     TokenLogprob,
 )
+from headrace.errors import OutOfDeviceMemory
+
+_OUT_OF_MEMORY = b"!"
+"""No JSON begins so."""
 
 
 class Kind(Enum):
-    """First byte of what rank 0 says to another rank; all but plans (which one rank reports on) and the end are asked
-    for an answer."""
+    """First byte of what rank 0 says to another rank; all but the end are asked for an answer."""
 
     PLAN = b"p"
     LEDGER = b"l"
@@ -74,6 +77,20 @@ def decode_result(message: bytes) -> StepResult:
         failed=dict(failed),
         embeddings=tuple([Embedding(seq_id, b64decode(values)) for seq_id, values in embeddings]),
     )
+
+
+def encode_answer(answer: StepResult | OutOfDeviceMemory, *, reports: bool) -> bytes:
+    """What a rank says of a plan: what came of it, if it is the rank that reports, or why it did not fit."""
+    if isinstance(answer, OutOfDeviceMemory):
+        return _OUT_OF_MEMORY + str(answer).encode()
+    return encode_result(answer) if reports else b""
+
+
+def decode_answer(message: bytes) -> StepResult | OutOfDeviceMemory | None:
+    """None of a rank that does not report."""
+    if message.startswith(_OUT_OF_MEMORY):
+        return OutOfDeviceMemory(message.removeprefix(_OUT_OF_MEMORY).decode())
+    return decode_result(message) if message else None
 
 
 def _new_sequence(

@@ -4,8 +4,8 @@ A worker decides nothing. Whoever feeds it the same plans gets the same tokens, 
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,42 +13,23 @@ from torch import Tensor
 from headrace.costs.sites import Phase
 from headrace.costs.steps import Event
 from headrace.costs.volume import totals_of
-from headrace.engine.block_table import BlockTable
 from headrace.engine.decode_step import DecodeStep
+from headrace.engine.device_memory import call_once, is_out_of_memory, release_cached, what_torch_says
 from headrace.engine.device_sampler import DeviceSampler
 from headrace.engine.exchange_check import ExchangeCheck
-from headrace.engine.logprobs import prompt_logprobs
-from headrace.engine.plan import NewSequence, PromptLogprobs, ScheduledChunk, StepPlan, StepResult
-from headrace.engine.pooler import NOTHING_POOLED, Pooler, PoolingRows
+from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.pooler import Pooler, PoolingRows
+from headrace.engine.prompt_scores import num_rows_of_parts, score_prompt
+from headrace.engine.rank_exchanges import RankExchanges
 from headrace.engine.rank_statistics import RankStatistics
-from headrace.engine.rows import Row
 from headrace.engine.runner import ModelRunner
 from headrace.engine.sampler import Sampler, SamplingRow
 from headrace.engine.sharded_sampler import ShardedSampler
 from headrace.engine.trace import MAX_EVENTS, RankTrace, StepEvent
-from headrace.errors import KernelError
+from headrace.engine.worker_sequence import WorkerSequence
+from headrace.errors import KernelError, OutOfDeviceMemory
 from headrace.parallel.group import Group
 from headrace.parallel.ledger import LedgerRow
-
-PROMPT_LOGITS_ROWS = 64
-"""Prompt positions whose logits exist at once: 64 rows of 128 Ki entries are 32 MiB of float32."""
-
-
-@dataclass(kw_only=True, slots=True)
-class _WorkerSequence:
-    """sampling: what the sampler sees of the sequence; its output_token_ids are the list here, which grows."""
-
-    new: NewSequence
-    scores_prompt: bool
-    output_token_ids: list[int]
-    sampling: SamplingRow
-    block_table: BlockTable = field(default_factory=BlockTable)
-
-    def tokens(self, start: int, stop: int) -> Sequence[int]:
-        prompt = self.new.prompt_token_ids
-        if start >= len(prompt):
-            return self.output_token_ids[start - len(prompt) : stop - len(prompt)]
-        return (*prompt[start:stop], *self.output_token_ids[: max(stop - len(prompt), 0)])
 
 
 class Worker:
@@ -58,7 +39,7 @@ class Worker:
     groups: those whose ledgers count by phase.
     tp_group: the ranks that have the logits of this rank's stage together, each those of its shard of the vocabulary;
         gathers_logits: each has them all, see `ParallelConfig.gather_logits`.
-    check: of what the groups exchange, fed with every step; None without other ranks.
+    exchanges: what ranks exchange in steps; None without other ranks.
     """
 
     def __init__(
@@ -69,19 +50,20 @@ class Worker:
         *,
         tp_group: Group | None = None,
         gathers_logits: bool = False,
-        check: ExchangeCheck | None = None,
+        exchanges: RankExchanges | None = None,
     ) -> None:
         self.groups = tuple(group for group in groups if group.world_size > 1)
         self._phase: Phase | None = None
-        self._check = check
+        self._exchanges = exchanges
+        self._check = None if exchanges is None else exchanges.check
         self._steps: list[StepEvent] | None = None
         """For a trace; None while there is none."""
         self._runner = runner
         self._needs_device = runner.kernels.device.type == "cuda"
-        self._sampler = _make_sampler(tp_group, runner, gathers_logits)
-        self._pooler = Pooler(runner.last_hidden_states)
+        self._sampler = _make_sampler(tp_group, runner, exchanges, gathers_logits=gathers_logits)
+        self._pooler = Pooler(runner.last_hidden_states, exchanges.max_undone_steps if exchanges else 0)
         self._eos_token_ids = eos_token_ids
-        self._sequences: dict[int, _WorkerSequence] = {}
+        self._sequences: dict[int, WorkerSequence] = {}
 
     @property
     def device(self) -> torch.device:
@@ -98,27 +80,44 @@ class Worker:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run a step: take in the last one's tokens, forget who left, meet who is new, run every chunk, sample where a
-        chunk asks for it."""
+        chunk asks for it.
+
+        Raises:
+            OutOfDeviceMemory: the step does not fit. What the plan says of sequences is known all the same; none of its
+                tokens counts as computed. Other ranks have been given all that they wait for.
+        """
         for seq_id, token_id in plan.sampled:
             self._sequences[seq_id].output_token_ids.append(token_id)
         for seq_id in plan.finished:
             del self._sequences[seq_id]
             self._pooler.forget(seq_id)
         for new in plan.new:
-            self._sequences[new.seq_id] = self._sequence(new)
+            self._sequences[new.seq_id] = WorkerSequence.of(new, self._eos_token_ids)
         if not plan.chunks:
             return StepResult(sampled=(), prompt_logprobs=(), failed={})
         if self._needs_device:
             # Each thread has a GPU of its own to launch on, the first one if it does not say, and callers are many.
             torch.cuda.set_device(self.device)
-        if self._steps is None:
-            return self._run_checked(plan)
-        start_ns = time.monotonic_ns()
-        result = self._run_checked(plan)
-        if len(self._steps) < MAX_EVENTS:
-            phase, end_ns = _phase_of(plan), time.monotonic_ns()
-            self._steps.append(StepEvent(plan.step, phase, plan.num_tokens, len(plan.chunks), start_ns, end_ns))
-        return result
+        try:
+            return self._run_traced(plan)
+        except OutOfDeviceMemory as error:
+            reason, is_own = str(error), False
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason, is_own = f"a step does not fit the memory of {self.device}: {what_torch_says(error)}", True
+        # Here, where the error no longer holds what the step has made.
+        release_cached(self.device)
+        if self._exchanges is not None:
+            self._exchanges.complete(self.fallback_rows, is_own=is_own)
+        raise OutOfDeviceMemory(f"{reason}; lower max_num_batched_tokens, or leave more free with memory_fraction")
+
+    def try_to_execute(self, plan: StepPlan) -> StepResult | OutOfDeviceMemory:
+        """`execute`, but the error is the answer: one rank's is all ranks', and those that are well go on."""
+        try:
+            return self.execute(plan)
+        except OutOfDeviceMemory as error:
+            return error.with_traceback(None)
 
     def start_trace(self) -> None:
         """Keep steps and exchanges one by one from now on."""
@@ -165,29 +164,43 @@ class Worker:
         self._sequences.clear()
         self._pooler.reset()
 
-    def _run_checked(self, plan: StepPlan) -> StepResult:
-        sampling = self._sampling_rows(plan) if self._runner.has_head else []
-        if self._check is None:
-            return self._run(plan, sampling)
-        phase = _phase_of(plan)
-        self._set_phase(phase)
-        self._check.begin_step(self._events(plan, phase, sampling))
-        result = self._run(plan, sampling)
-        self._check.end_step(self.fallback_rows)
+    def _run_traced(self, plan: StepPlan) -> StepResult:
+        if self._steps is None:
+            return self._run_checked(plan)
+        start_ns = time.monotonic_ns()
+        result = self._run_checked(plan)
+        if len(self._steps) < MAX_EVENTS:
+            phase, end_ns = _phase_of(plan), time.monotonic_ns()
+            self._steps.append(StepEvent(plan.step, phase, plan.num_tokens, len(plan.chunks), start_ns, end_ns))
         return result
 
-    def _events(self, plan: StepPlan, phase: Phase, sampling: Sequence[SamplingRow]) -> list[Event]:
+    def _run_checked(self, plan: StepPlan) -> StepResult:
+        sampling = self._sampling_rows(plan) if self._runner.has_head else []
+        if self._exchanges is None:
+            return self._run(plan, sampling)
+        check, reserve = self._exchanges.check, self._exchanges.reserve
+        phase = _phase_of(plan)
+        self._set_phase(phase)
+        check.begin_step(self._events(check, plan, phase, sampling))
+        result = self._run(plan, sampling)
+        check.end_step(self.fallback_rows)
+        # Sampling may have needed it.
+        reserve.restore()
+        return result
+
+    def _events(
+        self, check: ExchangeCheck, plan: StepPlan, phase: Phase, sampling: Sequence[SamplingRow]
+    ) -> list[Event]:
         """What the step is about to exchange."""
-        assert self._check is not None, "without other ranks nothing is exchanged"
         runner, num_tokens, num_seqs = self._runner, plan.num_tokens, len(plan.chunks)
         prompt_rows = []
         if runner.has_head:
             for chunk in plan.chunks:
                 sequence = self._sequences[chunk.seq_id]
                 if sequence.scores_prompt:
-                    prompt_rows += [len(part) for part in _in_parts(_scored_tokens(chunk, sequence))]
+                    prompt_rows += num_rows_of_parts(chunk, sequence.new)
         num_logits_rows = runner.num_logits_rows(num_tokens, num_seqs, len(sampling))
-        return self._check.events(phase, runner.num_rows(num_tokens, num_seqs), prompt_rows, sampling, num_logits_rows)
+        return check.events(phase, runner.num_rows(num_tokens, num_seqs), prompt_rows, sampling, num_logits_rows)
 
     def _sampling_rows(self, plan: StepPlan) -> list[SamplingRow]:
         """Of the chunks that sample, in their order."""
@@ -200,9 +213,14 @@ class Worker:
         return rows
 
     def _run(self, plan: StepPlan, sampling: Sequence[SamplingRow]) -> StepResult:
-        hidden_states = self._runner.run([self._row(chunk) for chunk in plan.chunks])
+        hidden_states = self._runner.run([self._sequences[chunk.seq_id].row(chunk) for chunk in plan.chunks])
         if not self._runner.has_head:
             return StepResult(sampled=(), prompt_logprobs=(), failed={})
+        if len(sampling) == len(plan.chunks) == plan.num_decode_tokens:
+            # Each row is the last token of an output: no prompt is to be scored or pooled.
+            logits, largest = self._runner.logits(hidden_states)
+            outcome = self._sampler.sample(logits, sampling, largest)
+            return StepResult(outcome.sampled, (), outcome.failed)
         return self._sample(plan, hidden_states, sampling)
 
     def _set_phase(self, phase: Phase) -> None:
@@ -210,32 +228,6 @@ class Worker:
             self._phase = phase
             for group in self.groups:
                 group.set_phase(phase)
-
-    def _sequence(self, new: NewSequence) -> _WorkerSequence:
-        output_token_ids: list[int] = []
-        sampling = SamplingRow(
-            seq_id=new.seq_id,
-            params=new.params,
-            seed=new.seed,
-            prompt_token_ids=new.prompt_token_ids,
-            output_token_ids=output_token_ids,
-            eos_token_ids=self._eos_token_ids,
-        )
-        return _WorkerSequence(
-            new=new,
-            scores_prompt=new.params.prompt_logprobs is not None,
-            output_token_ids=output_token_ids,
-            sampling=sampling,
-        )
-
-    def _row(self, chunk: ScheduledChunk) -> Row:
-        sequence = self._sequences[chunk.seq_id]
-        if chunk.resets_blocks:
-            sequence.block_table.clear()
-        if chunk.new_block_ids:
-            sequence.block_table.extend(chunk.new_block_ids)
-        token_ids = sequence.tokens(chunk.start, chunk.start + chunk.num_tokens)
-        return Row(token_ids, chunk.start, sequence.block_table.ids)
 
     def _sample(self, plan: StepPlan, hidden_states: Tensor, sampling: Sequence[SamplingRow]) -> StepResult:
         """What the step's hidden states bring: tokens, scored prompts, embeddings."""
@@ -246,7 +238,7 @@ class Worker:
             rows = slice(row, row + chunk.num_tokens)
             if sequence.scores_prompt:
                 try:
-                    prompts += self._prompt_logprobs(chunk, sequence, hidden_states[rows])
+                    prompts += score_prompt(chunk, sequence.new, hidden_states[rows], self._whole_logits)
                 except KernelError as error:
                     failed[chunk.seq_id] = str(error)
             if (params := sequence.new.pooling) is not None:
@@ -256,12 +248,11 @@ class Worker:
             if chunk.samples:
                 last_rows.append(row - 1)
         # Before logits are computed, which a recorded step may put where hidden states are.
-        pooled = self._pooler.pool(pooling) if pooling else NOTHING_POOLED
+        pooled = self._pooler.pool(pooling)
         failed |= pooled.failed
         if not sampling:
             self._pooler.keep(pooled)
             return StepResult((), tuple(prompts), failed, pooled.embeddings)
-        # In a decode step every row is a last row.
         if len(last_rows) < row:
             hidden_states = hidden_states[last_rows]
         logits, largest = self._runner.logits(hidden_states)
@@ -269,43 +260,18 @@ class Worker:
         self._pooler.keep(pooled)
         return StepResult(outcome.sampled, tuple(prompts), {**outcome.failed, **failed}, pooled.embeddings)
 
-    def _prompt_logprobs(
-        self, chunk: ScheduledChunk, sequence: _WorkerSequence, hidden_states: Tensor
-    ) -> list[PromptLogprobs]:
-        """Row i of the chunk scores the prompt token after it; the last prompt token scores none.
-
-        What is exchanged for it follows from the plan alone: rows that cannot be used are gathered like others.
-        """
-        num_top = sequence.new.params.prompt_logprobs
-        assert num_top is not None
-        found, offset, failure = [], 0, None
-        for part in _in_parts(_scored_tokens(chunk, sequence)):
-            logits = self._runner.logits(hidden_states[offset : offset + len(part)]).logits
-            whole = self._sampler.whole_rows(logits)
-            try:
-                rows = prompt_logprobs(whole, part, num_top)
-                found.append(PromptLogprobs(seq_id=chunk.seq_id, start=chunk.start + offset + 1, rows=rows))
-            except KernelError as error:
-                failure = failure or error
-            offset += len(part)
-        if failure is not None:
-            raise failure
-        return found
-
-
-def _scored_tokens(chunk: ScheduledChunk, sequence: _WorkerSequence) -> Sequence[int]:
-    return sequence.new.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
-
-
-def _in_parts(token_ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (token_ids[start : start + PROMPT_LOGITS_ROWS] for start in range(0, len(token_ids), PROMPT_LOGITS_ROWS))
+    def _whole_logits(self, hidden_states: Tensor) -> Tensor:
+        return self._sampler.whole_rows(self._runner.logits(hidden_states).logits)
 
 
 def _phase_of(plan: StepPlan) -> Phase:
     return Phase.DECODE if plan.num_decode_tokens == plan.num_tokens else Phase.PREFILL
 
 
-def _make_sampler(tp_group: Group | None, runner: ModelRunner, gathers_logits: bool) -> Sampler | ShardedSampler:
+def _make_sampler(
+    tp_group: Group | None, runner: ModelRunner, exchanges: RankExchanges | None, *, gathers_logits: bool
+) -> Sampler | ShardedSampler:
     if tp_group is not None and tp_group.world_size > 1 and not gathers_logits:
-        return ShardedSampler(tp_group, runner.vocab_size)
+        retrying = call_once if exchanges is None else exchanges.reserve.retrying
+        return ShardedSampler(tp_group, runner.vocab_size, retrying)
     return Sampler() if runner.kernels.device.type == "cpu" else DeviceSampler(runner.kernels)

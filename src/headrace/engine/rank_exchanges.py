@@ -1,0 +1,71 @@
+"""What one of several ranks exchanges in its steps: foreseen, checked, and made in any case."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headrace.costs.exchanges import Layout
+from headrace.engine.device_memory import Reserve
+from headrace.engine.exchange_check import ExchangeCheck
+from headrace.engine.hollow_step import HollowStep, largest_exchange_bytes
+from headrace.errors import RankError
+from headrace.layers.context import LayerContext
+from headrace.parallel.group import Group
+from headrace.parallel.place import Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankExchanges:
+    """groups: all of the rank's. reserve: what its device keeps for exchanges.
+
+    max_undone_steps: of those that this rank has run, how many may be undone together, as they do not fit another one:
+        those in flight.
+    """
+
+    groups: tuple[Group, ...]
+    check: ExchangeCheck
+    hollow: HollowStep
+    reserve: Reserve
+    max_undone_steps: int
+
+    def complete(self, fallback_rows: int, *, is_own: bool) -> None:
+        """Make those exchanges of the step begun last that have not been made, which nobody's output is made of.
+
+        fallback_rows: see `ExchangeCheck.end_step`. is_own: it is this rank that has run out of memory.
+
+        Raises:
+            RankError: others may wait for what follows from words that this rank could not read. Those it reads into
+                its reserve.
+        """
+        self.reserve.release()
+        num_made, events = self.check.num_calls_of_step, self.check.cut_short()
+        calls = list(self.hollow.calls(events))
+        if is_own and num_made >= len(calls) and self.hollow.brings_candidates(events):
+            raise RankError("there is no memory left to sample from what ranks have brought")
+        for call in calls[num_made:]:
+            call()
+        self.check.end_step(fallback_rows)
+        self.reserve.restore()
+
+
+def make_rank_exchanges(
+    layout: Layout,
+    place: Place,
+    context: LayerContext,
+    groups: Sequence[Group],
+    *,
+    dtype: torch.dtype,
+    max_num_tokens: int,
+) -> RankExchanges:
+    """groups: tp, pp and kv. dtype: of activations; max_num_tokens: of a step."""
+    device = context.kernels.device
+    # The host's memory is claimed as it is touched, and none of it is a rank's own.
+    num_bytes = 0 if device.type == "cpu" else largest_exchange_bytes(layout, place.rank, max_num_tokens)
+    return RankExchanges(
+        groups=tuple(groups),
+        check=ExchangeCheck(layout, place.rank, groups),
+        hollow=HollowStep(layout, place, context, groups[1], dtype),
+        reserve=Reserve(device, num_bytes),
+        max_undone_steps=layout.parallel.pipeline_parallel_size,
+    )

@@ -1,0 +1,56 @@
+"""What one rank keeps of a sequence, from the plan that brings it to the one that says it has left."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+from headrace.engine.block_table import BlockTable
+from headrace.engine.plan import NewSequence, ScheduledChunk
+from headrace.engine.rows import Row
+from headrace.engine.sampler import SamplingRow
+
+
+@dataclass(kw_only=True, slots=True)
+class WorkerSequence:
+    """What a rank keeps of a live sequence.
+
+    sampling: what the sampler sees of the sequence; its output_token_ids are the list here, which grows.
+    """
+
+    new: NewSequence
+    scores_prompt: bool
+    output_token_ids: list[int]
+    sampling: SamplingRow
+    block_table: BlockTable = field(default_factory=BlockTable)
+
+    @classmethod
+    def of(cls, new: NewSequence, eos_token_ids: frozenset[int]) -> Self:
+        output_token_ids: list[int] = []
+        sampling = SamplingRow(
+            seq_id=new.seq_id,
+            params=new.params,
+            seed=new.seed,
+            prompt_token_ids=new.prompt_token_ids,
+            output_token_ids=output_token_ids,
+            eos_token_ids=eos_token_ids,
+        )
+        return cls(
+            new=new,
+            scores_prompt=new.params.prompt_logprobs is not None,
+            output_token_ids=output_token_ids,
+            sampling=sampling,
+        )
+
+    def row(self, chunk: ScheduledChunk) -> Row:
+        """The chunk's tokens and the table that it lies in, brought up to date."""
+        if chunk.resets_blocks:
+            self.block_table.clear()
+        if chunk.new_block_ids:
+            self.block_table.extend(chunk.new_block_ids)
+        return Row(self.tokens(chunk.start, chunk.start + chunk.num_tokens), chunk.start, self.block_table.ids)
+
+    def tokens(self, start: int, stop: int) -> Sequence[int]:
+        prompt = self.new.prompt_token_ids
+        if start >= len(prompt):
+            return self.output_token_ids[start - len(prompt) : stop - len(prompt)]
+        return (*prompt[start:stop], *self.output_token_ids[: max(stop - len(prompt), 0)])
