@@ -125,15 +125,47 @@ def test_a_wide_nucleus_is_found_on_the_whole_row():
     assert assert_same(logits, [make_row(i, seed=i, min_p=0.1) for i in range(3)]).copied_rows == 3
 
 
-def test_rows_that_change_their_logits_or_want_very_many_candidates_are_copied():
-    logits = make_logits(4, 2000)
+def mask_of(token_ids: Sequence[int], vocab_size: int) -> bytes:
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def test_rows_that_change_their_logits_stay_on_the_device_but_not_those_that_want_very_many_candidates():
+    logits = make_logits(7, 2000, scale=4.0)
     rows = [
-        make_row(0, logit_bias={5: 1.0}),
-        make_row(1, min_tokens=2),
+        make_row(0, logit_bias={5: 1.0, 1999: 30.0}),
+        make_row(1, min_tokens=2, stop_token_ids=[int(logits[1].argmax())], temperature=0.0),
         make_row(2, output=(5, 6), presence_penalty=1.0, temperature=0.5),
-        make_row(3, top_k=1025),
+        make_row(3, output=(8,), repetition_penalty=1.5, frequency_penalty=2.0, top_k=20, logprobs=2),
+        replace(make_row(4, temperature=0.0), mask=mask_of([31, 32, 1999], 2000)),
+        replace(make_row(5, top_p=0.9, logit_bias={0: -3.0}), mask=mask_of(range(0, 2000, 7), 2000)),
+        make_row(6, top_k=1025),
     ]
-    assert assert_same(logits, rows).copied_rows == 4
+    assert assert_same(logits, rows).copied_rows == 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    vocab_size=st.sampled_from([1, 5, 33, 257, 1000]),
+    params=st.lists(any_params, min_size=1, max_size=5),
+    share=st.sampled_from([0.0, 0.002, 0.1, 0.9]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_masked_rows_are_those_of_the_host(vocab_size, params, share, seed):
+    """Also where nothing is allowed, or all that is was forbidden already."""
+    rng = np.random.default_rng(seed)
+    logits = make_logits(len(params), vocab_size, seed)
+    logits[rng.random(logits.shape) < 0.1] = -INF
+    rows = [
+        make_row(i, output=(vocab_size - 1,) * (seed % 3), seed=seed + i, repetition_penalty=1.3, **each)
+        for i, each in enumerate(params)
+    ]
+    rows = [
+        replace(row, mask=mask_of(np.flatnonzero(rng.random(vocab_size) < share), vocab_size)) if seed & 1 << i else row
+        for i, row in enumerate(rows)
+    ]
+    assert_same(logits, rows)
 
 
 def test_the_log_probability_of_an_unlikely_token_needs_the_whole_row():
@@ -170,9 +202,14 @@ def test_the_largest_logits_may_be_known_already():
 def test_only_whole_rows_are_read_by_the_host(monkeypatch):
     """Rows whose candidates suffice never go through `HostLogits.row`."""
     asked = []
-    monkeypatch.setattr(HostLogits, "row", lambda self, index: asked.append(index) or np.zeros(100, np.float32))
-    logits = torch.from_numpy(make_logits(3, 100))
-    rows = [make_row(0, seed=1, top_k=5), make_row(1, seed=1, logit_bias={1: 1.0}), make_row(2, temperature=0.0)]
+    logits = torch.from_numpy(make_logits(4, 2000))
+    monkeypatch.setattr(HostLogits, "row", lambda self, index: asked.append(index) or np.zeros(2000, np.float32))
+    rows = [
+        make_row(0, seed=1, top_k=5),
+        make_row(1, seed=1, top_k=1025),
+        make_row(2, temperature=0.0),
+        make_row(3, temperature=0.0, logit_bias={1: 1.0}),
+    ]
     DeviceSampler(REFERENCE).sample(logits, rows)
     assert asked == [1]
 

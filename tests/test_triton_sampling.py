@@ -125,17 +125,20 @@ def test_shapes_are_checked():
 def test_tokens_are_those_of_whole_rows():
     """The engine's use of these ops; see test_device_sampler.py for all of it."""
     kinds = [{"top_k": 5}, {"top_p": 0.7, "logprobs": 2}, {"temperature": 0.7}, {"min_p": 0.3}]
-    logits = torch.randn(4, 300) * 3
+    kinds += [*kinds, {"temperature": 0.0}, {"temperature": 0.0, "logit_bias": {3: 9.0}, "frequency_penalty": 1.0}]
+    masks = [None] * 4 + [bytes(range(30, 70))] * 5 + [None]
+    logits = torch.randn(len(kinds), 300) * 3
     rows = [
         SamplingRow(
             seq_id=i,
             params=SamplingParams(**kind),
             seed=i,
             prompt_token_ids=(1,),
-            output_token_ids=(),
+            output_token_ids=(3, 4),
             eos_token_ids=(),
+            mask=mask,
         )
-        for i, kind in enumerate(kinds)
+        for i, (kind, mask) in enumerate(zip(kinds, masks, strict=True))
     ]
     sampler = DeviceSampler(resolve_kernels(KernelChoice.TRITON, device=DEVICE))
     sampled, _ = sampler.sample(logits.to(DEVICE), rows)

@@ -8,9 +8,10 @@ token itself, for all rows in one copy. The token is the one that `Sampler` draw
 - drawn from the whole vocabulary: the device finds the token by its own cumulative sum.
 
 The last two differ from the host's arithmetic by rounding, so they are asked for twice, at both ends of a margin that
-is wider than that. Where the answers differ, where candidates do not hold the answer, and where the request changes
-logits, the row is copied to the host as a whole. Such rows are counted. Log probabilities differ in the last digits of
-float32.
+is wider than that. Where the answers differ, and where candidates do not hold the answer, the row is copied to the host
+as a whole. Such rows are counted. Log probabilities differ in the last digits of float32.
+
+Rows whose requests change logits are changed on the device (`device_logits`), and their tokens asked of those.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,12 +24,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headrace.costs.candidates import RowRecord, row_record
+from headrace.engine.device_logits import changed_logits
 from headrace.engine.draw import Ids, Row, draw_from_nucleus, draw_from_top_k, exp_weights, inverse_cdf_in_blocks
 from headrace.engine.logits import HostLogits, Largest
 from headrace.engine.logprobs import logprobs_among
 from headrace.engine.plan import SampledToken
 from headrace.engine.random_stream import uniform_at
-from headrace.engine.sampler import SampleOutcome, Sampler, SamplingRow, check_finite, explain_failure
+from headrace.engine.sampler import (
+    SampleOutcome,
+    Sampler,
+    SamplingRow,
+    check_changed_finite,
+    check_finite,
+    explain_failure,
+)
 from headrace.errors import KernelError
 from headrace.kernels import Kernels
 
@@ -52,7 +61,9 @@ class Question(NamedTuple):
 
     @property
     def num_candidates(self) -> int:
-        num_places = 0 if self.record.is_drawn_by_owner else self.record.num_places
+        # What is changed may leave nothing that could be drawn, as its largest logit says.
+        needs_none = self.record.is_drawn_by_owner and not self.row.changes_logits
+        num_places = 0 if needs_none else self.record.num_places
         return max(num_places, self.record.num_raw_places)
 
     @property
@@ -119,9 +130,13 @@ class DeviceSampler(Sampler):
             else:
                 questions.append(question)
         for part in _in_parts(questions):
-            answers = ask(self._kernels, logits, part)
+            answers, raw = self._ask(logits, part)
             for place, question in enumerate(part):
-                token = token_of(question, answers, place, logits.shape[1])
+                try:
+                    token = token_of(question, answers, raw, place, logits.shape[1])
+                except KernelError as error:
+                    failed[question.row.seq_id] = explain_failure(question.row, error)
+                    continue
                 if token is None:
                     copied.append(question.row_index)
                 else:
@@ -135,19 +150,31 @@ class DeviceSampler(Sampler):
                 failed[rows[index].seq_id] = explain_failure(rows[index], error)
         return SampleOutcome(tuple(token for _, token in sorted(sampled.items())), failed)
 
+    def _ask(self, logits: Tensor, part: Sequence[Question]) -> tuple[Answers, Answers]:
+        """Of logits that tokens are drawn from, and of raw ones: the same where no row of the part is changed."""
+        indices = [question.row_index for question in part]
+        if not part[0].row.changes_logits:
+            answers = ask(self._kernels, logits[torch.tensor(indices, device=logits.device)], part)
+            return answers, answers
+        rows = changed_logits(logits, indices, [question.row for question in part], self._counts)
+        answers = ask(self._kernels, rows, part)
+        if not any(question.record.num_raw_candidates for question in part):
+            return answers, answers
+        return answers, ask(self._kernels, logits[torch.tensor(indices, device=logits.device)], part)
+
 
 def _question(index: int, row: SamplingRow, largest_id: int, vocab_size: int) -> Question | None:
     """None if only the whole row would do."""
-    if row.changes_logits:
-        return None
-    record = row_record(row.params, changes_logits=False, vocab_size=vocab_size, largest_shard=vocab_size)
+    record = row_record(row.params, changes_logits=row.changes_logits, vocab_size=vocab_size, largest_shard=vocab_size)
     return None if record.is_gathered else Question(index, row, record, largest_id)
 
 
-def ask(kernels: Kernels, logits: Tensor, questions: Sequence[Question]) -> Answers:
-    """All that any of the rows needs, of all of them; one copy from the device."""
-    device, num_rows = logits.device, len(questions)
-    rows = logits[torch.tensor([question.row_index for question in questions], device=device)]
+def ask(kernels: Kernels, rows: Tensor, questions: Sequence[Question]) -> Answers:
+    """All that any of the questions needs, of all of them; one copy from the device.
+
+    Shapes: rows [num_questions, vocab_size] float32
+    """
+    device, num_rows = rows.device, len(questions)
     temperatures = [min(question.row.params.temperature, _LARGEST_FLOAT32) for question in questions]
     # Greedy rows have a temperature of 0, and only raw logits are asked for.
     divisors = torch.tensor([temperature or 1.0 for temperature in temperatures], dtype=torch.float32, device=device)
@@ -193,15 +220,22 @@ def _draw(scaled: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(sums, uniforms.unsqueeze(1) * totals + margins, right=True).to(torch.int32)
 
 
-def token_of(question: Question, answers: Answers, place: int, vocab_size: int) -> SampledToken | None:
-    """The token of one row with its log probabilities; None if what the device said does not tell."""
+def token_of(question: Question, answers: Answers, raw: Answers, place: int, vocab_size: int) -> SampledToken | None:
+    """The token of one row with its log probabilities, which are those of raw logits; None if what the device said does
+    not tell.
+
+    Raises:
+        KernelError: what the row changes leaves +inf or no finite logit.
+    """
     row, record = question.row, question.record
+    if row.changes_logits:
+        check_changed_finite(float(answers.logits[place, 0]))
     token_id = _token_id(question, answers, place, vocab_size)
     if token_id is None or row.params.logprobs is None:
         return None if token_id is None else SampledToken(row.seq_id, token_id)
-    token_ids = answers.token_ids[place, : record.num_raw_places]
-    logits = answers.logits[place, : record.num_raw_places]
-    lse = float(logits[0]) + float(answers.log_raw_sums[place])
+    token_ids = raw.token_ids[place, : record.num_raw_places]
+    logits = raw.logits[place, : record.num_raw_places]
+    lse = float(logits[0]) + float(raw.log_raw_sums[place])
     logprobs = logprobs_among(token_ids, logits, lse, token_id, row.params.logprobs)
     return None if logprobs is None else SampledToken(row.seq_id, token_id, logprobs)
 
@@ -209,7 +243,7 @@ def token_of(question: Question, answers: Answers, place: int, vocab_size: int) 
 def _token_id(question: Question, answers: Answers, place: int, vocab_size: int) -> int | None:
     params, record = question.row.params, question.record
     if params.is_greedy:
-        return question.largest_id
+        return int(answers.token_ids[place, 0]) if question.row.changes_logits else question.largest_id
     if record.is_drawn_by_owner:
         low, high = answers.drawn[place].tolist()
         return low if low == high < vocab_size else None
@@ -234,4 +268,7 @@ def _token_id(question: Question, answers: Answers, place: int, vocab_size: int)
 
 
 def _in_parts(questions: Sequence[Question]) -> Iterator[Sequence[Question]]:
-    return (questions[start : start + _MAX_ROWS] for start in range(0, len(questions), _MAX_ROWS))
+    """Those of rows that are changed apart from the others."""
+    for are_changed in (False, True):
+        kind = [question for question in questions if question.row.changes_logits is are_changed]
+        yield from (kind[start : start + _MAX_ROWS] for start in range(0, len(kind), _MAX_ROWS))
