@@ -168,9 +168,16 @@ def test_masked_rows_are_those_of_the_host(vocab_size, params, share, seed):
     assert_same(logits, rows)
 
 
-def test_the_log_probability_of_an_unlikely_token_needs_the_whole_row():
-    logits = np.zeros((1, 500), np.float32)
-    assert assert_same(logits, [make_row(seed=5, logprobs=2)]).copied_rows == 1
+def test_an_unlikely_token_is_looked_up_where_the_logits_lie():
+    """Its rank is among all tokens, and no row is copied for it."""
+    logits = make_logits(3, 500, scale=0.01)
+    logits[2] = 0
+    rows = [
+        make_row(0, seed=5, logprobs=2),
+        replace(make_row(1, temperature=0.0, logprobs=3), mask=mask_of([int(logits[1].argmin())], 500)),
+        make_row(2, seed=5, logprobs=2),
+    ]
+    assert assert_same(logits, rows).copied_rows == 0
 
 
 def test_a_bad_row_fails_alone_and_nothing_is_asked_of_it():

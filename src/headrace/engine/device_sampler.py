@@ -27,8 +27,8 @@ from headrace.costs.candidates import RowRecord, row_record
 from headrace.engine.device_logits import changed_logits
 from headrace.engine.draw import Ids, Row, draw_from_nucleus, draw_from_top_k, exp_weights, inverse_cdf_in_blocks
 from headrace.engine.logits import HostLogits, Largest
-from headrace.engine.logprobs import logprobs_among
-from headrace.engine.plan import SampledToken
+from headrace.engine.logprobs import logprobs_among, logprobs_beside
+from headrace.engine.plan import SampledToken, TokenLogprob
 from headrace.engine.random_stream import uniform_at
 from headrace.engine.sampler import (
     SampleOutcome,
@@ -88,6 +88,11 @@ class Answers:
     log_raw_sums: Row
     drawn: Ids
 
+    def likely(self, place: int, num_tokens: int) -> tuple[Ids, Row, float]:
+        """A row's most likely tokens, their logits, and the log-sum-exp of all."""
+        logits = self.logits[place, :num_tokens]
+        return self.token_ids[place, :num_tokens], logits, float(logits[0]) + float(self.log_raw_sums[place])
+
 
 class DeviceSampler(Sampler):
     """Owns what `Sampler` owns.
@@ -131,16 +136,19 @@ class DeviceSampler(Sampler):
                 questions.append(question)
         for part in _in_parts(questions):
             answers, raw = self._ask(logits, part)
+            tokens: list[tuple[int, int]] = []
             for place, question in enumerate(part):
                 try:
-                    token = token_of(question, answers, raw, place, logits.shape[1])
+                    drawn = _token_id(question, answers, place, logits.shape[1])
                 except KernelError as error:
                     failed[question.row.seq_id] = explain_failure(question.row, error)
                     continue
-                if token is None:
+                if drawn is None:
                     copied.append(question.row_index)
                 else:
-                    sampled[question.row_index] = token
+                    tokens.append((place, drawn))
+            for place, token in _scored(logits, part, tokens, raw):
+                sampled[part[place].row_index] = token
         self.copied_rows += len(copied)
         host.fetch(copied)
         for index in copied:
@@ -220,28 +228,52 @@ def _draw(scaled: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(sums, uniforms.unsqueeze(1) * totals + margins, right=True).to(torch.int32)
 
 
-def token_of(question: Question, answers: Answers, raw: Answers, place: int, vocab_size: int) -> SampledToken | None:
-    """The token of one row with its log probabilities, which are those of raw logits; None if what the device said does
-    not tell.
+def _scored(
+    logits: Tensor, part: Sequence[Question], tokens: Sequence[tuple[int, int]], raw: Answers
+) -> Iterator[tuple[int, SampledToken]]:
+    """Tokens, by place in the part, with their log probabilities under raw logits. Those that are not among the most
+    likely ones are looked up together, with one more copy."""
+    unlikely: list[tuple[int, int]] = []
+    for place, token_id in tokens:
+        row = part[place].row
+        if row.params.logprobs is None:
+            yield place, SampledToken(row.seq_id, token_id)
+            continue
+        likely = raw.likely(place, part[place].record.num_raw_places)
+        logprobs = logprobs_among(*likely, token_id, row.params.logprobs)
+        if logprobs is None:
+            unlikely.append((place, token_id))
+        else:
+            yield place, SampledToken(row.seq_id, token_id, logprobs)
+    if not unlikely:
+        return
+    found = _look_up(logits, [(part[place].row_index, token_id) for place, token_id in unlikely])
+    for (place, token_id), (logit, rank) in zip(unlikely, found, strict=True):
+        row, likely = part[place].row, raw.likely(place, part[place].record.num_raw_places)
+        assert row.params.logprobs is not None, "it was asked for"
+        token = TokenLogprob(token_id=token_id, logprob=logit - likely[2], rank=rank)
+        yield place, SampledToken(row.seq_id, token_id, logprobs_beside(token, *likely, row.params.logprobs))
+
+
+def _look_up(logits: Tensor, tokens: Sequence[tuple[int, int]]) -> list[tuple[float, int]]:
+    """Logit and rank of (row index, token id)."""
+    row_indices, token_ids = torch.tensor(tokens, device=logits.device).unbind(1)
+    rows = logits[row_indices]
+    own = rows.gather(1, token_ids.unsqueeze(1))
+    ranks = 1 + (rows > own).sum(1, dtype=torch.int32)
+    words = torch.stack([own.squeeze(1).view(torch.int32), ranks]).cpu().numpy()
+    return list(zip(words[0].view(np.float32).tolist(), words[1].tolist(), strict=True))
+
+
+def _token_id(question: Question, answers: Answers, place: int, vocab_size: int) -> int | None:
+    """None if what the device said does not tell.
 
     Raises:
         KernelError: what the row changes leaves +inf or no finite logit.
     """
-    row, record = question.row, question.record
-    if row.changes_logits:
-        check_changed_finite(float(answers.logits[place, 0]))
-    token_id = _token_id(question, answers, place, vocab_size)
-    if token_id is None or row.params.logprobs is None:
-        return None if token_id is None else SampledToken(row.seq_id, token_id)
-    token_ids = raw.token_ids[place, : record.num_raw_places]
-    logits = raw.logits[place, : record.num_raw_places]
-    lse = float(logits[0]) + float(raw.log_raw_sums[place])
-    logprobs = logprobs_among(token_ids, logits, lse, token_id, row.params.logprobs)
-    return None if logprobs is None else SampledToken(row.seq_id, token_id, logprobs)
-
-
-def _token_id(question: Question, answers: Answers, place: int, vocab_size: int) -> int | None:
     params, record = question.row.params, question.record
+    if question.row.changes_logits:
+        check_changed_finite(float(answers.logits[place, 0]))
     if params.is_greedy:
         return int(answers.token_ids[place, 0]) if question.row.changes_logits else question.largest_id
     if record.is_drawn_by_owner:

@@ -38,10 +38,15 @@ def logprobs_among(
         return None
     logit = logits[places[0]]
     rank = 1 + int(np.count_nonzero(logits > logit))
-    return (
-        TokenLogprob(token_id=token_id, logprob=float(logit) - lse, rank=rank),
-        *_others(token_ids[:num_top], logits[:num_top], token_id, lse),
-    )
+    token = TokenLogprob(token_id=token_id, logprob=float(logit) - lse, rank=rank)
+    return logprobs_beside(token, token_ids, logits, lse, num_top)
+
+
+def logprobs_beside(
+    token: TokenLogprob, token_ids: Ids, logits: Row, lse: float, num_top: int
+) -> tuple[TokenLogprob, ...]:
+    """`token_logprobs` of a token whose own is known, from at least num_top of the most likely tokens, in order."""
+    return (token, *_others(token_ids[:num_top], logits[:num_top], token.token_id, lse))
 
 
 def prompt_logprobs(
