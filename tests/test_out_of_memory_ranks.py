@@ -17,7 +17,6 @@ LITERAL = dict.fromkeys(("shard_embedding", "send_residual", "slice_boundary", "
 CASES = {
     "tp2": ("llama-gqa", LAYOUTS["tp2"]),
     "tp4-shared": ("llama-gqa", LAYOUTS["tp4"] | {"kv_sharding": "sequence"}),
-    "tp4-fused": ("llama-gqa", LAYOUTS["tp4"] | {"kv_sharding": "sequence_fused"}),
     "pp3": ("llama-gqa", LAYOUTS["pp3"]),
     "tp2-pp2": ("qwen3-moe", LAYOUTS["tp2-pp2"]),
     "tp2-pp2-literal": ("opt-350m", LAYOUTS["tp2-pp2"] | LITERAL),
@@ -72,8 +71,7 @@ def test_nothing_is_lost_wherever_memory_runs_out(folders, case) -> None:
         assert not faults.num_faults
         faults.is_on, faults.step = True, lambda: llm.engine._scheduler._step
         with faults.sparing_reserves(), faults.in_exchanges(ThreadGroup), faults.in_sampling():
-            for _ in range(2):
-                assert_same(run(llm), expected)
+            assert_same(run(llm), expected)
         faults.is_on = False
 
         llm.engine.check_integrity()
@@ -82,12 +80,11 @@ def test_nothing_is_lost_wherever_memory_runs_out(folders, case) -> None:
             assert worker.exchange_differences() == []
 
 
-@pytest.mark.parametrize(("layout", "transport"), [("tp2", "shm"), ("tp2", "gloo")])
-def test_and_of_processes(folders, monkeypatch, caplog, layout, transport) -> None:
+def test_and_of_processes(folders, monkeypatch, caplog) -> None:
     folder = folders("llama-gqa")
     monkeypatch.setattr(start, "_RANK_MODULE", failing_rank.__name__)
     monkeypatch.setattr(load_rank, "resolve_kernels", op_by_op(load_rank.resolve_kernels))
-    settings = CROWDED | LAYOUTS[layout] | {"transport": transport, "num_blocks": 40}
+    settings = CROWDED | LAYOUTS["tp2"] | {"num_blocks": 40}
     with closing(LLM(str(folder), dtype="float32", num_threads=1, max_model_len=64)) as llm:
         expected = run(llm)
     with closing(LLM(str(folder), dtype="float32", **settings)) as llm:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from headrace.config import KvSharding
 from headrace.costs.candidates import WORD_BYTES
-from headrace.costs.exchanges import Layout
-from headrace.costs.sharding import vocabulary_shard_sizes
+from headrace.costs.exchanges import Exchange, Layout
+from headrace.costs.sharding import shard_vocabulary, vocabulary_shard_sizes
 from headrace.costs.sites import Phase, Site
 from headrace.costs.steps import Event, ForwardPass, SampledRows, WholeRows
 from headrace.costs.volume import RankVolume
@@ -139,12 +139,23 @@ class HollowStep:
 
 
 def largest_exchange_bytes(layout: Layout, rank: int, max_num_tokens: int) -> int:
-    """What one exchange of a hollow step, or of a row that is gathered, takes of a device's memory at most: what this
-    rank brings, what all bring, and what is made of it."""
-    volume = RankVolume(layout, rank)
-    events: tuple[Event, ...] = (
-        ForwardPass(Phase.PREFILL, max_num_tokens),
-        WholeRows(Phase.PREFILL, max(GATHERED_ROWS, PROMPT_LOGITS_ROWS)),
-    )
-    exchanges = (exchange for event in events for exchange in volume.exchanges(event))
-    return max(((2 + layout.callers[e.group]) * e.payload_bytes for e in exchanges), default=0)
+    """What one exchange takes of a device's memory at most: of a hollow step, or of rows whose candidates do not
+    suffice, with what is made of them before they are on the host."""
+    exchanges = RankVolume(layout, rank).exchanges(ForwardPass(Phase.PREFILL, max_num_tokens))
+    in_a_pass = max((_num_bytes(exchange, layout) for exchange in exchanges), default=0)
+    parts = shard_vocabulary(layout.model.vocab_size, 0, layout.parallel.tensor_parallel_size)
+    num_rows, world_size = max(GATHERED_ROWS, PROMPT_LOGITS_ROWS), layout.parallel.tensor_parallel_size
+    # Own rows as they are and padded, everybody's, these end to end, and a copy of those that are read.
+    return max(in_a_pass, (2 + 3 * world_size) * num_rows * len(parts) * torch.float32.itemsize)
+
+
+def _num_bytes(exchange: Exchange, layout: Layout) -> int:
+    """Of the tensor brought, and of what a group makes around it."""
+    match exchange.operation:
+        case "all_gather":
+            return (1 + layout.callers[exchange.group]) * exchange.payload_bytes
+        case "reduce_scatter":
+            # As much is received, and one of its rows added up in float32 and rounded.
+            return 2 * exchange.payload_bytes + 3 * exchange.payload_bytes // layout.callers[exchange.group]
+        case _:
+            return 2 * exchange.payload_bytes
