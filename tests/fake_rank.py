@@ -59,6 +59,14 @@ class FakeRank:
             self.check_slots(chunk, 0, chunk.start + chunk.num_tokens)
         return dict(self.sample(chunk) for chunk in plan.chunks if chunk.samples)
 
+    def undo(self, plan: StepPlan) -> None:
+        """As if the plan had not been run, the last one first: nobody may read what it has left in the cache."""
+        for chunk in plan.chunks:
+            sequence = self.sequences[chunk.seq_id]
+            sequence.num_computed_tokens = chunk.start
+            for position in range(chunk.start, chunk.start + chunk.num_tokens):
+                self.slots[self.slot(sequence, position)] = ()
+
     def update_table(self, chunk: ScheduledChunk) -> None:
         sequence = self.sequences[chunk.seq_id]
         assert chunk.num_tokens >= 1

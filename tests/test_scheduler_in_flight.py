@@ -115,6 +115,16 @@ class Pipeline:
                 self.scheduler.finish(sequence, FinishReason.LENGTH)
         self.manager.check_integrity()
 
+    def undo(self) -> None:
+        """The oldest plan did not fit a rank's memory, which undoes those behind it, too."""
+        plans = [plan for plan, _ in self.in_flight]
+        self.in_flight.clear()
+        for plan in reversed(plans):
+            self.rank.undo(plan)
+        self.scheduler.undo(plans)
+        self.scheduler.preempt_newest()
+        self.manager.check_integrity()
+
     def step(self) -> list[list[Chunk]]:
         plans = self.fill()
         if self.in_flight:
@@ -485,6 +495,11 @@ class InFlightMachine(RuleBasedStateMachine):
     def submit(self, prompt_limit: int | None) -> None:
         chunks = self.pipeline.submit(prompt_limit)
         assert chunks or self.pipeline.in_flight or not self.pipeline.scheduler.has_unfinished
+
+    @precondition(lambda self: self.pipeline.in_flight)
+    @rule()
+    def undo(self) -> None:
+        self.pipeline.undo()
 
     @precondition(lambda self: self.pipeline.in_flight)
     @rule()
