@@ -39,9 +39,6 @@ class Pooled(NamedTuple):
     sums: dict[int, tuple[int, Tensor]]
 
 
-NOTHING_POOLED = Pooled((), {}, {})
-
-
 class Pooler:
     """Owns the sums of prompts whose mean is wanted, from their first chunk to their last.
 
