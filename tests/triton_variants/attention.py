@@ -133,6 +133,7 @@ VARIANTS = [
     _heads(prefill_kernel, "prefill", "fp32", 8, 4, 128, query=torch.float32, targets=_HOPPER),
     _heads(prefill_kernel, "prefill-by-two-stages", "bf16", 32, 1, 128, STAGES=2, targets=_AMD),
     _heads(prefill_kernel, "prefill-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED, targets=_HOPPER),
+    _heads(prefill_kernel, "prefill-lazy", "bf16", 8, 4, 128, SCHEME=_LAZY, targets=_HOPPER),
     _heads(prefill_kernel, "prefill-capped", "bf16", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True, targets=_HOPPER),
     _heads(prefill_kernel, "prefill-share", "bf16", 1, 8, 128, IS_SHARE=True, targets=_HOPPER),
     _store("bf16", 64, 128),

@@ -98,11 +98,9 @@ def attend(
                 # NaN in a sum is what `is_sound` notices.
                 summed = tl.where(is_outside(t, unified_max2, least2, largest2), float("nan"), p)
         else:
-            m, factor = raised(m, t, SCHEME)
+            m, sums, acc = raised(m, sums, acc, t, SCHEME)
             p = tl.exp2(t - reference_of(m)[:, None])
             summed = p
-            sums *= factor if SUMS_ROWS else factor[:, None]
-            acc *= factor[:, None]
         sums += tl.sum(summed, axis=1) if SUMS_ROWS else summed
         v = tl.load(values_ptr + at, mask=entry_mask, other=0).to(q.dtype)
         if IS_INT8:

@@ -46,11 +46,29 @@ def reference_of(m):
 
 
 @triton.jit
-def raised(m, t, SCHEME: tl.constexpr):
-    """The references of rows after a tile, and what sums so far are scaled by."""
+def raised(m, sums, acc, t, SCHEME: tl.constexpr):
+    """After a tile t: the references m [rows], and sums [rows] or [rows, BLOCK_N] and acc [rows, BLOCK_D] so far,
+    referred to them.
+
+    The lazy scheme multiplies only where a row of the tile outgrew its reference: one branch that all threads of a
+    program take, as FlashAttention-4's warps do. Rows beside such a row are multiplied by 1, and keep their bits.
+    """
     largest = tl.max(t, axis=1)
-    new = tl.where(largest > m + _LAZY_THRESHOLD, largest, m) if SCHEME == LAZY else tl.maximum(m, largest)
-    return new, tl.exp2(m - reference_of(new))
+    if SCHEME == LAZY:
+        grew = largest > m + _LAZY_THRESHOLD
+        if tl.max(grew.to(tl.int32), axis=0) > 0:
+            m, sums, acc = _referred(m, tl.where(grew, largest, m), sums, acc)
+    else:
+        m, sums, acc = _referred(m, tl.maximum(m, largest), sums, acc)
+    return m, sums, acc
+
+
+@triton.jit
+def _referred(m, new, sums, acc):
+    factor = tl.exp2(m - reference_of(new))
+    sums *= factor if len(sums.shape) == 1 else factor[:, None]
+    acc *= factor[:, None]
+    return new, sums, acc
 
 
 @triton.jit
