@@ -7,6 +7,7 @@ import torch
 
 from headrace.config import KvCacheFormat
 from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, repair_kernel, split_kernel
+from headrace.kernels.triton.attention_library import MAX_SEQS, gather_kernel
 from headrace.kernels.triton.attention_prefill import prefill_kernel
 from headrace.kernels.triton.attention_rows import UNALIGNED
 from headrace.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
@@ -22,8 +23,11 @@ _FLOATS = ("scale2", "cap2", "unified_max2", "least2", "largest2", "amplitude")
 
 def _signature(kernel: Any, cache: str, query: str = "bf16") -> dict[str, str]:
     types = {"query_ptr": query, "key_ptr": query, "value_ptr": query, "out_ptr": query}
+    types |= dict.fromkeys(("gathered_keys_ptr", "gathered_values_ptr"), query)
     types |= dict.fromkeys(("keys_ptr", "values_ptr", "key_cache_ptr", "value_cache_ptr"), cache)
-    types |= dict.fromkeys(("tables_ptr", "context_lens_ptr", "bounds_ptr", "owned_ptr", "unsound_ptr"), "i32")
+    types |= dict.fromkeys(
+        ("tables_ptr", "context_lens_ptr", "bounds_ptr", "owned_ptr", "unsound_ptr", "gathered_bounds_ptr"), "i32"
+    )
     types |= dict.fromkeys(("counts_ptr", "positions_ptr", "slots_ptr"), "i64")
     names = [name for name in inspect.signature(kernel.fn).parameters if not name.isupper()]
     return {
@@ -114,6 +118,27 @@ def _store(cache: str, half: int, head_dim: int, *, interleaved: bool = False) -
     )
 
 
+def _gather(cache: str) -> Variant:
+    return Variant(
+        name=f"gather-{cache}-8x4x128",
+        kernel=gather_kernel,
+        signature=_signature(gather_kernel, cache),
+        constexprs={
+            "SEQS": MAX_SEQS,
+            "NUM_KV_HEADS": 8,
+            "HEAD_DIM": 128,
+            "BLOCK_D": 128,
+            "BLOCK_SIZE": 16,
+            "BLOCK_N": 32,
+            "MAX_TOKENS": 2,
+            "IS_INT8": cache == "i8",
+        },
+        indivisible=_UNALIGNED,
+        targets=_HOPPER,
+        instructions=("ld.global.v4", "st.global.v4"),
+    )
+
+
 _ASYNCHRONIZED, _LAZY = ASYNCHRONIZED.value, LAZY.value
 
 _NVIDIA, _HOPPER, _AMD = ("sm_90", "sm_80"), ("sm_90",), ("gfx942",)
@@ -136,6 +161,8 @@ VARIANTS = [
     _heads(prefill_kernel, "prefill-lazy", "bf16", 8, 4, 128, SCHEME=_LAZY, targets=_HOPPER),
     _heads(prefill_kernel, "prefill-capped", "bf16", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True, targets=_HOPPER),
     _heads(prefill_kernel, "prefill-share", "bf16", 1, 8, 128, IS_SHARE=True, targets=_HOPPER),
+    _gather("bf16"),
+    _gather("i8"),
     _store("bf16", 64, 128),
     _store("i8", 40, 80, interleaved=True),
     Variant(

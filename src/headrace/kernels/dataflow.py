@@ -109,6 +109,7 @@ class Dataflow:
     def __init__(self, machine: LinearMachine | None = None) -> None:
         self.tuned: dict[LinearShape, TunedShape] = {}
         self.max_pieces: int | None = None  # of a context in decode attention; None leaves it to the kernel
+        self.library_prefill_from: int | None = None  # tokens of a step; None leaves prompts to the kernel
         self._machine: LinearMachine = machine or CpuMachine()
         self._forced: LinearArm | None = None
         self._tried: Tiles | None = None

@@ -15,6 +15,7 @@ from headrace.kernels.dataflow import Dataflow
 from headrace.kernels.kv_cache import GpuKvCache, KvCache
 from headrace.kernels.ops import AttentionShare, AttentionSpec
 from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, repair_kernel, split_kernel
+from headrace.kernels.triton.attention_library import LibraryPrefill
 from headrace.kernels.triton.attention_prefill import prefill_kernel
 from headrace.kernels.triton.attention_rows import NO_WINDOW
 from headrace.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
@@ -35,17 +36,20 @@ _MERGE_CONSTANTS = ("HEAD_DIM", "BLOCK_D", "BLOCK_SIZE", "IS_INT8", "IS_SHARE", 
 class Attention:
     """`reference.attention`, by any softmax scheme.
 
-    A decoded token's result depends on its query and on the keys and values it sees, to the bit: not on the batch, nor
-    on how many programs share the work.
+    A token's result depends on its query and on the keys and values it sees, to the bit: not on the batch, nor on how
+    many programs share the work. But where the dataflow gives prompts to the library, that promises less
+    (`attention_library`).
 
     device: where tensors lie.
-    dataflow: asked for the number of programs of a decode launch, its `max_pieces`; without an answer, as many as fill
-        the device.
+    dataflow: asked for the number of programs of a decode launch, its `max_pieces`, without an answer as many as fill
+        the device; and from how many tokens of a step on the library takes prompts, its `library_prefill_from`, without
+        an answer never.
     """
 
     def __init__(self, device: torch.device, dataflow: Dataflow | None = None) -> None:
         self._dataflow = dataflow
         self._default_programs = _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
+        self._library = LibraryPrefill(device)
 
     def __call__(
         self,
@@ -69,6 +73,11 @@ class Attention:
             KernelError: dtypes that do not.
         """
         call = _Call.checked(query, kv_cache, block_tables, context_lens, cu_seqlens_q, spec)
+        if self._is_librarys(call):
+            out = self._prefill_by_library(call).to(query.dtype)
+            if call.may_decode:
+                self._decode(call, out, out, call.constants() | {"IS_SHARE": False})
+            return out
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         self._attend(call, out, out, is_share=False)
         return out
@@ -98,16 +107,33 @@ class Attention:
         return AttentionShare(numerators, normalizers)
 
     def _attend(self, call: "_Call", out: Tensor, normalizers: Tensor, *, is_share: bool) -> None:
-        """What sequences there are to decode and to prefill is known on the device alone, unless there are as many
-        tokens as sequences, or a single sequence."""
         constants = call.constants() | {"IS_SHARE": is_share}
-        max_tokens = DecodeShape.of(call.group).max_tokens
-        may_decode = call.num_seqs > 1 or call.num_tokens <= max_tokens
-        may_prefill = call.num_seqs > 1 or call.num_tokens > max_tokens
-        if call.num_tokens and may_decode:
+        if call.may_decode:
             self._decode(call, out, normalizers, constants)
-        if call.num_tokens > call.num_seqs and may_prefill:
+        if call.may_prefill:
             self._prefill(call, out, normalizers, constants)
+
+    def _is_librarys(self, call: "_Call") -> bool:
+        """Whether the library takes what the call has of prompts: as measured, and where it can."""
+        least = self._dataflow and self._dataflow.library_prefill_from
+        if least is None or call.num_tokens < least or not call.may_prefill:
+            return False
+        spec = call.spec
+        is_plain = spec.softmax.scheme is SoftmaxScheme.SYNCHRONIZED and spec.logit_soft_cap is None
+        obstacle = self._library.obstacle(call.query, call.cache, call.num_seqs, call.max_context_len)
+        return is_plain and obstacle is None
+
+    def _prefill_by_library(self, call: "_Call") -> Tensor:
+        return self._library(
+            call.query,
+            call.cache,
+            call.block_tables,
+            call.context_lens,
+            call.cu_seqlens_q,
+            max_tokens=DecodeShape.of(call.group).max_tokens,
+            softmax_scale=call.spec.softmax_scale,
+            sliding_window=call.spec.sliding_window,
+        )
 
     def _decode(self, call: "_Call", out: Tensor, normalizers: Tensor, constants: dict[str, Any]) -> None:
         shape = DecodeShape.of(call.group)
@@ -257,6 +283,21 @@ class _Call:
     @property
     def group(self) -> int:
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def may_decode(self) -> bool:
+        """Whether a sequence may have few enough new tokens to be decoded. Which have, is known on the device alone,
+        unless there are as many tokens as sequences, or a single sequence."""
+        return self.num_tokens > 0 and (self.num_seqs > 1 or self.num_tokens <= self._max_decoded)
+
+    @property
+    def may_prefill(self) -> bool:
+        """Whether one may have more."""
+        return self.num_tokens > self.num_seqs and (self.num_seqs > 1 or self.num_tokens > self._max_decoded)
+
+    @property
+    def _max_decoded(self) -> int:
+        return DecodeShape.of(self.group).max_tokens
 
     @property
     def unit(self) -> int:
