@@ -11,7 +11,9 @@ from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, resolve_kv_
 from headrace.engine.load_rank import resolve_softmax_of
 from headrace.engine.tune import look_up_dataflow
 from headrace.engine.tune_attention import attention_shape
+from headrace.engine.tune_prefill import look_up_prefill
 from headrace.kernels import Kernels
+from headrace.kernels.prefill_tuning import explain_prefill
 from headrace.machine import cpu_limits
 from headrace.models.model_folder import resolve_model_folder
 from headrace.models.source import open_model, resolve_formats
@@ -36,10 +38,15 @@ def dataflow_info(config: EngineConfig, kernels: Kernels) -> list[dict[str, str]
     shape = RankShape.of(source.config, Place(rank=0, config=config.parallel))
     softmax = resolve_softmax_of(config, kernels, folder, source.config, shape, cache_format, num_threads)
     shapes = linear_shapes(source.config, formats, kernels)
-    return [
-        *({"linear": str(shape), "dataflow": kernels.dataflow.explain(shape)} for shape in shapes),
-        {"attention": str(attention_shape(shape, cache_format)), "dataflow": softmax.reason},
+    heads = attention_shape(shape, cache_format)
+    rows = [
+        *({"linear": str(linear), "dataflow": kernels.dataflow.explain(linear)} for linear in shapes),
+        {"attention": str(heads), "dataflow": softmax.reason},
     ]
+    if kernels.library_prefill_obstacle is not None:
+        prefill = explain_prefill(look_up_prefill(kernels, config.dataflow, heads, num_threads))
+        rows.append({"attention": f"prompts of {heads}", "dataflow": prefill})
+    return rows
 
 
 def model_info(config: EngineConfig, kernels: Kernels) -> dict[str, Any]:

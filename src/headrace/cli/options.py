@@ -136,7 +136,8 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         choices=_values(DataflowChoice),
         default=EngineConfig.dataflow.value,
         help="how linear layers are computed: as measured on this machine (on first use of a model, for some seconds), "
-        "by default, or always one way; the results are the same (default: %(default)s)",
+        "by default, or always one way; the results are the same, but on a GPU, where each way rounds differently, and "
+        "`measured` also says who computes the attention of prompts (default: %(default)s)",
     )
     group.add_argument(
         "--softmax",

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
     from headrace.kernels.attention_tuning import AttentionShape, TunedAttention
+    from headrace.kernels.prefill_tuning import TunedPrefill
     from headrace.kernels.tuning import LinearShape, TunedShape
 
 _ROUNDS = 12
@@ -26,9 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "each shape of the model all three are timed over M, the number of rows, in turn and several times; the best\n"
         "times give the two points where one is overtaken by the next. Attention of one new token is timed over the\n"
         "length of the context, by softmax scheme and by the number of pieces that threads share. On a GPU each\n"
-        "implementation first finds the best of its tiles, and launches are timed in a CUDA graph. All is kept in the\n"
-        "user's cache for this CPU and number of threads, or this GPU, and this build of the kernels, and later\n"
-        "starts use it. Close other programs first."
+        "implementation first finds the best of its tiles, launches are timed in a CUDA graph, and attention of\n"
+        "prompts is timed as the kernel and as the library compute it. All is kept in the user's cache for this CPU\n"
+        "and number of threads, or this GPU, and this build of the kernels, and later starts use\n"
+        "it. Close other programs first."
     )
     parser.add_argument(
         "--rounds",
@@ -52,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     # From here on torch is needed.
     from headrace.engine.tune import FULL_ROWS, keep, measure_shapes
     from headrace.engine.tune_attention import attention_shape, contexts_of, measure_attention
+    from headrace.engine.tune_prefill import measure_prefill
     from headrace.kernels.attention_tuning import attention_to_json, keep_attention
+    from headrace.kernels.prefill_tuning import keep_prefill, prefill_to_json
     from headrace.kernels.tuning import TuningCache
 
     args.dataflow = "default"  # nothing is looked up or measured but here
@@ -84,8 +89,18 @@ def run(args: argparse.Namespace) -> int:
             num_rounds=_ATTENTION_ROUNDS * args.rounds,
             show_progress=show_progress,
         )
+    tuned_prefill = None
     if tuned_attention is not None:
         is_kept = keep_attention(cache, attention, tuned_attention) and is_kept
+        tuned_prefill = measure_prefill(
+            model.kernels,
+            attention,
+            max_model_len=model.plan.max_model_len,
+            num_rounds=args.rounds,
+            show_progress=show_progress,
+        )
+    if tuned_prefill is not None:
+        is_kept = keep_prefill(cache, attention, tuned_prefill) and is_kept
     if args.plot is not None:
         from headrace.cli.tune_plot import plot
 
@@ -95,10 +110,12 @@ def run(args: argparse.Namespace) -> int:
             "file": str(cache.file) if is_kept else None,
             "linear": list(map(_json, tuned.items())),
             "attention": None if tuned_attention is None else attention_to_json(attention, tuned_attention),
+            "prefill": None if tuned_prefill is None else prefill_to_json(attention, tuned_prefill),
         }
         print(json.dumps(report))
     else:
-        print("\n".join([*_table(tuned), *_attention_table(attention, tuned_attention)]))
+        tables = _table(tuned), _attention_table(attention, tuned_attention), _prefill_table(attention, tuned_prefill)
+        print("\n".join(chain.from_iterable(tables)))
         note(f"kept in {cache.file}" if is_kept else f"could not be kept: {cache.file} cannot be written")
         if len(tuned) < len(shapes):
             note(f"stopped after {len(tuned)} of {len(shapes)} shapes")
@@ -147,6 +164,20 @@ def _attention_table(shape: "AttentionShape", tuned: "TunedAttention | None") ->
     usual = tuned.choice([DEFAULT_SCHEME])
     yield f"Used from now on: {usual}. With --softmax measured: {tuned.choice([c.scheme for c in tuned.times])}"
     yield "(asynchronized needs a calibration too). Pieces change no result; schemes round differently."
+
+
+def _prefill_table(shape: "AttentionShape", tuned: "TunedPrefill | None") -> Iterator[str]:
+    if tuned is None:
+        return
+    yield ""
+    from headrace.kernels.prefill_tuning import PrefillArm, explain_prefill
+
+    rows = [(f"prompts of {shape}", *(arm.value for arm in PrefillArm))]
+    for step in tuned.times[PrefillArm.KERNEL]:
+        rows.append((f"{step} tokens", *(f"{tuned.times[arm][step] * 1e6:.0f} us" for arm in PrefillArm)))
+    yield from aligned(rows)
+    yield ""
+    yield f"Used from now on: {explain_prefill(tuned)}. The library rounds differently."
 
 
 def _json(item: "tuple[LinearShape, TunedShape]") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from headrace.engine.step_memory import measure_step_bytes
 from headrace.engine.step_sizes import bucket_sizes, exact_sizes
 from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.engine.tune_attention import attention_shape, look_up_attention
+from headrace.engine.tune_prefill import look_up_prefill
 from headrace.engine.worker import Worker
 from headrace.kernels import KernelChoice, Kernels, Recording, kernel_choice_from, resolve_kernels
 from headrace.layers.context import LayerContext
@@ -152,6 +153,8 @@ def load_rank(
     softmax = resolve_softmax_of(config, kernels, folder, source.config, shape, cache_format, num_threads)
     if kernels.dataflow is not None:
         kernels.dataflow.max_pieces = softmax.max_pieces
+        prefill = look_up_prefill(kernels, config.dataflow, attention_shape(shape, cache_format), num_threads)
+        kernels.dataflow.library_prefill_from = None if prefill is None else prefill.library_from
     tp_group = world.fabric.make_group("tp", place.tp_ranks, kernels)
     pp_group = world.fabric.make_group("pp", place.pp_ranks, kernels)
     kv_group: Group = OneRankGroup("kv")

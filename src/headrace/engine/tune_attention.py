@@ -113,7 +113,7 @@ def measure_queued(
     """As `measure_attention`, where calls are queued: several in turn, over more than a GPU's cache holds."""
     times: dict[AttentionChoice, dict[int, float]] = {choice: {} for choice in choices}
     try:
-        prepared = _Contexts(kernels, shape, max(contexts))
+        prepared = Contexts(kernels, shape, max(contexts))
         with measuring_progress("measuring attention (Ctrl-C skips)", len(contexts), show_progress) as on_start:
             for context_len in contexts:
                 on_start(f"{context_len} tokens")
@@ -137,14 +137,17 @@ MakeRun = Callable[[Kernels, AttentionShape, int], Run]
 
 
 def _make_run(kernels: Kernels, shape: AttentionShape, longest: int) -> Run:
-    prepared = _Contexts(kernels, shape, longest)
+    prepared = Contexts(kernels, shape, longest)
     return lambda choice, context_len: prepared.call(choice, context_len)()
 
 
-class _Contexts:
-    """Contexts in one cache, each call's after the one before; blocks in no order, as in a busy engine."""
+class Contexts:
+    """Contexts in one cache, each call's after the one before; blocks in no order, as in a busy engine.
 
-    def __init__(self, kernels: Kernels, shape: AttentionShape, longest: int) -> None:
+    num_new: the last tokens of each, which attend.
+    """
+
+    def __init__(self, kernels: Kernels, shape: AttentionShape, longest: int, num_new: int = 1) -> None:
         self._kernels, self._device = kernels, kernels.device
         dtype = torch.float32 if shape.cache_format is KvCacheFormat.FLOAT32 else torch.bfloat16
         self._spec = _cache_spec(kernels, shape, -(-longest // _BLOCK_SIZE))
@@ -154,9 +157,9 @@ class _Contexts:
         for slots in torch.split(torch.arange(self._spec.num_slots, device=self._device), _FILL_TOKENS):
             n = len(slots)
             kernels.rotary_store_kv_(no_queries[:n], key[:n], value[:n], self._cache, slots, None)
-        self._query = torch.randn(1, shape.num_heads, shape.head_dim).to(self._device, dtype)
+        self._query = torch.randn(num_new, shape.num_heads, shape.head_dim).to(self._device, dtype)
         self._order = torch.randperm(self._spec.num_blocks, dtype=torch.int32).to(self._device)
-        self._bounds = torch.tensor([0, 1], dtype=torch.int32, device=self._device)
+        self._bounds = torch.tensor([0, num_new], dtype=torch.int32, device=self._device)
         self._attention_specs = {
             scheme: AttentionSpec(softmax_scale=shape.head_dim**-0.5, softmax=SoftmaxSpec(scheme=scheme))
             for scheme in kernels.softmax_schemes
@@ -168,22 +171,26 @@ class _Contexts:
 
     def call(self, choice: AttentionChoice, context_len: int) -> Callable[[], object]:
         """One token's attention over the next context of so many tokens."""
-        dataflow = self._kernels.dataflow
+        dataflow, attend = self._kernels.dataflow, self.attend(choice.scheme, context_len)
         assert dataflow is not None, "there is nothing to choose"
-        num_blocks = -(-context_len // _BLOCK_SIZE)
-        first = next(self._calls) % self.num_contexts(context_len) * num_blocks
-        table = self._order[first : first + num_blocks][None]
-        lens = torch.tensor([context_len], dtype=torch.int32, device=self._device)
-        spec = self._attention_specs[choice.scheme]
 
         def run() -> object:
             dataflow.max_pieces = choice.max_pieces
             try:
-                return self._kernels.attention(self._query, self._cache, table, lens, self._bounds, spec)
+                return attend()
             finally:
                 dataflow.max_pieces = None
 
         return run
+
+    def attend(self, scheme: SoftmaxScheme, context_len: int) -> Callable[[], object]:
+        """Attention over the next context of so many tokens, as the dataflow then has it."""
+        num_blocks = -(-context_len // _BLOCK_SIZE)
+        first = next(self._calls) % self.num_contexts(context_len) * num_blocks
+        table = self._order[first : first + num_blocks][None]
+        lens = torch.tensor([context_len], dtype=torch.int32, device=self._device)
+        spec = self._attention_specs[scheme]
+        return lambda: self._kernels.attention(self._query, self._cache, table, lens, self._bounds, spec)
 
 
 def _cache_spec(kernels: Kernels, shape: AttentionShape, num_blocks: int) -> KvCacheSpec:

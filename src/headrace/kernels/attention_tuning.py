@@ -115,16 +115,19 @@ def attention_to_json(shape: AttentionShape, tuned: TunedAttention) -> dict[str,
     }
 
 
-def _from_json(entry: dict[str, Any]) -> tuple[AttentionShape, TunedAttention]:
-    shape = AttentionShape(
+def shape_from_json(entry: dict[str, Any]) -> AttentionShape:
+    return AttentionShape(
         cache_format=KvCacheFormat(entry["cache_format"]),
         num_heads=int(entry["num_heads"]),
         num_kv_heads=int(entry["num_kv_heads"]),
         head_dim=int(entry["head_dim"]),
     )
+
+
+def _from_json(entry: dict[str, Any]) -> tuple[AttentionShape, TunedAttention]:
     times = {}
     for row in entry["times"]:
         pieces = None if row["max_pieces"] is None else int(row["max_pieces"])
         choice = AttentionChoice(scheme=SoftmaxScheme(row["scheme"]), max_pieces=pieces)
         times[choice] = {int(n): float(seconds) for n, seconds in row["seconds"].items()}
-    return shape, TunedAttention(measured_on=str(entry["measured_on"]), times=times)
+    return shape_from_json(entry), TunedAttention(measured_on=str(entry["measured_on"]), times=times)

@@ -177,6 +177,14 @@ class AttentionShareOp(Protocol):
     ) -> AttentionShare: ...
 
 
+class LibraryPrefillObstacle(Protocol):
+    """Why the library's attention cannot take prompts of a step; None if it can."""
+
+    def __call__(
+        self, *, dtype: torch.dtype, num_kv_heads: int, head_dim: int, num_seqs: int, max_context_len: int
+    ) -> str | None: ...
+
+
 class JoinHeadsOp(Protocol):
     def __call__(self, parts: Sequence[Tensor]) -> Tensor: ...
 

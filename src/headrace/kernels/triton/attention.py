@@ -15,7 +15,7 @@ from headrace.kernels.dataflow import Dataflow
 from headrace.kernels.kv_cache import GpuKvCache, KvCache
 from headrace.kernels.ops import AttentionShare, AttentionSpec
 from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, repair_kernel, split_kernel
-from headrace.kernels.triton.attention_library import LibraryPrefill
+from headrace.kernels.triton.attention_library import LibraryPrefill, library_prefill_obstacle
 from headrace.kernels.triton.attention_prefill import prefill_kernel
 from headrace.kernels.triton.attention_rows import NO_WINDOW
 from headrace.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
@@ -115,13 +115,20 @@ class Attention:
 
     def _is_librarys(self, call: "_Call") -> bool:
         """Whether the library takes what the call has of prompts: as measured, and where it can."""
-        least = self._dataflow and self._dataflow.library_prefill_from
+        least = None if self._dataflow is None else self._dataflow.library_prefill_from
         if least is None or call.num_tokens < least or not call.may_prefill:
             return False
-        spec = call.spec
-        is_plain = spec.softmax.scheme is SoftmaxScheme.SYNCHRONIZED and spec.logit_soft_cap is None
-        obstacle = self._library.obstacle(call.query, call.cache, call.num_seqs, call.max_context_len)
-        return is_plain and obstacle is None
+        if call.spec.softmax.scheme is not SoftmaxScheme.SYNCHRONIZED or call.spec.logit_soft_cap is not None:
+            return False
+        obstacle = library_prefill_obstacle(
+            call.query.device,
+            dtype=call.query.dtype,
+            num_kv_heads=call.num_kv_heads,
+            head_dim=call.head_dim,
+            num_seqs=call.num_seqs,
+            max_context_len=call.max_context_len,
+        )
+        return obstacle is None
 
     def _prefill_by_library(self, call: "_Call") -> Tensor:
         return self._library(

@@ -37,6 +37,26 @@ _GATHERED_AT_ONCE = 32
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
+def library_prefill_obstacle(
+    device: torch.device, *, dtype: torch.dtype, num_kv_heads: int, head_dim: int, num_seqs: int, max_context_len: int
+) -> str | None:
+    """Why the library cannot take a step that is synchronized and without a soft cap; None if it can.
+
+    dtype: of queries, as they are computed with.
+    """
+    if device.type == "cuda":
+        if torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+            return "torch has no FlashAttention for this GPU"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"FlashAttention takes no {dtype}"
+    if head_dim % _HEAD_DIM_STEP or head_dim > _MAX_HEAD_DIM:
+        return f"FlashAttention takes no heads of {head_dim}"
+    if num_seqs > MAX_SEQS:
+        return f"{num_seqs} sequences in a step, more than {MAX_SEQS}"
+    num_bytes = 2 * dtype.itemsize * num_seqs * max_context_len * num_kv_heads * head_dim
+    return None if num_bytes <= BUFFER_BYTES else f"contexts of up to {num_bytes} bytes, more than {BUFFER_BYTES}"
+
+
 class LibraryPrefill:
     """Attention of all sequences of more than max_tokens new tokens. Calls that share one must follow one another.
 
@@ -46,24 +66,6 @@ class LibraryPrefill:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffer: Tensor | None = None
-
-    def obstacle(self, query: Tensor, cache: GpuKvCache, num_seqs: int, max_context_len: int) -> str | None:
-        """Why it cannot take a step that is synchronized and without a soft cap; None if it can.
-
-        query: as it is computed with, [num_tokens, num_heads, head_dim].
-        """
-        head_dim = query.shape[2]
-        if self._device.type == "cuda":
-            if torch.version.hip or not torch.backends.cuda.is_flash_attention_available():  # type: ignore[no-untyped-call]
-                return "torch has no FlashAttention for this GPU"
-            if query.dtype not in (torch.bfloat16, torch.float16):
-                return f"FlashAttention takes no {query.dtype}"
-        if head_dim % _HEAD_DIM_STEP or head_dim > _MAX_HEAD_DIM:
-            return f"FlashAttention takes no heads of {head_dim}"
-        if num_seqs > MAX_SEQS:
-            return f"{num_seqs} sequences in a step, more than {MAX_SEQS}"
-        num_bytes = 2 * query.dtype.itemsize * num_seqs * max_context_len * cache.spec.num_kv_heads * head_dim
-        return None if num_bytes <= BUFFER_BYTES else f"contexts of up to {num_bytes} bytes, more than {BUFFER_BYTES}"
 
     def __call__(
         self,
@@ -77,7 +79,7 @@ class LibraryPrefill:
         softmax_scale: float,
         sliding_window: int | None,
     ) -> Tensor:
-        """Like query, in a step without an `obstacle`; sequences of up to max_tokens new tokens have a place in it, but
+        """Like query, in a step without an obstacle; sequences of up to max_tokens new tokens have a place in it, but
         what that holds is not said.
         """
         num_seqs, capacity = len(context_lens), block_tables.shape[1] * cache.spec.block_size
