@@ -58,6 +58,16 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("gpu_check")
 
 
+def test_tables_of_attention_name_the_fastest_that_is_right() -> None:
+    place = {"heads": "alike", "batch": 1, "context": 128}
+    results = results_of(
+        figure("prefill attention", 3e-6, by="synchronized", **place),
+        replace(figure("prefill attention", 1e-6, by="lazy", **place), error=0.5, tolerance=1e-2),
+        figure("prefill attention", 2e-6, by="library", **place),
+    )
+    assert "| 1 | 128 | 3.0 | 1.0 WRONG | 2.0 | library |" in report.markdown(results)
+
+
 @pytest.fixture(scope="module")
 def data(out: Path) -> dict[str, Any]:
     """Of a dry run of everything."""
@@ -82,6 +92,8 @@ class TestDryRun:
             *({"ablation"} & {*dry_stages()}),
         }
         assert all(found["seconds"] > 0 for found in data["figures"])
+        prompts = {found["labels"]["by"] for found in data["figures"] if found["group"] == "prefill attention"}
+        assert {"synchronized", "library", "torch SDPA"} <= prompts
 
     def test_what_was_computed_was_compared(self, data) -> None:
         for group in ("linear", "decode attention", "prefill attention", "agreement"):
@@ -278,6 +290,10 @@ def test_the_text_is_short_enough_to_be_the_end_of_a_log() -> None:
         for by in ("synchronized", "asynchronized", "lazy", "torch SDPA", "FlexAttention", "FlashInfer"):
             place = {"heads": heads, "batch": batch, "context": context, "by": by}
             found.append(replace(figure("decode attention", 1.234e-3, **place), num_bytes=10**9))
+    for heads, (batch, context) in product(("alike", "grouped"), FULL.prefill):
+        for by in ("synchronized", "asynchronized", "lazy", "library", "torch SDPA", "FlexAttention", "FlashInfer"):
+            place = {"heads": heads, "batch": batch, "context": context, "by": by}
+            found.append(replace(figure("prefill attention", 12.34e-3, **place), num_ops=10**12))
     for by in ("headrace", "transformers eager", "transformers sdpa", "transformers compiled"):
         for weight_format in FULL.model_formats if by == "headrace" else FULL.model_formats[:1]:
             for batch, context in [(1, 512), (1, 3072), *((size, 16) for size in FULL.model_batches)]:

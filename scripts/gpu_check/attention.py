@@ -14,11 +14,15 @@ from torch import Tensor
 
 from headrace.bench.kernels import ModelShape
 from headrace.config import KvCacheFormat
+from headrace.engine.tune_prefill import forcing_prefill
 from headrace.kernels import AttentionSpec, KvCache, KvCacheSpec, SoftmaxSpec
+from headrace.kernels.prefill_tuning import PrefillArm
 from scripts.gpu_check.context import TOLERANCE, Context
 from scripts.gpu_check.figures import Figure
 
 BLOCK_SIZE = 16
+LIBRARY = "library"
+"""The attention op's other implementation of a prompt, over the same pages."""
 SDPA, FLEX, FLASHINFER = "torch SDPA", "FlexAttention", "FlashInfer"
 
 _UNIFIED_MAX = 0.0
@@ -104,6 +108,8 @@ def _case(context: Context, case: Case, flex: _CompiledFlex) -> Iterator[Figure]
         ]
         for scheme in context.kernels.softmax_schemes
     }
+    if _library_can(context, case):
+        runs[LIBRARY] = [partial(_by_library, context, paged, cache) for cache in paged.caches]
     sequences = sorted({0, case.batch - 1})
     expected = torch.stack([_expected(context, case, paged, i) for i in sequences])
     first = {name: [partial(_of_sequences, calls[0], case, sequences)] for name, calls in runs.items()}
@@ -126,6 +132,30 @@ def _case(context: Context, case: Case, flex: _CompiledFlex) -> Iterator[Figure]
 def _attention(context: Context, paged: Paged, cache: KvCache, softmax: SoftmaxSpec) -> Tensor:
     spec = AttentionSpec(softmax_scale=paged.query.shape[-1] ** -0.5, softmax=softmax)
     return context.kernels.attention(paged.query, cache, paged.tables, paged.context_lens, paged.cu_seqlens_q, spec)
+
+
+def _library_can(context: Context, case: Case) -> bool:
+    """Whether the attention op gives this step to the library if it is told to."""
+    obstacle = context.kernels.library_prefill_obstacle
+    if case.num_new == 1 or obstacle is None:
+        return False
+    found = obstacle(
+        dtype=context.dtype,
+        num_kv_heads=case.shape.num_kv_heads,
+        head_dim=case.shape.head_dim,
+        num_seqs=case.batch,
+        max_context_len=case.num_blocks * BLOCK_SIZE,
+    )
+    if found is not None:
+        context.report(f"{LIBRARY}, batch {case.batch}, {case.context_len} tokens", found, False)
+    return found is None
+
+
+def _by_library(context: Context, paged: Paged, cache: KvCache) -> Tensor:
+    dataflow = context.kernels.dataflow
+    assert dataflow is not None, "there is nothing to choose"
+    with forcing_prefill(dataflow, PrefillArm.LIBRARY):
+        return _attention(context, paged, cache, SoftmaxSpec())
 
 
 def _of_sequences(run: Callable[[], Tensor], case: Case, sequences: list[int]) -> Tensor:

@@ -109,18 +109,25 @@ def _attention(results: Results, group: str) -> Iterator[Table]:
     bandwidth, product = copy_bytes_per_s(results), results.one("limit", name="multiply bfloat16")
     for heads in _values(results, group, "heads"):
         names = _values(results, group, "by")
-        table = [["batch", "tokens", *map(str, names)]]
+        table = [["batch", "tokens", *map(str, names), "fastest"]]
         pairs = dict.fromkeys((f.labels["batch"], f.labels["context"]) for f in results.of(group, heads=heads))
         for batch, context_len in pairs:
+            place = {"heads": heads, "batch": batch, "context": context_len}
             cells = []
             for name in names:
-                figure = results.one(group, heads=heads, batch=batch, context=context_len, by=name)
+                figure = results.one(group, by=name, **place)
                 cells.append(
                     "" if figure is None else _microseconds(figure) + _share(figure, group, bandwidth, product)
                 )
-            table.append([str(batch), str(context_len), *cells])
+            table.append([str(batch), str(context_len), *cells, _fastest(results.of(group, **place))])
         limit = "copy bandwidth" if group.startswith("decode") else "the bfloat16 product"
         yield Table(title=f"{group}, heads {heads}: us, share of {limit}", rows=table)
+
+
+def _fastest(figures: Sequence[Figure]) -> str:
+    """Whose right result came first."""
+    right = [figure for figure in figures if figure.is_right]
+    return str(min(right, key=lambda figure: figure.seconds).labels["by"]) if right else ""
 
 
 def _share(figure: Figure, group: str, bandwidth: float | None, product: Figure | None) -> str:
