@@ -26,7 +26,7 @@ def resources(reports: Sequence[Mapping[str, Any]]) -> str:
 
     A variant that did not compile has its error named in its place.
     """
-    targets = list(dict.fromkeys(str(report["target"]) for report in reports))
+    targets = sorted({str(report["target"]) for report in reports})
     found = {(report["variant"], report["target"]): report for report in reports}
     rows = []
     for variant in dict.fromkeys(report["variant"] for report in reports):

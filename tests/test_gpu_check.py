@@ -373,10 +373,10 @@ class TestTables:
                 {"variant": "merge", "target": "gfx942", "error": "ValueError"},
             ]
         )
-        assert table.splitlines()[0] == "| kernel | sm_90 | gfx942 |"
+        assert table.splitlines()[0] == "| kernel | gfx942 | sm_90 |"
         assert table.splitlines()[2:] == [
-            "| gemv | 40 / 1.5 KiB | 40 / 1.5 KiB, 8 B on the stack |",
-            "| merge | 40 / 1.5 KiB | does not compile |",
+            "| gemv | 40 / 1.5 KiB, 8 B on the stack | 40 / 1.5 KiB |",
+            "| merge | does not compile | 40 / 1.5 KiB |",
         ]
 
     def test_go_where_they_belong(self, tmp_path) -> None:

@@ -54,6 +54,6 @@ def test_kernel_compiles(reports, name, target):
     print({key: value for key, value in report.items() if key not in ("variant", "target")})
     assert "error" not in report, report["error"]
     assert report["shared_bytes"] <= SHARED_BYTES_LIMITS[target]
-    if target == "sm_90" and all_variants()[name].instructions:
-        assert not report["missing"]
+    if target != "gfx942" and all_variants()[name].instructions:
+        assert not report.get("missing")
         assert report.get("stack_bytes", 0) == 0

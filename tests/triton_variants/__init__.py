@@ -22,7 +22,7 @@ class Variant:
     divisible: integers that are multiples of 16, as launches find out by themselves.
     targets: where it is launched so, if not everywhere.
     instructions: what its code for sm_90 must contain, by the start of the line in PTX; it may then spill no registers
-        there either.
+        there either, nor on sm_80.
     """
 
     name: str

@@ -36,6 +36,8 @@ def _signature(kernel: Any, cache: str, query: str = "bf16") -> dict[str, str]:
     }
 
 
+_HOPPER, _AMPERE, _AMD = ("sm_90",), ("sm_80",), ("gfx942",)
+
 _INSTRUCTIONS = {
     split_kernel: ("cp.async.cg.shared.global", "mma.sync.aligned.m16n8k16"),
     prefill_kernel: ("cp.async.cg.shared.global", "wgmma.mma_async"),
@@ -58,10 +60,10 @@ def _heads(
     **constants: Any,
 ) -> Variant:
     shape = DecodeShape.of(group)
+    cache_format = KvCacheFormat.INT8 if cache == "i8" else KvCacheFormat.BFLOAT16
+    tiles = decode_tiles(query, head_dim, cache_format)
     if kernel is prefill_kernel:
-        tiles = prefill_tiles(query, head_dim)
-    else:
-        tiles = decode_tiles(query, head_dim, KvCacheFormat.INT8 if cache == "i8" else KvCacheFormat.BFLOAT16)
+        tiles = prefill_tiles(query, head_dim, cache_format, has_warpgroups=targets == _HOPPER)
     known = {
         "SEQS": 64,
         "NUM_HEADS": num_kv_heads * group,
@@ -82,6 +84,7 @@ def _heads(
         "HAS_CAP": False,
         "HAS_WINDOW": False,
         "IS_STRICT": False,
+        "REPAIRS": False,
         "STAGES": tiles.stages,
     } | constants
     return Variant(
@@ -141,7 +144,11 @@ def _gather(cache: str) -> Variant:
 
 _ASYNCHRONIZED, _LAZY = ASYNCHRONIZED.value, LAZY.value
 
-_NVIDIA, _HOPPER, _AMD = ("sm_90", "sm_80"), ("sm_90",), ("gfx942",)
+
+def _prefill(name: str, *heads: Any, targets: tuple[str, ...] = _HOPPER, **how: Any) -> Variant:
+    """For one kind of GPU: tiles differ."""
+    return _heads(prefill_kernel, f"prefill{name}", *heads, targets=targets, **how)
+
 
 VARIANTS = [
     _heads(split_kernel, "split", "bf16", 32, 1, 128),
@@ -154,13 +161,23 @@ VARIANTS = [
     _heads(merge_kernel, "merge", "bf16", 8, 4, 128, targets=_HOPPER),
     _heads(merge_kernel, "merge-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
     _heads(repair_kernel, "repair", "bf16", 8, 4, 128),
-    _heads(prefill_kernel, "prefill", "bf16", 32, 1, 128, targets=_NVIDIA),
-    _heads(prefill_kernel, "prefill", "fp32", 8, 4, 128, query=torch.float32, targets=_HOPPER),
-    _heads(prefill_kernel, "prefill-by-two-stages", "bf16", 32, 1, 128, STAGES=2, targets=_AMD),
-    _heads(prefill_kernel, "prefill-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED, targets=_HOPPER),
-    _heads(prefill_kernel, "prefill-lazy", "bf16", 8, 4, 128, SCHEME=_LAZY, targets=_HOPPER),
-    _heads(prefill_kernel, "prefill-capped", "bf16", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True, targets=_HOPPER),
-    _heads(prefill_kernel, "prefill-share", "bf16", 1, 8, 128, IS_SHARE=True, targets=_HOPPER),
+    _prefill("", "bf16", 32, 1, 128),
+    _prefill("", "i8", 8, 4, 128),
+    _prefill("-ampere", "bf16", 32, 1, 128, targets=_AMPERE),
+    _prefill("-ampere", "i8", 8, 4, 128, targets=_AMPERE),
+    _prefill("-amd", "bf16", 32, 1, 128, STAGES=2, targets=_AMD),
+    _prefill("-amd", "i8", 8, 4, 128, STAGES=1, targets=_AMD),
+    _prefill("", "fp32", 8, 4, 128, query=torch.float32),
+    _prefill("-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
+    _prefill("-asynchronized", "i8", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
+    _prefill("-asynchronized-ampere", "i8", 8, 4, 128, SCHEME=_ASYNCHRONIZED, targets=_AMPERE),
+    _prefill("-repair", "bf16", 8, 4, 128, REPAIRS=True),
+    _prefill("-repair", "i8", 8, 4, 128, REPAIRS=True),
+    _prefill("-lazy", "bf16", 8, 4, 128, SCHEME=_LAZY),
+    _prefill("-capped", "bf16", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True),
+    _prefill("-capped", "i8", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True),
+    _prefill("-capped-ampere", "i8", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True, targets=_AMPERE),
+    _prefill("-share", "bf16", 1, 8, 128, IS_SHARE=True),
     _gather("bf16"),
     _gather("i8"),
     _store("bf16", 64, 128),

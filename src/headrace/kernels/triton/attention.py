@@ -20,7 +20,7 @@ from headrace.kernels.triton.attention_prefill import prefill_kernel
 from headrace.kernels.triton.attention_rows import NO_WINDOW
 from headrace.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
 from headrace.kernels.triton.kv_cache import gpu_cache
-from headrace.kernels.triton.launch import is_interpreted, num_multiprocessors
+from headrace.kernels.triton.launch import has_warpgroup_products, is_interpreted, num_multiprocessors
 from headrace.kernels.triton.rotary import QUERY_DTYPES, by_token
 from headrace.kernels.triton.softmax import SCHEMES
 from headrace.kernels.triton.splits import max_num_splits, split_unit_tokens
@@ -49,6 +49,7 @@ class Attention:
     def __init__(self, device: torch.device, dataflow: Dataflow | None = None) -> None:
         self._dataflow = dataflow
         self._default_programs = _PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device)
+        self._has_warpgroups = has_warpgroup_products(device)
         self._library = LibraryPrefill(device)
 
     def __call__(
@@ -211,25 +212,34 @@ class Attention:
             )
 
     def _prefill(self, call: "_Call", out: Tensor, normalizers: Tensor, constants: dict[str, Any]) -> None:
-        tiles = prefill_tiles(call.query.dtype, call.head_dim)
+        cache_format = call.cache.spec.cache_format
+        tiles = prefill_tiles(call.query.dtype, call.head_dim, cache_format, has_warpgroups=self._has_warpgroups)
         # Each sequence has at most one tile that is not full.
         num_tiles = call.num_tokens * call.group // tiles.block_m + call.num_seqs
-        prefill_kernel[(num_tiles, call.num_kv_heads)](
-            *call.tensors,
-            out,
-            normalizers,
-            call.num_seqs,
-            *call.strides,
-            *call.numbers,
-            **constants,
-            SEQS=_seqs(call.num_seqs),
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            MAX_TOKENS=DecodeShape.of(call.group).max_tokens,
-            HAS_WINDOW=call.spec.sliding_window is not None,
-            STAGES=tiles.stages,
-            num_warps=tiles.num_warps,
-        )
+        is_asynchronized = call.spec.softmax.scheme is SoftmaxScheme.ASYNCHRONIZED
+        num_rows = call.num_tokens * call.num_heads
+        unsound = torch.empty(num_rows, dtype=torch.int32, device=out.device) if is_asynchronized else None
+        passes = [constants | {"REPAIRS": False}]
+        if is_asynchronized:
+            passes.append(constants | {"REPAIRS": True, "SCHEME": SCHEMES[SoftmaxScheme.SYNCHRONIZED]})
+        for how in passes:
+            prefill_kernel[(num_tiles, call.num_kv_heads)](
+                *call.tensors,
+                unsound,
+                out,
+                normalizers,
+                call.num_seqs,
+                *call.strides,
+                *call.numbers,
+                **how,
+                SEQS=_seqs(call.num_seqs),
+                BLOCK_M=tiles.block_m,
+                BLOCK_N=tiles.block_n,
+                MAX_TOKENS=DecodeShape.of(call.group).max_tokens,
+                HAS_WINDOW=call.spec.sliding_window is not None,
+                STAGES=tiles.stages,
+                num_warps=tiles.num_warps,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

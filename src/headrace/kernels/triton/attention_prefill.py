@@ -4,8 +4,9 @@ One program for each tile and KV head, launched as many as there can be; which s
 out on the device, the last tiles, which see most, first. Positions that every row of a tile sees are taken without
 masks; those of the diagonal, and of a window's first tiles, with them.
 
-A tile of the asynchronized scheme is tested after its sums, and if one of its rows is not sound, computed again,
-synchronized, by the same program; rows that were sound keep what they had.
+Rows of the asynchronized scheme are tested after their sums. A second launch of the kernel, for that scheme alone,
+then computes those that failed again, synchronized, and counts them; where a tile has none, its program ends at once.
+Were it the same program, it would hold the registers of both for as long as it runs.
 """
 
 import triton
@@ -13,7 +14,7 @@ import triton.language as tl
 
 from headrace.kernels.triton.attention_rows import UNALIGNED, UNSPECIALIZED, visible_positions
 from headrace.kernels.triton.attention_tile import attend, load_queries
-from headrace.kernels.triton.softmax import ASYNCHRONIZED, SYNCHRONIZED, is_sound
+from headrace.kernels.triton.softmax import ASYNCHRONIZED, is_sound
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
@@ -28,6 +29,7 @@ def prefill_kernel(
     key_scales_ptr,
     value_scales_ptr,
     counts_ptr,
+    unsound_ptr,
     out_ptr,
     normalizers_ptr,
     num_seqs,
@@ -55,9 +57,14 @@ def prefill_kernel(
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     IS_STRICT: tl.constexpr,
+    REPAIRS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Sequences of more than MAX_TOKENS new tokens; grid: tiles, KV heads."""
+    """Sequences of more than MAX_TOKENS new tokens; grid: tiles, KV heads.
+
+    unsound_ptr: [num_tokens, num_heads]; the asynchronized scheme leaves 1 there for rows that must be computed again,
+    0 for others. With REPAIRS, only those are computed.
+    """
     seqs = tl.arange(0, SEQS)
     is_seq = seqs < num_seqs
     counts = tl.load(bounds_ptr + seqs + 1, mask=is_seq, other=0) - tl.load(bounds_ptr + seqs, mask=is_seq, other=0)
@@ -84,89 +91,48 @@ def prefill_kernel(
             BLOCK_SIZE,
             IS_SHARE,
         )
-        table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
-        q = load_queries(query_ptr, first_token + tokens, heads, is_row, query_stride, HEAD_DIM, BLOCK_D)
-        m, denominators, numerators = _attend_tile(
-            q,
-            row_start,
-            row_stop,
-            kv_head,
-            table_ptr,
-            keys_ptr,
-            values_ptr,
-            key_scales_ptr,
-            value_scales_ptr,
-            scale2,
-            cap2,
-            unified_max2,
-            least2,
-            largest2,
-            NUM_KV_HEADS,
-            HEAD_DIM,
-            BLOCK_D,
-            BLOCK_SIZE,
-            BLOCK_M,
-            BLOCK_N,
-            IS_INT8,
-            SCHEME,
-            HAS_CAP,
-            HAS_WINDOW,
-            IS_STRICT,
-            STAGES,
-        )
         row = (first_token + tokens).to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
-        has_keys = row_stop > row_start
-        if SCHEME == ASYNCHRONIZED:
-            m = tl.where(has_keys, unified_max2, float("-inf"))
-            num_rows = tl.sum(is_row.to(tl.int64), axis=0)
-            tl.atomic_add(counts_ptr, num_rows, sem="relaxed")
-            must_repeat = (is_sound(numerators, denominators, row_stop - row_start, IS_INT8) == 0) & has_keys & is_row
-            num_repeated = tl.sum(must_repeat.to(tl.int64), axis=0)
-            is_row &= must_repeat == 0
-        _store_rows(row, is_row, m, denominators, numerators, out_ptr, normalizers_ptr, HEAD_DIM, BLOCK_D, IS_SHARE)
-        if SCHEME == ASYNCHRONIZED:  # noqa: SIM102 - known when compiled
-            if num_repeated > 0:
-                tl.atomic_add(counts_ptr + 1, num_repeated, sem="relaxed")
-                m, denominators, numerators = _attend_tile(
-                    q,
-                    row_start,
-                    row_stop,
-                    kv_head,
-                    table_ptr,
-                    keys_ptr,
-                    values_ptr,
-                    key_scales_ptr,
-                    value_scales_ptr,
-                    scale2,
-                    cap2,
-                    unified_max2,
-                    least2,
-                    largest2,
-                    NUM_KV_HEADS,
-                    HEAD_DIM,
-                    BLOCK_D,
-                    BLOCK_SIZE,
-                    BLOCK_M,
-                    BLOCK_N,
-                    IS_INT8,
-                    SYNCHRONIZED,
-                    HAS_CAP,
-                    HAS_WINDOW,
-                    IS_STRICT,
-                    STAGES,
-                )
-                _store_rows(
-                    row,
-                    must_repeat,
-                    m,
-                    denominators,
-                    numerators,
-                    out_ptr,
-                    normalizers_ptr,
-                    HEAD_DIM,
-                    BLOCK_D,
-                    IS_SHARE,
-                )
+        if REPAIRS:
+            is_row &= tl.load(unsound_ptr + row, mask=is_row, other=0) != 0
+        num_rows = tl.sum(is_row.to(tl.int64), axis=0)
+        if num_rows > 0:
+            m, denominators, numerators = _attend_tile(
+                load_queries(query_ptr, first_token + tokens, heads, is_row, query_stride, HEAD_DIM, BLOCK_D),
+                row_start,
+                row_stop,
+                kv_head,
+                tables_ptr + seq.to(tl.int64) * table_stride,
+                keys_ptr,
+                values_ptr,
+                key_scales_ptr,
+                value_scales_ptr,
+                scale2,
+                cap2,
+                unified_max2,
+                least2,
+                largest2,
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_SIZE,
+                BLOCK_M,
+                BLOCK_N,
+                IS_INT8,
+                SCHEME,
+                HAS_CAP,
+                HAS_WINDOW,
+                IS_STRICT,
+                STAGES,
+            )
+            if REPAIRS:
+                tl.atomic_add(counts_ptr + 1, num_rows, sem="relaxed")
+            if SCHEME == ASYNCHRONIZED:
+                tl.atomic_add(counts_ptr, num_rows, sem="relaxed")
+                num_keys = row_stop - row_start
+                m = tl.where(num_keys > 0, unified_max2, float("-inf"))
+                is_unsound = (is_sound(numerators, denominators, num_keys, IS_INT8) == 0) & (num_keys > 0)
+                tl.store(unsound_ptr + row, is_unsound.to(tl.int32), mask=is_row)
+            _store_rows(row, is_row, m, denominators, numerators, out_ptr, normalizers_ptr, HEAD_DIM, BLOCK_D, IS_SHARE)
 
 
 @triton.jit

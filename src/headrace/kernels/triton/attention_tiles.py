@@ -35,11 +35,25 @@ def decode_tiles(dtype: torch.dtype, head_dim: int, cache_format: KvCacheFormat)
     return Tiles(block_m=16, block_n=32 if is_wide else 64, stages=2 if torch.version.hip else 3, num_warps=num_warps)
 
 
-def prefill_tiles(dtype: torch.dtype, head_dim: int) -> Tiles:
-    """128 rows of bfloat16, a warpgroup's 64 for each four warps; fewer where accumulators are wide or float32 is
-    multiplied without tensor cores."""
+def prefill_tiles(dtype: torch.dtype, head_dim: int, cache_format: KvCacheFormat, *, has_warpgroups: bool) -> Tiles:
+    """128 rows of bfloat16, a warpgroup's 64 for each four warps, and 64 positions: the most without registers spilled.
+
+    A program's 8 warps have 255 registers a thread. Accumulators of 128 x 128 take 64 of them, and where warpgroups
+    read both operands from shared memory (`has_warpgroup_products`) logits of 128 x 64 take 32 more. Elsewhere operands
+    pass through registers too, and an int8 cache's become the queries' type there: half as many positions, or, with
+    both, also half as many rows. A head of 256 has room for half of each. float32 is multiplied without tensor cores.
+
+    AMD's pipeliner in Triton 3.6 fails at the scales of an int8 cache.
+    """
     if dtype is torch.float32:
         return Tiles(block_m=32, block_n=32, stages=2, num_warps=8)
-    if head_dim > 128:
-        return Tiles(block_m=64, block_n=32, stages=2 if torch.version.hip else 3, num_warps=8)
-    return Tiles(block_m=128, block_n=64, stages=2 if torch.version.hip else 3, num_warps=8)
+    is_int8, is_wide = cache_format is KvCacheFormat.INT8, head_dim > 128
+    is_tight = is_int8 and not has_warpgroups
+    block_n = 32 if is_wide or is_int8 or not has_warpgroups else 64
+    stages = 3 if torch.version.hip is None else 1 if is_int8 else 2
+    return Tiles(
+        block_m=64 if is_wide or is_tight else 128,
+        block_n=16 if is_wide and is_int8 else block_n,
+        stages=stages,
+        num_warps=8,
+    )

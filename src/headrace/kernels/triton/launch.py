@@ -40,3 +40,10 @@ def num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def has_warpgroup_products(device: torch.device) -> bool:
+    """Whether four warps multiply together, out of shared memory: NVIDIA's from Hopper on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
