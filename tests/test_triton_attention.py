@@ -51,6 +51,16 @@ class TestResults:
         assert_right(run(problem, make_spec(scheme)), problem, make_spec(scheme))
 
     @each_scheme
+    @pytest.mark.parametrize("window", [None, 301])
+    def test_more_splits_than_are_merged_at_once(self, scheme, window):
+        """In the last but one lies a logit that no float32 reaches from any other split's."""
+        problem = make_problem(((700, 1),), query_scale=3.0, num_kv_heads=1, group=2)
+        key = problem.query[:1, :1] * (300 * 8 / problem.query[0, 0].square().sum())
+        write(problem.cache, problem.slots(0)[600:601], key, torch.randn(1, 1, 64, device=DEVICE))
+        spec = make_spec(scheme, sliding_window=window)
+        assert_right(run(problem, spec), problem, spec)
+
+    @each_scheme
     @pytest.mark.parametrize(("window", "cap"), [(None, None), (37, 2.0)])
     def test_batches_of_both_kinds(self, scheme, window, cap):
         problem = make_problem(MIXED, query_scale=3.0, num_kv_heads=1)

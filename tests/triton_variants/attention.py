@@ -41,7 +41,7 @@ _HOPPER, _AMPERE, _AMD = ("sm_90",), ("sm_80",), ("gfx942",)
 _INSTRUCTIONS = {
     split_kernel: ("cp.async.cg.shared.global", "mma.sync.aligned.m16n8k16"),
     prefill_kernel: ("cp.async.cg.shared.global", "wgmma.mma_async"),
-    merge_kernel: ("ld.global.v4",),
+    merge_kernel: ("cp.async.cg.shared.global",),
     repair_kernel: ("mma.sync.aligned.m16n8k16",),
 }
 """Copies of 16 bytes past the registers, and tensor cores, for all but float32."""
@@ -77,7 +77,7 @@ def _heads(
         "ROW_TILES": shape.row_tiles,
         "MAX_TOKENS": shape.max_tokens,
         "TOKEN_SLOTS": 1,
-        "UNIT": 256 if cache != "fp32" and head_dim <= 128 else 128,
+        "UNIT": 128 if cache != "fp32" and head_dim <= 128 else 64,
         "IS_INT8": cache == "i8",
         "IS_SHARE": False,
         "SCHEME": SYNCHRONIZED.value,

@@ -6,15 +6,20 @@ the host does not know, as a CUDA graph requires, and where contexts may be long
 short ones. The second merges each row's splits in order, and tests the rows of the asynchronized scheme; for that
 scheme alone, a third computes again, and counts, those that failed. Nothing waits for the host.
 
-What must be in flight. An H100 moves 3.35 TB/s at a latency of 0.6 to 0.8 us: some 2.5 MB at any time, 19 KB on each of
-its 132 SMs. A program of 64 positions of head_dim 128 in bfloat16 reads 32 KiB a tile, and has two tiles under way. One
-sequence of 4,096 tokens has 16 splits of 128 KiB for each KV head: Llama-2-7B's 32 heads make 512 pieces of work, two
-programs an SM and 128 KiB in flight there, for 67 MB that take 20 us; Llama-3-8B's 8 KV heads make 128, one program and
-64 KiB, for 17 MB that take 5 us, so that two launches and the latency of the first loads weigh as much as the reading
-until there are several sequences or a longer context.
+What takes how long on an H100 (3.35 TB/s, 132 SMs, about 0.7 us from a load to its data). One sequence of 4,096
+tokens: Llama-2-7B's 32 KV heads are 67 MB, 20 us; Llama-3-8B's 8 are 17 MB, 5 us, and there loads that wait for one
+another, and a launch in a graph of about 1 us, weigh as much as the reading:
+
+    what the batch holds, a tile's blocks, its keys and values        3 loads, then 5 us of reading
+    a launch, what the batch holds, all references, all numerators    1 us and 3 loads
+
+A piece of work has all of its bytes on their way at once (`splits.split_unit_tokens`), and so has the merge up to 32
+splits (`merged`); in 8 splits at a time it waited 8 times, as long as for the keys and values. It stays a launch of its
+own: for the last program to arrive to merge would spare 1 us, and let it wait for an atomic, take the rows of a group
+after one another or with their registers, and leave the zeros of places without a sequence to somebody else.
 
 Partial results, for each row and split: numerators [head_dim], reference and denominator, (head_dim + 2) * 4 bytes.
-64 sequences of 32 heads of 128, with room for 32k tokens in their block tables, take 68 MB, whatever their lengths.
+64 sequences of 32 heads of 128, with room for 32k tokens in their block tables, take 85 MB, whatever their lengths.
 """
 
 from dataclasses import dataclass
@@ -34,6 +39,11 @@ Fewer than a tile has rows or positions: what is read in one kernel in tiles of 
 compiler, and so another order of the sum in `repair_kernel`, which reads queries too, than in `merge_kernel`.
 """
 
+_MERGED_STAGES: tl.constexpr = tl.constexpr(5)
+"""Of the loop over them: the 32 splits of 4,096 tokens are under way together, in 17 KiB of shared memory."""
+
+_COMPARED_AT_ONCE: tl.constexpr = tl.constexpr(128)
+"""Splits whose references are read at once, which is all of a context of up to 256k tokens."""
 
 _MAX_DECODED_TOKENS = 2
 """Each takes partial results for every sequence of a batch that has a prompt in it."""
@@ -280,21 +290,20 @@ def merged(
     maximum all weigh 1 (Eq. 4).
     """
     d = tl.arange(0, BLOCK_D)
-    chunk = tl.arange(0, _MERGED_AT_ONCE)
-    begin = first_split // _MERGED_AT_ONCE * _MERGED_AT_ONCE
     m = float("-inf")
     if SCHEME == ASYNCHRONIZED:
         m = unified_max2
     else:
-        for start in range(begin, last_split + 1, _MERGED_AT_ONCE):
-            splits = start + chunk
-            is_split = (splits >= first_split) & (splits <= last_split)
-            m_i = tl.load(states_ptr + splits * 2, mask=is_split, other=float("-inf"))
+        for start in range(first_split, last_split + 1, _COMPARED_AT_ONCE):
+            splits = start + tl.arange(0, _COMPARED_AT_ONCE)
+            m_i = tl.load(states_ptr + splits * 2, mask=splits <= last_split, other=float("-inf"))
             m = tl.maximum(m, tl.max(m_i, axis=0))
+    reference = reference_of(m)
     denominator = 0.0
     numerators = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(begin, last_split + 1, _MERGED_AT_ONCE):
-        splits = start + chunk
+    begin = first_split // _MERGED_AT_ONCE * _MERGED_AT_ONCE
+    for start in tl.range(begin, last_split + 1, _MERGED_AT_ONCE, num_stages=_MERGED_STAGES):
+        splits = start + tl.arange(0, _MERGED_AT_ONCE)
         is_split = (splits >= first_split) & (splits <= last_split)
         sums = tl.load(states_ptr + splits * 2 + 1, mask=is_split, other=0.0)
         parts = tl.load(
@@ -304,7 +313,7 @@ def merged(
         )
         if SCHEME != ASYNCHRONIZED:
             m_i = tl.load(states_ptr + splits * 2, mask=is_split, other=float("-inf"))
-            weights = tl.exp2(m_i - reference_of(m))
+            weights = tl.exp2(m_i - reference)
             sums *= weights
             parts *= weights[:, None]
         denominator += tl.sum(sums, axis=0)

@@ -3,7 +3,7 @@
 So a row's bits depend neither on the batch it is in nor on how many programs share its splits. In units of a fixed
 number of tokens, splits have one unit up to the 32nd, then two up to the 64th, four up to the 128th, and so on: a
 context of n units has about 16 log2(n / 8) of them, each at most n / 16 long. Partial results so stay small beside what
-is read (96 for each row at 128k tokens of 256 to the unit), and one sequence has enough splits to occupy a GPU.
+is read (112 for each row at 128k tokens of 128 to the unit), and one sequence has enough splits to occupy a GPU.
 """
 
 import triton
@@ -16,8 +16,15 @@ _MAX_DOUBLINGS: tl.constexpr = tl.constexpr(18)
 
 
 def split_unit_tokens(cache_format: KvCacheFormat, head_dim: int) -> int:
-    """Tokens of a unit: 128 KiB of keys and values of one head of 128 in bfloat16."""
-    return 128 if cache_format is KvCacheFormat.FLOAT32 or head_dim > 128 else 256
+    """Tokens of a unit: 64 KiB of keys and values of one head of 128 in bfloat16, two tiles of `decode_tiles`.
+
+    As many bytes as a program has on their way at once, so that all of a short context is asked for at the start: by
+    Little's law an H100 needs 3.35 TB/s * 0.7 us / 132 = 18 KB in flight on each SM, and has 128 KiB by two programs.
+    And as few tokens as it takes to occupy all SMs: 4,096 tokens of 8 KV heads are 32 * 8 = 256 pieces of work for the
+    264 programs of a launch. Twice as many tokens would leave one program to an SM, half as many would give each piece
+    a single tile, and its program nothing to ask for while it waits.
+    """
+    return 64 if cache_format is KvCacheFormat.FLOAT32 or head_dim > 128 else 128
 
 
 def max_num_splits(num_tokens: int, unit: int) -> int:
