@@ -22,7 +22,8 @@ MEASURED = RUNS / "gpu_check" / "gpu.md"
 
 
 def resources(reports: Sequence[Mapping[str, Any]]) -> str:
-    """For each kernel and GPU: registers of a thread, shared memory of a program, and what spills to memory.
+    """For each kernel and GPU: registers of a thread, shared memory of a program, what spills to memory, and the
+    instructions for each weight where they were counted.
 
     A variant that did not compile has its error named in its place.
     """
@@ -41,7 +42,8 @@ def _cell(report: Mapping[str, Any] | None) -> str:
         return "does not compile"
     stack = report.get("stack_bytes", 0)
     spills = f", {stack} B on the stack" if stack else ""
-    return f"{report.get('registers', '?')} / {report['shared_bytes'] / 1024:.1f} KiB{spills}"
+    work = f", {report['instructions_per_weight']:.1f} a weight" if "instructions_per_weight" in report else ""
+    return f"{report.get('registers', '?')} / {report['shared_bytes'] / 1024:.1f} KiB{work}{spills}"
 
 
 def main(page: Path = PAGE, compiled: Path = RESOURCES, measured: Path = MEASURED) -> int:

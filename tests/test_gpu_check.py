@@ -369,14 +369,14 @@ class TestTables:
             [
                 report,
                 report | {"target": "gfx942", "stack_bytes": 8},
-                report | {"variant": "merge"},
+                report | {"variant": "merge", "instructions_per_weight": 2.75},
                 {"variant": "merge", "target": "gfx942", "error": "ValueError"},
             ]
         )
         assert table.splitlines()[0] == "| kernel | gfx942 | sm_90 |"
         assert table.splitlines()[2:] == [
             "| gemv | 40 / 1.5 KiB, 8 B on the stack | 40 / 1.5 KiB |",
-            "| merge | does not compile | 40 / 1.5 KiB |",
+            "| merge | does not compile | 40 / 1.5 KiB, 2.8 a weight |",
         ]
 
     def test_go_where_they_belong(self, tmp_path) -> None:

@@ -57,3 +57,5 @@ def test_kernel_compiles(reports, name, target):
     if target != "gfx942" and all_variants()[name].instructions:
         assert not report.get("missing")
         assert report.get("stack_bytes", 0) == 0
+    if target == "sm_90" and all_variants()[name].most_instructions:
+        assert report["instructions_per_weight"] <= all_variants()[name].most_instructions

@@ -23,6 +23,8 @@ class Variant:
     targets: where it is launched so, if not everywhere.
     instructions: what its code for sm_90 must contain, by the start of the line in PTX; it may then spill no registers
         there either, nor on sm_80.
+    weights_per_round: that a lane multiplies in one round of its longest loop; 0: nobody counts.
+    most_instructions: for each of those weights on sm_90.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Variant:
     divisible: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("sm_90", "sm_80", "gfx942")
     instructions: tuple[str, ...] = ()
+    weights_per_round: int = 0
+    most_instructions: float = 0.0
 
     @property
     def multiples_of_16(self) -> list[int]:

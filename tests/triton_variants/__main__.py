@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from triton_variants import Variant, all_variants, representative
+from triton_variants._loops import loop_instructions
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -58,7 +59,9 @@ def report(name: str, variant: Variant, target: str, keep: Path | None) -> dict[
         for kind in ("ttgir", "ptx", "amdgcn"):
             if kind in compiled.asm:
                 (keep / f"{name}.{target}.{kind}").write_text(compiled.asm[kind])
-    return facts | (resources_of_cubin(compiled) if "cubin" in compiled.asm else resources_of_amdgcn(compiled))
+    if "cubin" not in compiled.asm:
+        return facts | resources_of_amdgcn(compiled)
+    return facts | resources_of_cubin(compiled) | instructions_per_weight(compiled, variant)
 
 
 def compile_variant(variant: Variant, target: str):
@@ -73,10 +76,22 @@ def compile_variant(variant: Variant, target: str):
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
+def cubin_of(compiled) -> str | None:
+    """Its file."""
+    return triton.runtime.cache.get_cache_manager(compiled.hash).get_file(f"{compiled.metadata.name}.cubin")
+
+
+def instructions_per_weight(compiled, variant: Variant) -> dict[str, object]:
+    cubin = cubin_of(compiled)
+    if not variant.weights_per_round or cubin is None or (found := loop_instructions(cubin)) is None:
+        return {}
+    return {"instructions_per_weight": round(found / variant.weights_per_round, 2)}
+
+
 def resources_of_cubin(compiled) -> dict[str, object]:
     """Registers of a thread, and the bytes of its stack that registers were spilled to."""
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    cubin = triton.runtime.cache.get_cache_manager(compiled.hash).get_file(f"{compiled.metadata.name}.cubin")
+    cubin = cubin_of(compiled)
     if not cuobjdump.exists() or cubin is None:
         return {}
     command = [str(cuobjdump), "--dump-resource-usage", cubin]

@@ -1,4 +1,6 @@
-"""Linear layers as they are launched for 1 to 64 rows, though with shorter steps of integers, and embeddings."""
+"""Linear layers as they are launched for 1 to 64 rows, and embeddings."""
+
+from dataclasses import replace
 
 from triton.language import bfloat16
 
@@ -84,21 +86,29 @@ def _blocked_gemv(name, is_int4, block_m):
     )
 
 
-def _blocked_flat_gemm(name, is_int4, block_m, block_n, blocks, num_splits):
-    return _variant(
+def _blocked_flat_gemm(name, is_int4, block_m, block_n, blocks, num_splits=1, *, is_ptx=True, most=0.0):
+    num_warps = 2
+    variant = _variant(
         name,
         blocked_flat_gemm_kernel,
-        2,
+        num_warps,
         values="*i16" if is_int4 else "*i8",
         IS_INT4=is_int4,
+        IS_PTX=is_ptx,
         HAS_BIAS=True,
         NUM_SPLITS=num_splits,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCKS=blocks,
-        IS_WHOLE=num_splits > 1,
-        NUM_STAGES=3,
+        IS_WHOLE=True,
+        NUM_STAGES=4 if is_ptx else 2,
         DOT_DTYPE=bfloat16,
+    )
+    return replace(
+        variant,
+        targets=("sm_90", "sm_80") if is_ptx else ("gfx942",),
+        weights_per_round=block_n * blocks * 64 // (32 * num_warps),
+        most_instructions=most,
     )
 
 
@@ -109,9 +119,12 @@ VARIANTS = [
     _flat_gemm("flat gemm of 64 rows", 64, 64, 128, 1, 2),
     _blocked_gemv("int4 gemv", True, 1),
     _blocked_gemv("int8 gemv of 2 rows", False, 2),
-    _blocked_flat_gemm("int4 flat gemm of 16 rows, split", True, 16, 64, 2, 4),
-    _blocked_flat_gemm("int4 flat gemm of 64 rows", True, 64, 32, 1, 1),
-    _blocked_flat_gemm("int8 flat gemm of 16 rows, split", False, 16, 64, 1, 4),
+    _blocked_flat_gemm("int4 flat gemm of 8 rows", True, 8, 64, 4, most=2.8),
+    _blocked_flat_gemm("int4 flat gemm of 16 rows, split", True, 16, 64, 4, 4, most=3.2),
+    _blocked_flat_gemm("int4 flat gemm of 16 rows, portable", True, 16, 64, 4, is_ptx=False),
+    _blocked_flat_gemm("int4 flat gemm of 64 rows", True, 64, 32, 2),
+    _blocked_flat_gemm("int8 flat gemm of 8 rows", False, 8, 64, 2, most=3.9),
+    _blocked_flat_gemm("int8 flat gemm of 16 rows, split, portable", False, 16, 64, 2, 4, is_ptx=False),
     _variant("embedding", gather_dense_kernel, BLOCK_K=1024),
     _variant("int4 embedding", gather_blocked_kernel, IS_INT4=True, HAS_IDS=True, BLOCK_K=1024),
     _variant("int8 rows", gather_blocked_kernel, values="*i8", IS_INT4=False, HAS_IDS=False, BLOCK_K=1024),

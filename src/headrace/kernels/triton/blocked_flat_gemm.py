@@ -9,7 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.kernels.triton.flat_gemm import MAX_BLOCK_ROWS, block_rows, dot_dtype, split_workspace
+from headrace.kernels.triton.launch import is_ptx
 from headrace.kernels.triton.limits import DeviceLimits
+from headrace.kernels.triton.nibbles import unpack
 from headrace.kernels.triton.split_k import SplitCounters, finish
 from headrace.kernels.triton.tiles import pipeline_stages
 from headrace.kernels.tuning import Tiles
@@ -36,6 +38,7 @@ def blocked_flat_gemm_kernel(
     values_block_stride,
     scales_block_stride,
     IS_INT4: tl.constexpr,
+    IS_PTX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -47,11 +50,12 @@ def blocked_flat_gemm_kernel(
 ):
     """out[m, n] = row_scales[n] * sum over groups g of scales[g, n] * (x[m, g] . q[n, g]), + bias[n].
 
-    IS_WHOLE: K is so many whole steps, which spares two tests in nine instructions.
+    IS_PTX: compiled for an NVIDIA GPU. IS_WHOLE: K is so many whole steps, which spares tests (int4, 8 rows, sm_90:
+    2.8 instructions a weight instead of 3.3).
     Grid: (blocks of N, blocks of M, splits of K). A step takes BLOCKS blocks of 64 columns. Both scales of a block are
     one word, so that they too come through the pipeline (cp.async takes 4 bytes at least).
-    A warp has rows of W to itself, two warps a program: more would be given wgmma on sm_90, which reads these types
-    from shared memory in pieces of 2 bytes (9 instructions a weight, counted, where mma.sync takes 4).
+    A warp has rows of W to itself, two warps a program: more would be given wgmma on sm_90, before each of which x goes
+    through registers to shared memory behind a fence and a barrier (4.5 instructions a weight instead of 2.8).
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -70,18 +74,16 @@ def blocked_flat_gemm_kernel(
             pair = tl.load(pair_ptrs, mask=has_row, other=0)
             if IS_INT4:
                 word_ptrs = values_ptrs + n[:, None] * 16 + tl.arange(0, 16)[None, :]
-                words = tl.load(word_ptrs, mask=has_row[:, None], other=0)
+                pieces = unpack(tl.load(word_ptrs, mask=has_row[:, None], other=0), DOT_DTYPE, IS_PTX)
             for group in tl.static_range(2):
                 scale = _half(pair, group)
                 k = b * 64 + group * 32
                 if IS_INT4:
                     k_of_piece = tl.arange(0, 16)[:, None]
                     x = _columns(x_ptrs, m, num_rows, k + k_of_piece, K, IS_WHOLE)
-                    q = _nibbles(words, 8 * group, DOT_DTYPE)
-                    sums = tl.dot(q, x.to(DOT_DTYPE), input_precision="ieee")
+                    sums = tl.dot(pieces[2 * group], x.to(DOT_DTYPE), input_precision="ieee")
                     x = _columns(x_ptrs, m, num_rows, k + 16 + k_of_piece, K, IS_WHOLE)
-                    q = _nibbles(words, 8 * group + 4, DOT_DTYPE)
-                    sums = tl.dot(q, x.to(DOT_DTYPE), sums, input_precision="ieee")
+                    sums = tl.dot(pieces[2 * group + 1], x.to(DOT_DTYPE), sums, input_precision="ieee")
                 else:
                     q_ptrs = values_ptrs + n[:, None] * 64 + group * 32 + tl.arange(0, 32)[None, :]
                     q = tl.load(q_ptrs, mask=has_row[:, None], other=0)
@@ -117,13 +119,6 @@ def _half(pair, INDEX: tl.constexpr):
     """One of the two float16 in a word."""
     bits = pair >> 16 if INDEX == 1 else pair & 0xFFFF
     return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _nibbles(words, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
-    """q: as bfloat16 the bits of 128 + (q + 8) are those of 128 with the nibble in the lowest places."""
-    biased = (((words >> SHIFT) & 15) | 0x4300).to(tl.bfloat16, bitcast=True)
-    return biased.to(DTYPE) - 136.0
 
 
 def launch_blocked_flat_gemm(
@@ -167,6 +162,7 @@ def launch_blocked_flat_gemm(
         weight.values.stride(0),
         weight.scale_pairs.stride(0),
         IS_INT4=weight.is_int4,
+        IS_PTX=is_ptx(),
         HAS_BIAS=bias is not None,
         NUM_SPLITS=tiles.num_splits,
         BLOCK_M=block_m,

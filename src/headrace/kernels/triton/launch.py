@@ -16,6 +16,11 @@ def is_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def is_ptx() -> bool:
+    """Whether kernels are compiled for NVIDIA's GPUs, and so may hold instructions of theirs."""
+    return torch.version.cuda is not None and not is_interpreted()
+
+
 def check_device(device: torch.device) -> None:
     """
     Raises:

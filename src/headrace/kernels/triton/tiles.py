@@ -30,7 +30,7 @@ def default_inflections(shape: LinearShape) -> Inflections:
     """Before anything was measured.
 
     Dense: cuBLAS fills its tiles of 64 rows from there on. Integers: tensor cores from the first row on, because they
-    leave the CUDA cores to unpack (4.0 instructions for a weight of int4 in flat GEMM, 5.2 in GEMV, counted on sm_90);
+    leave the CUDA cores to unpack (2.8 instructions for a weight of int4 in flat GEMM, 5.2 in GEMV, counted on sm_90);
     dequantizing first moves 4.5 bytes for each weight (read 0.5, write 2, read 2) instead of 0.5, which pays once
     products, at half of the rate of cuBLAS, take longer. float32 has no tensor cores: GEMM is cuBLAS from the first row
     that GEMV does not take.
@@ -122,7 +122,7 @@ def _default_dense_flat_gemm(shape: LinearShape, limits: DeviceLimits) -> Tiles:
 
 def _default_blocked_flat_gemm(shape: LinearShape, limits: DeviceLimits) -> Tiles:
     """Unpacking keeps CUDA cores busy, so there are to be three programs of two warps for each multiprocessor, of 64
-    rows if that leaves enough of them: 4.0 instructions a weight (int4, counted on sm_90) instead of 4.5 with 32.
+    rows if that leaves enough of them: 2.8 instructions a weight (int4, counted on sm_90) instead of 3.2 with 32.
 
     [12288, 4096] is 192 programs in 4 splits of K, [4096, 4096] 128 of 32 rows in 4, [32000, 4096] 500 in one.
     """
