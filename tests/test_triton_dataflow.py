@@ -70,8 +70,14 @@ def test_default_tiles_of_llama_use_the_whole_gpu(n, k):
 @pytest.mark.parametrize(("n", "k"), LLAMA_2_7B)
 @pytest.mark.parametrize("weight_format", QUANTIZED, ids=lambda f: f.value)
 def test_default_tiles_of_quantized_llama_keep_cuda_cores_busy(weight_format, n, k):
+    """At least three programs for each multiprocessor, which all run at once: 16 rows of x take most shared memory."""
     tiles = tile_choices(shape_of(n, k, weight_format), LinearArm.FLAT_GEMM, H100)[0]
-    assert ceil(n / tiles.block_n) * tiles.num_splits >= 3 * H100.num_multiprocessors
+    num_programs = ceil(n / tiles.block_n) * tiles.num_splits
+    assert num_programs >= 3 * H100.num_multiprocessors
+    column_bytes = tiles.block_n * (0.5 if weight_format is WeightFormat.INT4 else 1) + 16 * 2
+    scale_bytes = tiles.block_n * 4 * tiles.block_k // 64
+    program_bytes = (tiles.num_stages - 1) * (tiles.block_k * column_bytes + scale_bytes) + 1024
+    assert num_programs <= H100.shared_bytes // program_bytes * H100.num_multiprocessors
     assert k / tiles.num_splits >= 1024
 
 

@@ -101,7 +101,7 @@ def _blocked_flat_gemm(name, is_int4, block_m, block_n, blocks, num_splits=1, *,
         BLOCK_N=block_n,
         BLOCKS=blocks,
         IS_WHOLE=True,
-        NUM_STAGES=4 if is_ptx else 2,
+        NUM_STAGES=3 if is_ptx else 2,
         DOT_DTYPE=bfloat16,
     )
     return replace(

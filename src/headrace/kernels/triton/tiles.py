@@ -93,8 +93,10 @@ def _flat_gemm_choices(shape: LinearShape, limits: DeviceLimits) -> Iterator[Til
             yield _flat_gemm(shape, limits, block_n=64, block_k=128, num_splits=num_splits)
         yield replace(default, num_warps=8)
     else:
-        for block_n, num_splits in product((32, 64), (1, 2, 4, 8)):
+        for block_n, num_splits in (*product((32, 64), (1, 2, 4, 8)), (128, 2), (128, 4)):
             yield _blocked_flat_gemm(shape, block_n=block_n, num_splits=num_splits)
+        # Fewer instructions for each weight (int4, 8 rows: 2.5 instead of 2.8), and fewer programs at once.
+        yield replace(default, block_k=2 * default.block_k)
     yield replace(default, num_stages=default.num_stages + 2)
 
 
@@ -124,7 +126,10 @@ def _default_blocked_flat_gemm(shape: LinearShape, limits: DeviceLimits) -> Tile
     """Unpacking keeps CUDA cores busy, so there are to be three programs of two warps for each multiprocessor, of 64
     rows if that leaves enough of them: 2.8 instructions a weight (int4, counted on sm_90) instead of 3.2 with 32.
 
-    [12288, 4096] is 192 programs in 4 splits of K, [4096, 4096] 128 of 32 rows in 4, [32000, 4096] 500 in one.
+    On 132 multiprocessors [12288, 4096] is 192 blocks of N in 4 splits of K, [22016, 4096] 344 in 2, [32000, 4096] 500,
+    [4096, 11008] 64 in 8, [4096, 4096] 128 of 32 rows in 4: 3.8 to 5.8 programs for each. Three stages of 256 columns
+    of int4 are two buffers of 13 KiB (16 rows of x: 17), so that even 5.8 run at once (six by their 144 registers and
+    35 KiB), with 16 KiB of weights in flight each. A fourth stage would leave some for a second wave.
     """
     wanted = _MAX_PROGRAMS * limits.num_multiprocessors
     for block_n in (64, 32):
@@ -160,4 +165,4 @@ def _flat_gemm(shape: LinearShape, limits: DeviceLimits, *, block_n: int, block_
 
 def _blocked_flat_gemm(shape: LinearShape, *, block_n: int, num_splits: int) -> Tiles:
     block_k = 256 if shape.weight_format is WeightFormat.INT4 else 128
-    return Tiles(block_n=block_n, block_k=block_k, num_splits=num_splits, num_warps=2, num_stages=4)
+    return Tiles(block_n=block_n, block_k=block_k, num_splits=num_splits, num_warps=2, num_stages=3)
