@@ -14,7 +14,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton_device import DEVICE, DTYPES
 
+from headrace.kernels.dataflow import Dataflow
 from headrace.kernels.triton import make_ops, mixture, routing
+from headrace.kernels.triton.dataflow import TritonMachine
+from headrace.kernels.triton.expert_tiles import block_rows
 from headrace.kernels.triton.mixture import Mixture
 from headrace.kernels.triton.weights import as_quantized, make_weight_builder
 
@@ -30,6 +33,10 @@ def _poisoned_outputs() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def make_mixture() -> Mixture:
+    return Mixture(Dataflow(TritonMachine(DEVICE)))
 
 
 def make_experts(num_experts: int, weight_format: WeightFormat | torch.dtype, sizes=(HIDDEN_SIZE, INTERMEDIATE_SIZE)):
@@ -59,7 +66,7 @@ def make_input(num_tokens: int, num_experts: int, dtype: torch.dtype, size: int 
 
 
 def assert_is_definition(x: Tensor, logits: Tensor, experts: Experts, spec: MixtureSpec) -> None:
-    out = Mixture()(x, logits, experts, spec)
+    out = make_mixture()(x, logits, experts, spec)
     assert out.dtype == x.dtype
     rounding = {torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}[x.dtype]
     wanted = reference.mixture(x, logits, as_reference(experts), spec)
@@ -90,7 +97,7 @@ def test_mixture_in_float64(num_experts, k, num_tokens, renormalize):
             out = experts.down[e].data.double() @ (torch.nn.functional.silu(gate) * up)
             expected[token] += probabilities[token, e] / scale * out
     spec = MixtureSpec(num_experts_per_token=k, renormalize=renormalize, activation=Activation.SILU)
-    out = Mixture()(x, logits, experts, spec)
+    out = make_mixture()(x, logits, experts, spec)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -103,9 +110,8 @@ def test_each_kind_of_tiles(dtype, num_tokens):
     assert_is_definition(x, logits, make_experts(4, dtype), SPEC)
 
 
-def test_tiles_grow_with_the_tokens_of_an_expert():
-    chosen = {mixture.choose_tiles(pairs, 4, torch.float16, num_matrices=1).block_m for pairs in (2, 80, 320, 4000)}
-    assert chosen == {16, 32, 64, 128}
+def test_blocks_grow_with_the_tokens_of_an_expert():
+    assert [block_rows(pairs, 4) for pairs in (2, 32, 33, 128, 129, 512, 513)] == [16, 16, 32, 32, 64, 64, 128]
 
 
 @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
@@ -131,9 +137,9 @@ def test_aligned_rows_and_unaligned_addresses():
 def test_tokens_in_several_turns(monkeypatch):
     x, logits = make_input(7, 4, torch.float32)
     experts = make_experts(4, torch.float32)
-    whole = Mixture()(x, logits, experts, SPEC)
+    whole = make_mixture()(x, logits, experts, SPEC)
     monkeypatch.setattr(mixture, "_MAX_SCRATCH_BYTES", 3 * 2 * HIDDEN_SIZE * 4)
-    assert torch.equal(Mixture()(x, logits, experts, SPEC), whole)
+    assert torch.equal(make_mixture()(x, logits, experts, SPEC), whole)
 
 
 def test_groups_are_sorted_by_expert_and_token(monkeypatch):
@@ -153,9 +159,9 @@ def test_groups_are_sorted_by_expert_and_token(monkeypatch):
 def test_a_bad_row_of_logits_harms_no_other(bad):
     experts = make_experts(4, torch.float32)
     x, logits = make_input(3, 4, torch.float32)
-    expected = Mixture()(x, logits, experts, SPEC)
+    expected = make_mixture()(x, logits, experts, SPEC)
     logits[1, 2] = bad
-    out = Mixture()(x, logits, experts, SPEC)
+    out = make_mixture()(x, logits, experts, SPEC)
     assert out[1].isnan().all()
     assert torch.equal(out[[0, 2]], expected[[0, 2]])
 
@@ -165,7 +171,7 @@ def test_of_equal_experts_the_first_is_taken():
     x, _ = make_input(2, 5, torch.float32)
     logits = torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0], [2.0, 2.0, 2.0, 2.0, 2.0]], device=DEVICE)
     clear = torch.tensor([[-9.0, 1.0, 1.0, -9.0, -9.0], [2.0, 2.0, -9.0, -9.0, -9.0]], device=DEVICE)
-    torch.testing.assert_close(Mixture()(x, logits, experts, SPEC), Mixture()(x, clear, experts, SPEC))
+    torch.testing.assert_close(make_mixture()(x, logits, experts, SPEC), make_mixture()(x, clear, experts, SPEC))
 
 
 def test_no_tokens_give_none():
@@ -177,15 +183,15 @@ def test_mixture_refuses_what_does_not_fit():
     experts = make_experts(4, torch.float32)
     x, logits = make_input(3, 4, torch.float32)
     with pytest.raises(ShapeError, match=r"router_logits are \[3, 3\]"):
-        Mixture()(x, logits[:, :3], experts, SPEC)
+        make_mixture()(x, logits[:, :3], experts, SPEC)
     with pytest.raises(ShapeError, match="columns"):
-        Mixture()(x[:, 1:], logits, experts, SPEC)
+        make_mixture()(x[:, 1:], logits, experts, SPEC)
     with pytest.raises(KernelError, match="float16"):
-        Mixture()(x.half(), logits.half(), experts, SPEC)
+        make_mixture()(x.half(), logits.half(), experts, SPEC)
     with pytest.raises(ShapeError, match="5 of 4 experts"):
-        Mixture()(
+        make_mixture()(
             x, logits, experts, MixtureSpec(num_experts_per_token=5, renormalize=True, activation=SPEC.activation)
         )
     with pytest.raises(KernelError, match="alike"):
         mixed = Experts(up=(*experts.up[:3], make_experts(1, WeightFormat.INT8).up[0]), down=experts.down)
-        Mixture()(x, logits, mixed, SPEC)
+        make_mixture()(x, logits, mixed, SPEC)

@@ -1,4 +1,4 @@
-"""The choice of a linear layer's implementation at run time, and its measurement."""
+"""The choice of a linear layer's implementation at run time, and its measurement; and that of a mixture's tiles."""
 
 import math
 import time
@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from headrace.kernels.mixture_tuning import ExpertLaunch, MixtureShape, TunedMixture
 from headrace.kernels.tuning import (
     TIE,
     Inflections,
@@ -74,6 +75,15 @@ class LinearMachine(Protocol):
         """What an implementation may choose among, the default first; empty if it has no choice."""
         ...
 
+    @property
+    def expert_block_rows(self) -> Sequence[int]:
+        """Of a mixture's launches: those that tiles can be chosen for; none where a mixture takes no tiles."""
+        ...
+
+    def expert_tiles(self, shape: MixtureShape, launch: ExpertLaunch) -> Sequence[Tiles]:
+        """What a mixture's launch may choose among, the default first."""
+        ...
+
     def stopwatch(self, run: Callable[[Weight], object], rotation: Rotation) -> Stopwatch: ...
 
 
@@ -82,11 +92,15 @@ class CpuMachine:
 
     device = torch.device("cpu")
     quick_rows = (1, 2, 4, 8, 16, 32, 64, 128)
+    expert_block_rows = ()
 
     def default_inflections(self, shape: LinearShape) -> Inflections:  # noqa: ARG002
         return DEFAULT_INFLECTIONS
 
     def tiles(self, shape: LinearShape, arm: LinearArm) -> Sequence[Tiles]:  # noqa: ARG002
+        return ()
+
+    def expert_tiles(self, shape: MixtureShape, launch: ExpertLaunch) -> Sequence[Tiles]:  # noqa: ARG002
         return ()
 
     def stopwatch(self, run: Callable[[Weight], object], rotation: Rotation) -> Stopwatch:
@@ -108,12 +122,14 @@ class Dataflow:
 
     def __init__(self, machine: LinearMachine | None = None) -> None:
         self.tuned: dict[LinearShape, TunedShape] = {}
+        self.tuned_mixtures: dict[MixtureShape, TunedMixture] = {}
         self.max_pieces: int | None = None  # of a context in decode attention; None leaves it to the kernel
         self.library_prefill_from: int | None = None  # tokens of a step; None leaves prompts to the kernel
         self._machine: LinearMachine = machine or CpuMachine()
         self._forced: LinearArm | None = None
         self._tried: Tiles | None = None
         self._default_tiles: dict[tuple[LinearShape, LinearArm], Tiles] = {}
+        self._tried_expert_tiles: dict[ExpertLaunch, Tiles] = {}
 
     @property
     def quick_rows(self) -> Sequence[int]:
@@ -145,6 +161,39 @@ class Dataflow:
         if found is None:
             found = self._default_tiles[shape, arm] = self._machine.tiles(shape, arm)[0]
         return found
+
+    @property
+    def expert_block_rows(self) -> Sequence[int]:
+        return self._machine.expert_block_rows
+
+    def expert_tile_choices(self, shape: MixtureShape, launch: ExpertLaunch) -> Sequence[Tiles]:
+        return self._machine.expert_tiles(shape, launch)
+
+    def expert_tiles(self, shape: MixtureShape, launch: ExpertLaunch) -> Tiles:
+        """How one of a mixture's launches cuts its work up."""
+        if launch in self._tried_expert_tiles:
+            return self._tried_expert_tiles[launch]
+        tuned = self.tuned_mixtures.get(shape)
+        if tuned is not None and launch in tuned.tiles:
+            return tuned.tiles[launch]
+        return self._machine.expert_tiles(shape, launch)[0]
+
+    @contextmanager
+    def trying_expert_tiles(self, launch: ExpertLaunch, tiles: Tiles) -> Iterator[None]:
+        """One launch of every mixture takes these tiles, for a measurement."""
+        self._tried_expert_tiles[launch] = tiles
+        try:
+            yield
+        finally:
+            del self._tried_expert_tiles[launch]
+
+    def explain_mixture(self, shape: MixtureShape) -> str:
+        """One line for people: which tiles are chosen, and on what grounds."""
+        tuned = self.tuned_mixtures.get(shape)
+        if tuned is None:
+            return "default tiles (not measured here; `headrace tune` does)"
+        chosen = "; ".join(f"{launch}: {tiles}" for launch, tiles in tuned.tiles.items())
+        return f"{chosen} (measured on {tuned.measured_on})"
 
     def force(self, arm: LinearArm | None) -> None:
         """Run every linear layer on one implementation; None ends that."""

@@ -159,7 +159,7 @@ class TunedShape:
     tiles: Mapping[LinearArm, Tiles] = field(default_factory=dict)
 
 
-_SECTIONS = ("linear", "attention", "prefill")
+_SECTIONS = ("linear", "attention", "prefill", "mixture")
 
 
 class TuningCache:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from headrace.config import WeightFormat
+from headrace.kernels.mixture_tuning import MixtureShape
 from headrace.kernels.tuning import LinearShape
 
 if TYPE_CHECKING:
@@ -155,6 +156,18 @@ class Experts:
 
     up: tuple[Weight, ...]
     down: tuple[Weight, ...]
+
+    def mixture_shape(self, dtype: torch.dtype) -> MixtureShape:
+        """What measurements of these experts, with activations of this dtype, are kept under."""
+        up = self.up[0]
+        assert not isinstance(up, QuantizedWeight), "the reference has nothing to measure"
+        return MixtureShape(
+            weight_format=up.linear_shape.weight_format,
+            activation_bytes=dtype.itemsize,
+            num_experts=len(self.up),
+            hidden_size=up.shape[1],
+            intermediate_size=up.shape[0] // 2,
+        )
 
 
 class WeightBuilder(Protocol):

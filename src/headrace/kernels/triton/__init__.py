@@ -33,9 +33,11 @@ __all__ = ["MachineOps", "TritonMachine", "check_device", "library_prefill_obsta
 def make_ops(device: torch.device, dataflow: Dataflow | None = None) -> dict[str, Callable[..., Any]]:
     """The ops that are written in Triton, by name, for tensors on a device.
 
-    dataflow: asked by the linear op for an implementation and its tiles, and by attention for its number of programs.
+    dataflow: asked by the linear op for an implementation and its tiles, by mixtures for theirs, and by attention for
+        its number of programs.
     """
     attention = Attention(device, dataflow)
+    dataflow = dataflow or Dataflow(TritonMachine(device))
     ops: dict[str, Callable[..., Any]] = {
         "activation": activation,
         "add_": add_,
@@ -43,7 +45,7 @@ def make_ops(device: torch.device, dataflow: Dataflow | None = None) -> dict[str
         "gated_activation": gated_activation,
         "layer_norm": layer_norm,
         "log_sum_exp": log_sum_exp,
-        "mixture": Mixture(),
+        "mixture": Mixture(dataflow),
         "rms_norm": rms_norm,
         "top_k": top_k,
         "weigh_share": weigh_share,
@@ -55,7 +57,7 @@ def make_ops(device: torch.device, dataflow: Dataflow | None = None) -> dict[str
         "rotary_store_kv_": rotary_store_kv_,
         "rotary_table": rotary_table,
         "embedding": embedding,
-        "linear": Linear(device, dataflow or Dataflow(TritonMachine(device))),
+        "linear": Linear(device, dataflow),
         "make_weight_builder": partial(make_weight_builder, device=device),
         "weight_num_bytes": weight_num_bytes,
         "weight_rows": weight_rows,

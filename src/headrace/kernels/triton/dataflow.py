@@ -1,4 +1,4 @@
-"""Linear layers of a GPU as the dataflow sees them: tiles to choose among, and times taken on the device."""
+"""A GPU as the dataflow sees it: tiles to choose among, and times taken on the device."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,6 +15,8 @@ from triton.runtime.errors import OutOfResources
 
 from headrace.kernels.capturing import capturing
 from headrace.kernels.dataflow import CpuMachine, Rotation, Stopwatch
+from headrace.kernels.mixture_tuning import ExpertLaunch, MixtureShape
+from headrace.kernels.triton.expert_tiles import MOST_PAIRS, expert_tile_choices
 from headrace.kernels.triton.limits import device_limits
 from headrace.kernels.triton.tiles import default_inflections, tile_choices
 from headrace.kernels.tuning import DeviceTuningKey, Inflections, LinearArm, LinearShape, Tiles
@@ -44,6 +46,13 @@ class TritonMachine:
 
     def tiles(self, shape: LinearShape, arm: LinearArm) -> Sequence[Tiles]:
         return tile_choices(shape, arm, self._limits)
+
+    @property
+    def expert_block_rows(self) -> Sequence[int]:
+        return tuple(MOST_PAIRS)
+
+    def expert_tiles(self, shape: MixtureShape, launch: ExpertLaunch) -> Sequence[Tiles]:
+        return expert_tile_choices(shape, launch, self._limits)
 
     def stopwatch(self, run: Callable[[Weight], object], rotation: Rotation) -> Stopwatch:
         """On a GPU, launches are recorded as one CUDA graph: a launch from Python takes longer than a small layer."""

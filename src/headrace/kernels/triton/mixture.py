@@ -7,13 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.config import Activation
 from headrace.errors import KernelError, ShapeError
+from headrace.kernels.dataflow import Dataflow
+from headrace.kernels.mixture_tuning import ExpertLaunch, ExpertMatrix, MixtureShape
 from headrace.kernels.ops import MixtureSpec
 from headrace.kernels.triton.activation import activate
+from headrace.kernels.triton.expert_tiles import block_rows
 from headrace.kernels.triton.expert_weights import ExpertTables, WeightTable, load_weight_tile
 from headrace.kernels.triton.flat_gemm import dot_dtype
 from headrace.kernels.triton.routing import Routing, route
+from headrace.kernels.tuning import Tiles
 from headrace.kernels.weights import QUANTIZATION_GROUP_SIZE, Experts
 
 _MAX_SCRATCH_BYTES = 2**28
@@ -24,14 +27,11 @@ _SUM_BLOCK = 1024
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-class _Tiles(NamedTuple):
-    """block_m: tokens; block_n: rows of a weight."""
+class _Blocks(NamedTuple):
+    """rows: pairs of a token and an expert that a block takes, all of one expert."""
 
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
+    rows: int
+    tiles: Tiles
 
 
 @triton.jit
@@ -215,9 +215,13 @@ def weighted_sum_kernel(x_ptr, weights_ptr, out_ptr, size, NUM_PARTS: tl.constex
 
 
 class Mixture:
-    """`reference.mixture`, of dense weights and quantized ones. Owns tables of the experts' addresses."""
+    """`reference.mixture`, of dense weights and quantized ones. Owns tables of the experts' addresses.
 
-    def __init__(self) -> None:
+    dataflow: asked for the tiles of each launch.
+    """
+
+    def __init__(self, dataflow: Dataflow) -> None:
+        self._dataflow = dataflow
         self._tables = ExpertTables()
 
     def __call__(self, x: Tensor, router_logits: Tensor, experts: Experts, spec: MixtureSpec) -> Tensor:
@@ -235,8 +239,9 @@ class Mixture:
         x = x if x.stride(1) == 1 else x.contiguous()
         router_logits = router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        shape = experts.mixture_shape(x.dtype)
         for turn in _turns(len(x), down.shape[0], spec.num_experts_per_token):
-            self._run(x[turn], router_logits[turn], (up, down), spec, out[turn])
+            self._run(x[turn], router_logits[turn], (up, down), shape, spec, out[turn])
         return out
 
     def _run(
@@ -244,27 +249,32 @@ class Mixture:
         x: Tensor,
         router_logits: Tensor,
         tables: tuple[WeightTable, WeightTable],
+        shape: MixtureShape,
         spec: MixtureSpec,
         out: Tensor,
     ) -> None:
         up, down = tables
         routing = route(router_logits, spec.num_experts_per_token, renormalize=spec.renormalize)
         num_pairs, hidden_size = len(routing.pairs), down.shape[0]
+        blocks = {matrix: self._blocks(shape, matrix, num_pairs) for matrix in ExpertMatrix}
         hidden = torch.empty(num_pairs, down.shape[1], dtype=x.dtype, device=x.device)
-        _launch_up(x, up, routing, spec.num_experts_per_token, spec.activation, hidden)
+        _launch_up(x, up, routing, blocks[ExpertMatrix.UP], spec, hidden)
         parts = torch.empty(num_pairs, hidden_size, dtype=torch.float32, device=x.device)
-        _launch_down(hidden, down, routing, parts)
+        _launch_down(hidden, down, routing, blocks[ExpertMatrix.DOWN], parts)
         block = min(_SUM_BLOCK, triton.next_power_of_2(hidden_size))
         weighted_sum_kernel[(len(x), triton.cdiv(hidden_size, block))](
             parts, routing.weights, out, hidden_size, NUM_PARTS=spec.num_experts_per_token, BLOCK=block
         )
 
+    def _blocks(self, shape: MixtureShape, matrix: ExpertMatrix, num_pairs: int) -> _Blocks:
+        launch = ExpertLaunch(matrix=matrix, block_rows=block_rows(num_pairs, shape.num_experts))
+        return _Blocks(launch.block_rows, self._dataflow.expert_tiles(shape, launch))
 
-def _launch_up(x: Tensor, up: WeightTable, routing: Routing, k: int, kind: Activation, out: Tensor) -> None:
+
+def _launch_up(x: Tensor, up: WeightTable, routing: Routing, blocks: _Blocks, spec: MixtureSpec, out: Tensor) -> None:
     num_experts = len(up.values)
-    tiles = choose_tiles(len(routing.pairs), num_experts, x.dtype, num_matrices=2)
     num_outputs, num_inputs = up.shape[0] // 2, up.shape[1]
-    experts_up_kernel[_grid(len(routing.pairs), num_experts, num_outputs, tiles)](
+    experts_up_kernel[_grid(len(routing.pairs), num_experts, num_outputs, blocks)](
         x,
         up.values,
         up.scales,
@@ -276,17 +286,16 @@ def _launch_up(x: Tensor, up: WeightTable, routing: Routing, k: int, kind: Activ
         num_experts,
         num_outputs,
         num_inputs,
-        NUM_EXPERTS_PER_TOKEN=k,
-        KIND=kind.value,
-        **_constants(up, x.dtype, tiles),
+        NUM_EXPERTS_PER_TOKEN=spec.num_experts_per_token,
+        KIND=spec.activation.value,
+        **_constants(up, x.dtype, blocks),
     )
 
 
-def _launch_down(x: Tensor, down: WeightTable, routing: Routing, out: Tensor) -> None:
+def _launch_down(x: Tensor, down: WeightTable, routing: Routing, blocks: _Blocks, out: Tensor) -> None:
     num_experts = len(down.values)
-    tiles = choose_tiles(len(routing.pairs), num_experts, x.dtype, num_matrices=1)
     num_outputs, num_inputs = down.shape
-    experts_down_kernel[_grid(len(routing.pairs), num_experts, num_outputs, tiles)](
+    experts_down_kernel[_grid(len(routing.pairs), num_experts, num_outputs, blocks)](
         x,
         down.values,
         down.scales,
@@ -297,11 +306,12 @@ def _launch_down(x: Tensor, down: WeightTable, routing: Routing, out: Tensor) ->
         num_experts,
         num_outputs,
         num_inputs,
-        **_constants(down, x.dtype, tiles),
+        **_constants(down, x.dtype, blocks),
     )
 
 
-def _constants(table: WeightTable, dtype: torch.dtype, tiles: _Tiles) -> dict[str, object]:
+def _constants(table: WeightTable, dtype: torch.dtype, blocks: _Blocks) -> dict[str, object]:
+    tiles = blocks.tiles
     return {
         "DTYPE": _DTYPES[dtype],
         "DOT_DTYPE": dot_dtype(dtype),
@@ -309,7 +319,7 @@ def _constants(table: WeightTable, dtype: torch.dtype, tiles: _Tiles) -> dict[st
         "IS_ALIGNED": table.is_aligned,
         "GROUP": QUANTIZATION_GROUP_SIZE,
         "BLOCK_EXPERTS": triton.next_power_of_2(len(table.values)),
-        "BLOCK_M": tiles.block_m,
+        "BLOCK_M": blocks.rows,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
         "NUM_STAGES": tiles.num_stages,
@@ -317,27 +327,10 @@ def _constants(table: WeightTable, dtype: torch.dtype, tiles: _Tiles) -> dict[st
     }
 
 
-def choose_tiles(num_pairs: int, num_experts: int, dtype: torch.dtype, *, num_matrices: int) -> _Tiles:
-    """Few tokens for each expert: narrow tiles, whose weights come in early; many: wide ones that reuse them.
-
-    K is taken in steps of one length, so that a row's sum does not depend on how many there are. 64 KiB of shared
-    memory are all that an AMD GPU has, where two stages need one buffer.
-    """
-    per_expert = num_pairs / num_experts
-    block_k = 32 if dtype == torch.float32 else 64
-    num_stages = 2 if torch.version.hip else 4
-    if per_expert <= 32:
-        block_m = 16 if per_expert <= 8 else 32
-        return _Tiles(block_m, 64 // num_matrices, block_k, 4, num_stages)
-    if per_expert <= 128:
-        return _Tiles(64, 128 // num_matrices, block_k, 4, min(num_stages, 3))
-    return _Tiles(128, 128 // num_matrices, block_k, 8, min(num_stages, 3))
-
-
-def _grid(num_pairs: int, num_experts: int, num_outputs: int, tiles: _Tiles) -> tuple[int, int]:
+def _grid(num_pairs: int, num_experts: int, num_outputs: int, blocks: _Blocks) -> tuple[int, int]:
     """Each expert that has pairs may have one block that is not full."""
-    num_blocks = num_pairs // tiles.block_m + min(num_pairs, num_experts)
-    return num_blocks, triton.cdiv(num_outputs, tiles.block_n)
+    num_blocks = num_pairs // blocks.rows + min(num_pairs, num_experts)
+    return num_blocks, triton.cdiv(num_outputs, blocks.tiles.block_n)
 
 
 def _turns(num_tokens: int, hidden_size: int, num_experts_per_token: int) -> list[slice]:
