@@ -391,14 +391,8 @@ class Engine:
         """Sequences that have left while the plan was in flight are passed over."""
         now = time.monotonic()
         touched: dict[str, RequestState] = {}
-        for prompt in result.prompt_logprobs:
-            state = self._by_sequence.get(prompt.seq_id)
-            if state is not None:
-                state.add_prompt_logprobs(prompt)
-        for seq_id, error in result.failed.items():
-            if seq_id in self._by_sequence:
-                state = self._fail(seq_id, error)
-                touched[state.request_id] = state
+        if result.failed or result.prompt_logprobs:
+            self._take_prompts(result, touched)
         self._scheduler.update(plan, {token.seq_id: token.token_id for token in result.sampled})
         for token in result.sampled:
             state = self._by_sequence.get(token.seq_id)
@@ -414,6 +408,22 @@ class Engine:
                 self._scheduler.finish(state.sequence(token.seq_id), reason)
             elif progress.error is not None:
                 self._fail(token.seq_id, progress.error)
+        if result.embeddings:
+            self._take_embeddings(result, touched)
+        return [self._update(state) for state in touched.values()]
+
+    def _take_prompts(self, result: StepResult, touched: dict[str, RequestState]) -> None:
+        """Those that were scored, and those of which nothing came."""
+        for prompt in result.prompt_logprobs:
+            state = self._by_sequence.get(prompt.seq_id)
+            if state is not None:
+                state.add_prompt_logprobs(prompt)
+        for seq_id, error in result.failed.items():
+            if seq_id in self._by_sequence:
+                state = self._fail(seq_id, error)
+                touched[state.request_id] = state
+
+    def _take_embeddings(self, result: StepResult, touched: dict[str, RequestState]) -> None:
         for embedding in result.embeddings:
             state = self._by_sequence.pop(embedding.seq_id, None)
             if state is None:
@@ -421,7 +431,6 @@ class Engine:
             touched[state.request_id] = state
             state.take_embedding(embedding)
             self._scheduler.finish(state.sequence(embedding.seq_id), FinishReason.STOP)
-        return [self._update(state) for state in touched.values()]
 
     def _update(self, state: RequestState) -> RequestUpdate:
         chunks = state.take_chunks()
