@@ -34,6 +34,7 @@ from headrace.engine.devices import Gpu, GpuFacts
 from headrace.engine.plan import NewSequence, ScheduledChunk, StepPlan, StepResult
 from headrace.engine.ranked_executor import RankedExecutor
 from headrace.engine.start import resolve_transport
+from headrace.engine.worker import Worker
 from headrace.errors import BackendUnavailable, EngineStopped, ParallelismError, RankError, ShapeError
 from headrace.parallel import nccl_fabric
 from headrace.parallel.exchange_events import ExchangeEvents
@@ -474,8 +475,8 @@ def test_bytes_of_sums_in_another_type(llama, make_fabrics, dtype, sums) -> None
 def test_a_step_runs_on_the_ranks_own_gpu_in_whatever_thread(llama, monkeypatch) -> None:
     """Triton and CUDA's events take the GPU that the thread is set to."""
     worker = LLM(str(llama.folder), device="cpu", num_threads=1, max_model_len=64).engine.model.executor.worker
-    worker._device = torch.device("cuda", 3)
-    chosen = []
+    worker._needs_device, chosen = True, []
+    monkeypatch.setattr(Worker, "device", torch.device("cuda", 3))
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     new = NewSequence(seq_id=0, prompt_token_ids=(5, 6), params=GREEDY, seed=0)
     chunk = ScheduledChunk(0, 0, 2, (0,), False, True)
