@@ -46,7 +46,7 @@ class TestResults:
         ],
     )
     def test_batches_of_both_kinds(self, cache_format, dtype, window):
-        problem = make_problem(MIXED, dtype=dtype, cache_format=cache_format)
+        problem = make_problem(MIXED, dtype=dtype, cache_format=cache_format, num_kv_heads=1)
         spec = make_spec(sliding_window=window)
         assert_right(run(problem, spec), problem, spec)
 

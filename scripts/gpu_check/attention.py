@@ -2,84 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.bench.kernels import ModelShape
 from headrace.config import KvCacheFormat
 from headrace.engine.tune_prefill import forcing_prefill
-from headrace.kernels import AttentionSpec, KvCache, KvCacheSpec, SoftmaxSpec
+from headrace.kernels import AttentionSpec, KvCache, SoftmaxSpec
 from headrace.kernels.prefill_tuning import PrefillArm
+from scripts.gpu_check.attention_cases import BLOCK_SIZE, Case, Paged
+from scripts.gpu_check.attention_peers import CompiledFlex, peers
 from scripts.gpu_check.context import TOLERANCE, Context
 from scripts.gpu_check.figures import Figure
 
-BLOCK_SIZE = 16
 LIBRARY = "library"
 """The attention op's other implementation of a prompt, over the same pages."""
-SDPA, FLEX, FLASHINFER = "torch SDPA", "FlexAttention", "FlashInfer"
 
 _UNIFIED_MAX = 0.0
 """Queries and keys are drawn so that logits have a standard deviation of 1, as the unified maximum expects of a model
 that it was measured for."""
 
 _STORED_AT_ONCE = 2**15
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """num_new: the last tokens of each context, which attend to all before them and to themselves."""
-
-    shape: ModelShape
-    heads: str
-    batch: int
-    context_len: int
-    num_new: int
-
-    @property
-    def phase(self) -> str:
-        return "decode" if self.num_new == 1 else "prefill"
-
-    @property
-    def num_blocks(self) -> int:
-        """Of one sequence."""
-        return -(-self.context_len // BLOCK_SIZE)
-
-    @property
-    def num_bytes(self) -> int:
-        """Keys and values that are seen, in 2 bytes an entry."""
-        return 4 * self.batch * self.context_len * self.shape.num_kv_heads * self.shape.head_dim
-
-    @property
-    def num_ops(self) -> int:
-        pairs = self.num_new * (2 * self.context_len - self.num_new + 1) // 2
-        return 4 * self.batch * self.shape.num_heads * self.shape.head_dim * pairs
-
-    def cache_spec(self, cache_format: KvCacheFormat) -> KvCacheSpec:
-        return KvCacheSpec(
-            cache_format=cache_format,
-            num_blocks=self.batch * self.num_blocks,
-            block_size=BLOCK_SIZE,
-            num_kv_heads=self.shape.num_kv_heads,
-            head_dim=self.shape.head_dim,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Paged:
-    """What an attention op reads. Blocks lie in no order, as in an engine that has run for a while."""
-
-    query: Tensor
-    caches: list[KvCache]
-    tables: Tensor
-    context_lens: Tensor
-    cu_seqlens_q: Tensor
 
 
 def measure(heads: str, phase: str) -> Callable[[Context], Iterator[Figure]]:
@@ -89,7 +34,7 @@ def measure(heads: str, phase: str) -> Callable[[Context], Iterator[Figure]]:
 def _measure(heads: str, phase: str, context: Context) -> Iterator[Figure]:
     shape = context.scale.shape if heads == "alike" else context.scale.grouped
     lengths = context.scale.decode if phase == "decode" else context.scale.prefill
-    flex = _CompiledFlex(context)
+    flex = CompiledFlex(context)
     for batch, context_len in lengths:
         num_new = 1 if phase == "decode" else context_len
         case = Case(shape=shape, heads=heads, batch=batch, context_len=context_len, num_new=num_new)
@@ -99,7 +44,7 @@ def _measure(heads: str, phase: str, context: Context) -> Iterator[Figure]:
         yield from _case(context, case, flex)
 
 
-def _case(context: Context, case: Case, flex: _CompiledFlex) -> Iterator[Figure]:
+def _case(context: Context, case: Case, flex: CompiledFlex) -> Iterator[Figure]:
     paged = _make_paged(context, case)
     runs: dict[str, list[Callable[[], Tensor]]] = {
         scheme.value: [
@@ -114,7 +59,7 @@ def _case(context: Context, case: Case, flex: _CompiledFlex) -> Iterator[Figure]
     expected = torch.stack([_expected(context, case, paged, i) for i in sequences])
     first = {name: [partial(_of_sequences, calls[0], case, sequences)] for name, calls in runs.items()}
     errors = context.errors(first, expected)
-    raced = {name: runs[name] for name in errors} | _peers(context, case, paged, flex)
+    raced = {name: runs[name] for name in errors} | peers(context, case, paged, flex)
     for name, found in context.race(raced).items():
         yield Figure(
             group=f"{case.phase} attention",
@@ -209,90 +154,3 @@ def _expected(context: Context, case: Case, paged: Paged, sequence: int) -> Tens
         logits = query[:, head] @ key[:, head // group].T * case.shape.head_dim**-0.5
         out[:, head] = logits.masked_fill_(hidden, float("-inf")).softmax(-1) @ value[:, head // group]
     return out
-
-
-def _peers(context: Context, case: Case, paged: Paged, flex: _CompiledFlex) -> dict[str, list[Callable[[], Tensor]]]:
-    """The same work by others: torch's on keys and values that lie in order, FlashInfer's on pages."""
-    group = case.shape.num_heads // case.shape.num_kv_heads
-    size = (case.batch, case.shape.num_kv_heads, case.context_len, case.shape.head_dim)
-    query = context.randn(case.batch, case.shape.num_heads, case.num_new, case.shape.head_dim)
-    pairs = [(context.randn(*size), context.randn(*size)) for _ in paged.caches]
-    runs: dict[str, list[Callable[[], Tensor]]] = {
-        SDPA: [
-            partial(F.scaled_dot_product_attention, query, k, v, is_causal=case.num_new > 1, enable_gqa=group > 1)
-            for k, v in pairs
-        ]
-    }
-    if (case.batch, case.context_len) in context.scale.flex:
-        try:
-            call = flex.for_case(case)
-            call(query, *pairs[0])
-            runs[FLEX] = [partial(call, query, k, v) for k, v in pairs]
-        except Exception as error:
-            context.part_failed(FLEX, error)
-    if context.device.type == "cuda" and importlib.util.find_spec("flashinfer") is not None:
-        try:
-            runs[FLASHINFER] = _flashinfer(context, case, paged.query)
-        except Exception as error:
-            context.part_failed(FLASHINFER, error)
-    return runs
-
-
-class _CompiledFlex:
-    """torch's FlexAttention, which is made for a mask by a compiler; uncompiled it is no peer."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-        self._compiled: Callable[..., Tensor] | None = None
-
-    def for_case(self, case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        # Each shape is compiled anew; beyond the usual 8 torch would run the rest uncompiled.
-        torch._dynamo.config.recompile_limit = 64
-        if self._compiled is None:
-            backend = self._context.scale.compile_backend
-            self._compiled = torch.compile(flex_attention, backend=backend, dynamic=False)
-        mask = None
-        if case.num_new > 1:
-            first = case.context_len - case.num_new
-            mask = create_block_mask(
-                lambda _b, _h, q, k: k <= q + first, None, None, case.num_new, case.context_len, self._context.device
-            )
-        is_grouped = case.shape.num_heads > case.shape.num_kv_heads
-        return partial(_flex, self._compiled, mask, is_grouped)
-
-
-def _flex(
-    compiled: Callable[..., Tensor], mask: object, is_grouped: bool, query: Tensor, key: Tensor, value: Tensor
-) -> Tensor:
-    return compiled(query, key, value, block_mask=mask, enable_gqa=is_grouped)
-
-
-def _flashinfer(context: Context, case: Case, query: Tensor) -> list[Callable[[], Tensor]]:
-    """FlashInfer's paged kernels; copies of the cache in its own layout."""
-    flashinfer = importlib.import_module("flashinfer")
-    shape, device = case.shape, context.device
-    workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
-    indptr = case.num_blocks * torch.arange(case.batch + 1, dtype=torch.int32, device=device)
-    indices = torch.randperm(case.batch * case.num_blocks, dtype=torch.int32, device=device)
-    last = torch.full((case.batch,), (case.context_len - 1) % BLOCK_SIZE + 1, dtype=torch.int32, device=device)
-    if case.num_new == 1:
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
-        wrapper.plan(
-            *(indptr, indices, last, shape.num_heads, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE),
-            q_data_type=context.dtype,
-            kv_data_type=context.dtype,
-        )
-    else:
-        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-        new = case.num_new * torch.arange(case.batch + 1, dtype=torch.int32, device=device)
-        wrapper.plan(
-            *(new, indptr, indices, last, shape.num_heads, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE),
-            causal=True,
-            q_data_type=context.dtype,
-            kv_data_type=context.dtype,
-        )
-    size = (case.batch * case.num_blocks, 2, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
-    caches = [context.randn(*size) for _ in range(context.num_copies(case.num_bytes))]
-    return [partial(wrapper.run, query, cache) for cache in caches]

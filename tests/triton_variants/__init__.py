@@ -25,6 +25,7 @@ class Variant:
         there either, nor on sm_80.
     weights_per_round: that a lane multiplies in one round of its longest loop; 0: nobody counts.
     most_instructions: for each of those weights on sm_90.
+    is_rare: compiled with --all alone, where it takes long and is much like another.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Variant:
     instructions: tuple[str, ...] = ()
     weights_per_round: int = 0
     most_instructions: float = 0.0
+    is_rare: bool = False
 
     @property
     def multiples_of_16(self) -> list[int]:
@@ -63,10 +65,12 @@ def all_variants() -> dict[str, Variant]:
 
 def representative(variants: Mapping[str, Variant]) -> list[tuple[str, str]]:
     """Names and targets for every day: each kernel's first variant for all of its targets, the others for one,
-    in turn."""
+    in turn, and the rare ones for none."""
     seen: set[str] = set()
     chosen = []
     for i, (name, variant) in enumerate(variants.items()):
+        if variant.is_rare:
+            continue
         kernel = variant.kernel.fn.__qualname__
         targets = [variant.targets[i % len(variant.targets)]] if kernel in seen else variant.targets
         seen.add(kernel)

@@ -57,6 +57,7 @@ def _heads(
     *,
     query: torch.dtype = torch.bfloat16,
     targets: tuple[str, ...] = ("sm_90", "sm_80", "gfx942"),
+    is_rare: bool = False,
     **constants: Any,
 ) -> Variant:
     shape = DecodeShape.of(group)
@@ -97,6 +98,7 @@ def _heads(
         indivisible=_UNALIGNED,
         targets=targets,
         instructions=() if query is torch.float32 else _INSTRUCTIONS[kernel],
+        is_rare=is_rare,
     )
 
 
@@ -166,17 +168,17 @@ VARIANTS = [
     _prefill("-ampere", "bf16", 32, 1, 128, targets=_AMPERE),
     _prefill("-ampere", "i8", 8, 4, 128, targets=_AMPERE),
     _prefill("-amd", "bf16", 32, 1, 128, STAGES=2, targets=_AMD),
-    _prefill("-amd", "i8", 8, 4, 128, STAGES=1, targets=_AMD),
+    _prefill("-amd", "i8", 8, 4, 128, STAGES=1, targets=_AMD, is_rare=True),
     _prefill("", "fp32", 8, 4, 128, query=torch.float32),
     _prefill("-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
-    _prefill("-asynchronized", "i8", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
-    _prefill("-asynchronized-ampere", "i8", 8, 4, 128, SCHEME=_ASYNCHRONIZED, targets=_AMPERE),
-    _prefill("-repair", "bf16", 8, 4, 128, REPAIRS=True),
-    _prefill("-repair", "i8", 8, 4, 128, REPAIRS=True),
-    _prefill("-lazy", "bf16", 8, 4, 128, SCHEME=_LAZY),
+    _prefill("-asynchronized", "i8", 8, 4, 128, SCHEME=_ASYNCHRONIZED, is_rare=True),
+    _prefill("-asynchronized-ampere", "i8", 8, 4, 128, SCHEME=_ASYNCHRONIZED, targets=_AMPERE, is_rare=True),
+    _prefill("-repair", "bf16", 8, 4, 128, REPAIRS=True, is_rare=True),
+    _prefill("-repair", "i8", 8, 4, 128, REPAIRS=True, is_rare=True),
+    _prefill("-lazy", "bf16", 8, 4, 128, SCHEME=_LAZY, is_rare=True),
     _prefill("-capped", "bf16", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True),
-    _prefill("-capped", "i8", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True),
-    _prefill("-capped-ampere", "i8", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True, targets=_AMPERE),
+    _prefill("-capped", "i8", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True, is_rare=True),
+    _prefill("-capped-ampere", "i8", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True, targets=_AMPERE, is_rare=True),
     _prefill("-share", "bf16", 1, 8, 128, IS_SHARE=True),
     _gather("bf16"),
     _gather("i8"),
