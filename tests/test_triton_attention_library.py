@@ -123,3 +123,13 @@ class TestWhatTheKernelKeeps:
     def test_decoding(self):
         problem = make_problem(((33, 1), (20, 1)), dtype=torch.float16, num_kv_heads=1)
         assert_right(run(problem, make_spec()), problem, make_spec())
+
+    @pytest.mark.parametrize(("library_from", "is_held"), [(10**6, True), (None, False)])
+    def test_its_buffer_is_held_before_it_is_needed(self, library_from, is_held):
+        """Else the KV cache would take its room."""
+        problem = make_problem(((20, 1),), num_kv_heads=1)
+        dataflow = Dataflow()
+        dataflow.library_prefill_from = library_from
+        attend = Attention(DEVICE, dataflow)
+        attend(*problem.arguments(), make_spec())
+        assert (attend._library._buffer is not None) == is_held

@@ -109,7 +109,10 @@ class Attention:
     def _is_librarys(self, call: AttentionCall) -> bool:
         """Whether the library takes what the call has of prompts: as measured, and where it can."""
         least = None if self._dataflow is None else self._dataflow.library_prefill_from
-        if least is None or call.num_tokens < least or not call.may_prefill:
+        if least is None:
+            return False
+        self._library.hold_buffer()
+        if call.num_tokens < least or not call.may_prefill:
             return False
         if call.spec.softmax.scheme is not SoftmaxScheme.SYNCHRONIZED or call.spec.logit_soft_cap is not None:
             return False

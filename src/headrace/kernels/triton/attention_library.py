@@ -27,8 +27,8 @@ MAX_SEQS = 8
 """Programs are launched for the longest chunk there could be, all tokens of the step, in each of so many sequences."""
 
 BUFFER_BYTES = 2**28
-"""Of a device: 64k tokens of Llama-3-8B's 8 KV heads. Held from the first use on, so that the KV cache, which is made
-after a model's largest steps were tried, leaves it its room."""
+"""Of a device: 64k tokens of Llama-3-8B's 8 KV heads. Held from the first step on, whatever that is, so that the KV
+cache, which is made after a few steps were tried, leaves it its room."""
 
 _HEAD_DIM_STEP, _MAX_HEAD_DIM = 8, 256
 _GATHERED_AT_ONCE = 32
@@ -67,6 +67,12 @@ class LibraryPrefill:
         self._device = device
         self._buffer: Tensor | None = None
 
+    def hold_buffer(self) -> Tensor:
+        """[BUFFER_BYTES] uint8."""
+        if self._buffer is None:
+            self._buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device=self._device)
+        return self._buffer
+
     def __call__(
         self,
         query: Tensor,
@@ -84,10 +90,8 @@ class LibraryPrefill:
         """
         num_seqs, capacity = len(context_lens), block_tables.shape[1] * cache.spec.block_size
         num_kv_heads, head_dim = cache.spec.num_kv_heads, cache.spec.head_dim
-        if self._buffer is None:
-            self._buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device=self._device)
         shape = 2, num_seqs * capacity, num_kv_heads, head_dim
-        keys, values = self._buffer.view(query.dtype)[: 2 * shape[1] * num_kv_heads * head_dim].view(shape)
+        keys, values = self.hold_buffer().view(query.dtype)[: 2 * shape[1] * num_kv_heads * head_dim].view(shape)
         cu_seqlens_k = torch.empty_like(cu_seqlens_q)
         gather_kernel[(triton.cdiv(capacity, _GATHERED_AT_ONCE), num_kv_heads, num_seqs)](
             block_tables,
