@@ -6,6 +6,7 @@ from fractions import Fraction
 
 from headrace.config import ModelConfig, WeightFormat
 from headrace.kernels import Kernels
+from headrace.kernels.mixture_tuning import MixtureShape
 from headrace.kernels.tuning import LinearShape
 from headrace.layers.context import LayerContext
 from headrace.layers.parameter import Parameter
@@ -37,9 +38,24 @@ def linear_shapes(config: ModelConfig, formats: WeightFormats, kernels: Kernels)
     """The distinct shapes that tokens are multiplied with, in the order in which a token meets them."""
     shapes = (
         LinearShape(weight_format=formats.of(p), out_features=p.local_rows, in_features=p.local_columns)
-        for p in _unloaded(config, formats, kernels).linear_parameters()
+        for p in _unloaded(config, formats, kernels).linear_parameters(with_experts=not kernels.has_expert_tiles)
     )
     return tuple(dict.fromkeys(shapes))
+
+
+def mixture_shape(config: ModelConfig, formats: WeightFormats, kernels: Kernels) -> MixtureShape | None:
+    """That of the first mixture of experts, if its launches can be tuned."""
+    mixture = next(_unloaded(config, formats, kernels).mixtures(), None) if kernels.has_expert_tiles else None
+    if mixture is None:
+        return None
+    up = next(mixture.expert_parameters())
+    return MixtureShape(
+        weight_format=formats.of(up),
+        activation_bytes=formats.dtype.itemsize,
+        num_experts=len(mixture.experts),
+        hidden_size=up.local_columns,
+        intermediate_size=up.local_rows // 2,
+    )
 
 
 def _unloaded(config: ModelConfig, formats: WeightFormats, kernels: Kernels) -> Decoder:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from headrace.bench.facts import linear_shapes, weight_facts
+from headrace.bench.facts import linear_shapes, mixture_shape, weight_facts
 from headrace.config import EngineConfig
 from headrace.costs.memory import kv_token_bytes
 from headrace.engine.device_memory import available_bytes, default_memory_fraction
@@ -21,8 +21,8 @@ from headrace.parallel.place import Place
 
 
 def dataflow_info(config: EngineConfig, kernels: Kernels) -> list[dict[str, str]]:
-    """Which implementation multiplies how many rows, for each shape of the model, and how attention computes its
-    softmax; empty without a choice.
+    """Which implementation multiplies how many rows, for each shape of the model, which tiles mixtures of experts
+    take, and how attention computes its softmax; empty without a choice.
 
     Raises:
         CheckpointError, ConfigError: as loading the model would.
@@ -39,8 +39,13 @@ def dataflow_info(config: EngineConfig, kernels: Kernels) -> list[dict[str, str]
     softmax = resolve_softmax_of(config, kernels, folder, source.config, shape, cache_format, num_threads)
     shapes = linear_shapes(source.config, formats, kernels)
     heads = attention_shape(shape, cache_format)
+    mixture = mixture_shape(source.config, formats, kernels)
+    mixtures = (
+        [] if mixture is None else [{"mixture": str(mixture), "dataflow": kernels.dataflow.explain_mixture(mixture)}]
+    )
     rows = [
         *({"linear": str(linear), "dataflow": kernels.dataflow.explain(linear)} for linear in shapes),
+        *mixtures,
         {"attention": str(heads), "dataflow": softmax.reason},
     ]
     if kernels.library_prefill_obstacle is not None:

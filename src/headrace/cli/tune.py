@@ -14,6 +14,7 @@ from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
     from headrace.kernels.attention_tuning import AttentionShape, TunedAttention
+    from headrace.kernels.mixture_tuning import TunedMixture
     from headrace.kernels.prefill_tuning import TunedPrefill
     from headrace.kernels.tuning import LinearShape, TunedShape
 
@@ -28,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "each shape of the model all three are timed over M, the number of rows, in turn and several times; the best\n"
         "times give the two points where one is overtaken by the next. Attention of one new token is timed over the\n"
         "length of the context, by softmax scheme and by the number of pieces that threads share. On a GPU each\n"
-        "implementation first finds the best of its tiles, launches are timed in a CUDA graph, and attention of\n"
-        "prompts is timed as the kernel and as the library compute it. All is kept in the user's cache for this CPU\n"
-        "and number of threads, or this GPU, and this build of the kernels, and later starts use\n"
-        "it. Close other programs first."
+        "implementation first finds the best of its tiles, launches are timed in a CUDA graph, mixtures of experts\n"
+        "are timed for few and many tokens with each of the tiles their launches can take, and attention of prompts\n"
+        "as the kernel and as the library compute it. All is kept in the user's cache for this CPU and number of\n"
+        "threads, or this GPU, and this build of the kernels, and later starts use it. Close other programs first."
     )
     parser.add_argument(
         "--rounds",
@@ -55,8 +56,10 @@ def run(args: argparse.Namespace) -> int:
     # From here on torch is needed.
     from headrace.engine.tune import FULL_ROWS, keep, measure_shapes
     from headrace.engine.tune_attention import attention_shape, contexts_of, measure_attention
+    from headrace.engine.tune_mixture import measure_mixture
     from headrace.engine.tune_prefill import measure_prefill
     from headrace.kernels.attention_tuning import attention_to_json, keep_attention
+    from headrace.kernels.mixture_tuning import keep_mixture, mixture_to_json
     from headrace.kernels.prefill_tuning import keep_prefill, prefill_to_json
     from headrace.kernels.tuning import TuningCache
 
@@ -101,6 +104,12 @@ def run(args: argparse.Namespace) -> int:
         )
     if tuned_prefill is not None:
         is_kept = keep_prefill(cache, attention, tuned_prefill) and is_kept
+    mixture = model.mixtures if tuned_attention is not None and model.kernels.has_expert_tiles else None
+    tuned_mixture = None
+    if mixture is not None:
+        tuned_mixture = measure_mixture(model.kernels, mixture, num_rounds=args.rounds, show_progress=show_progress)
+    if mixture is not None and tuned_mixture is not None:
+        is_kept = keep_mixture(cache, mixture.shape, tuned_mixture) and is_kept
     if args.plot is not None:
         from headrace.cli.tune_plot import plot
 
@@ -111,10 +120,16 @@ def run(args: argparse.Namespace) -> int:
             "linear": list(map(_json, tuned.items())),
             "attention": None if tuned_attention is None else attention_to_json(attention, tuned_attention),
             "prefill": None if tuned_prefill is None else prefill_to_json(attention, tuned_prefill),
+            "mixture": mixture_to_json(mixture.shape, tuned_mixture) if mixture and tuned_mixture else None,
         }
         print(json.dumps(report))
     else:
-        tables = _table(tuned), _attention_table(attention, tuned_attention), _prefill_table(attention, tuned_prefill)
+        tables = (
+            _table(tuned),
+            _attention_table(attention, tuned_attention),
+            _prefill_table(attention, tuned_prefill),
+            _mixture_table(tuned_mixture),
+        )
         print("\n".join(chain.from_iterable(tables)))
         note(f"kept in {cache.file}" if is_kept else f"could not be kept: {cache.file} cannot be written")
         if len(tuned) < len(shapes):
@@ -178,6 +193,17 @@ def _prefill_table(shape: "AttentionShape", tuned: "TunedPrefill | None") -> Ite
     yield from aligned(rows)
     yield ""
     yield f"Used from now on: {explain_prefill(tuned)}. The library rounds differently."
+
+
+def _mixture_table(tuned: "TunedMixture | None") -> Iterator[str]:
+    if tuned is None:
+        return
+    rows = [("mixture of experts", "tiles", "time in ms", "with the default")]
+    for launch, seconds in tuned.times.items():
+        tiles, default_s = tuned.tiles[launch], next(iter(seconds.values()))
+        rows.append((str(launch), str(tiles), format_ms(seconds[tiles]), format_ms(default_s)))
+    yield ""
+    yield from aligned(rows)
 
 
 def _json(item: "tuple[LinearShape, TunedShape]") -> dict[str, Any]:

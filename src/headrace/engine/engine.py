@@ -186,7 +186,7 @@ class Engine:
     def close(self) -> None:
         """End the ranks and let go of the model."""
         no_weights = replace(self.model.linear_weights, by_shape={})
-        self.model = replace(self.model, linear_weights=no_weights)
+        self.model = replace(self.model, linear_weights=no_weights, mixtures=None)
         self.model.executor.close()
 
     def metrics(self) -> EngineMetrics:

@@ -20,6 +20,7 @@ from headrace.engine.ranked_executor import RankedExecutor
 from headrace.engine.softmax import ChosenSoftmax
 from headrace.engine.start import resolve_transport, start_world
 from headrace.engine.tune import LinearWeights
+from headrace.engine.tune_mixture import ModelMixtures
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels
 from headrace.models.json_file import read_json
@@ -33,7 +34,8 @@ from headrace.tokenizer import ChatTemplate, Tokenizer
 class LoadedModel:
     """What an engine runs.
 
-    shape: what rank 0 holds of the model, which without other ranks is all of it; kernels, linear_weights: its own.
+    shape: what rank 0 holds of the model, which without other ranks is all of it; kernels, linear_weights, mixtures:
+        its own.
     tokenizer: None if the folder has none, and then prompts are token ids; tokenizer_error says why.
     weight_bytes: weights in memory, of all ranks; load_s: from opening the folder to ready.
     """
@@ -48,6 +50,7 @@ class LoadedModel:
     kv_cache_format: KvCacheFormat
     softmax: ChosenSoftmax
     linear_weights: LinearWeights
+    mixtures: ModelMixtures | None
     tokenizer: Tokenizer | None
     tokenizer_error: str | None
     chat_template: ChatTemplate | None
@@ -112,6 +115,7 @@ def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kern
         kv_cache_format=loaded.kv_cache_format,
         softmax=loaded.softmax,
         linear_weights=loaded.linear_weights,
+        mixtures=ModelMixtures.of(loaded.decoder, loaded.formats.dtype),
         tokenizer=files.tokenizer,
         tokenizer_error=files.tokenizer_error,
         chat_template=ChatTemplate.from_folder(files.folder) if files.tokenizer else None,

@@ -174,7 +174,9 @@ def load_rank(
         decoder = _load_with_progress(
             source, context, formats, max_model_len, shape.layers, world, show_progress=show_progress
         )
-    linear_weights = LinearWeights.of_parameters(decoder.linear_parameters(), formats.dtype)
+    linear_weights = LinearWeights.of_parameters(
+        decoder.linear_parameters(with_experts=not kernels.has_expert_tiles), formats.dtype
+    )
     with explaining_out_of_memory("there is no room to measure linear layers", kernels.device):
         prepare_dataflow(kernels, linear_weights, config.dataflow, num_threads, show_progress=show_progress)
     boundary = Boundary(

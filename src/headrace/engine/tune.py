@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from headrace.config import DataflowChoice
 from headrace.kernels import Kernels, QuantizedWeight, Weight
+from headrace.kernels.mixture_tuning import load_mixtures
 from headrace.kernels.tuning import LinearArm, LinearShape, TunedShape, TuningCache
 from headrace.layers.parameter import Parameter
 
@@ -73,6 +74,7 @@ def look_up_dataflow(kernels: Kernels, choice: DataflowChoice, num_threads: int)
     assert kernels.tuning_key is not None, "kernels with a choice have a key for its measurements"
     cache = TuningCache(kernels.tuning_key(num_threads))
     dataflow.tuned.update(cache.load())
+    dataflow.tuned_mixtures.update(load_mixtures(cache))
     return cache
 
 

@@ -84,6 +84,10 @@ class LinearMachine(Protocol):
         """What a mixture's launch may choose among, the default first."""
         ...
 
+    def can_run(self, run: Callable[[], object]) -> bool:
+        """Whether tiles that were chosen for it compile and fit; runs it."""
+        ...
+
     def stopwatch(self, run: Callable[[Weight], object], rotation: Rotation) -> Stopwatch: ...
 
 
@@ -102,6 +106,10 @@ class CpuMachine:
 
     def expert_tiles(self, shape: MixtureShape, launch: ExpertLaunch) -> Sequence[Tiles]:  # noqa: ARG002
         return ()
+
+    def can_run(self, run: Callable[[], object]) -> bool:
+        run()
+        return True
 
     def stopwatch(self, run: Callable[[Weight], object], rotation: Rotation) -> Stopwatch:
         def seconds() -> float:
@@ -168,6 +176,10 @@ class Dataflow:
 
     def expert_tile_choices(self, shape: MixtureShape, launch: ExpertLaunch) -> Sequence[Tiles]:
         return self._machine.expert_tiles(shape, launch)
+
+    def can_run(self, run: Callable[[], object]) -> bool:
+        """Whether tiles that were chosen for it compile and fit; runs it."""
+        return self._machine.can_run(run)
 
     def expert_tiles(self, shape: MixtureShape, launch: ExpertLaunch) -> Tiles:
         """How one of a mixture's launches cuts its work up."""

@@ -89,6 +89,11 @@ class Kernels:
     library_prefill_obstacle: ops.LibraryPrefillObstacle | None = None
     stream: ops.NativeStream | None = None
 
+    @property
+    def has_expert_tiles(self) -> bool:
+        """Whether mixtures have launches of their own to tune; else experts are linear layers like others."""
+        return self.dataflow is not None and bool(self.dataflow.expert_block_rows)
+
     def explain(self) -> tuple[OpChoice, ...]:
         return self.choices
 

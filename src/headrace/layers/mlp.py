@@ -52,7 +52,7 @@ class MoeMlp:
         self._mixture = context.kernels.mixture
         self._group = context.tp_group
         self._site = site
-        self._spec = MixtureSpec(
+        self.spec = MixtureSpec(
             num_experts_per_token=moe.num_experts_per_token,
             renormalize=moe.renormalize,
             activation=config.mlp.activation,
@@ -65,11 +65,12 @@ class MoeMlp:
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         router_logits = self._linear(hidden_states, self.router.weight)
-        out = self._mixture(hidden_states, router_logits, self._weights, self._spec)
+        out = self._mixture(hidden_states, router_logits, self.weights, self.spec)
         return self._group.all_reduce(out, self._site)
 
     @cached_property
-    def _weights(self) -> Experts:
+    def weights(self) -> Experts:
+        """Of the experts, once they are loaded."""
         return Experts(
             up=tuple(expert.up.weight.weight for expert in self.experts),
             down=tuple(expert.down.weight.weight for expert in self.experts),
@@ -77,6 +78,9 @@ class MoeMlp:
 
     def parameters(self) -> Iterator[Parameter]:
         yield self.router
+        yield from self.expert_parameters()
+
+    def expert_parameters(self) -> Iterator[Parameter]:
         for expert in self.experts:
             yield from expert.parameters()
 

@@ -13,7 +13,7 @@ from headrace.kernels import Kernels, KvCache
 from headrace.layers.attention import Attention
 from headrace.layers.context import LayerContext
 from headrace.layers.embedding import LmHead, TokenEmbedding
-from headrace.layers.mlp import make_mlp
+from headrace.layers.mlp import MoeMlp, make_mlp
 from headrace.layers.norm import Norm, make_norm
 from headrace.layers.parameter import Parameter
 from headrace.layers.rotary import RotaryTable
@@ -172,11 +172,18 @@ class Decoder:
     def _normed(self, hidden_states: Tensor) -> Tensor:
         return hidden_states if self.norm is None else self.norm(hidden_states)
 
-    def linear_parameters(self) -> Iterator[Parameter]:
+    def linear_parameters(self, *, with_experts: bool = True) -> Iterator[Parameter]:
         """The matrices that tokens are multiplied with."""
-        yield from (parameter for layer in self.layers for parameter in layer.parameters() if parameter.is_matrix)
+        left_out = (
+            set[int]() if with_experts else {id(p) for mixture in self.mixtures() for p in mixture.expert_parameters()}
+        )
+        found = (parameter for layer in self.layers for parameter in layer.parameters() if parameter.is_matrix)
+        yield from (parameter for parameter in found if id(parameter) not in left_out)
         if self.lm_head is not None:
             yield from self.lm_head.matrices()
+
+    def mixtures(self) -> Iterator[MoeMlp]:
+        yield from (layer.mlp for layer in self.layers if isinstance(layer.mlp, MoeMlp))
 
     def parameters(self) -> Iterator[Parameter]:
         if self.embedding is not None:

@@ -54,20 +54,26 @@ class TritonMachine:
     def expert_tiles(self, shape: MixtureShape, launch: ExpertLaunch) -> Sequence[Tiles]:
         return expert_tile_choices(shape, launch, self._limits)
 
+    def can_run(self, run: Callable[[], object]) -> bool:
+        """Not with tiles that this GPU has no room for, nor with those that this version of Triton cannot compile."""
+        try:
+            run()
+        except (OutOfResources, triton.CompilationError):
+            return False
+        except RuntimeError as error:
+            if "PassManager" not in str(error):
+                raise
+            return False
+        return True
+
     def stopwatch(self, run: Callable[[Weight], object], rotation: Rotation) -> Stopwatch:
         """On a GPU, launches are recorded as one CUDA graph: a launch from Python takes longer than a small layer."""
         if self.device.type == "cpu":
             return CpuMachine().stopwatch(run, rotation)
         weights = self._weights(rotation)
         num_launches = max(_MIN_LAUNCHES, len(weights))
-        try:
-            run(weights[0])  # compiles, and lets the library make its workspace
-        except (OutOfResources, triton.CompilationError):
-            return lambda: math.inf  # tiles that this GPU has no room for are no choice on it
-        except RuntimeError as error:
-            if "PassManager" not in str(error):
-                raise
-            return lambda: math.inf  # nor those that this version of Triton cannot compile
+        if not self.can_run(lambda: run(weights[0])):  # compiles, and lets the library make its workspace
+            return lambda: math.inf
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with capturing(graph):
