@@ -15,11 +15,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton_device import DEVICE, DTYPES
 
 from headrace.kernels.dataflow import Dataflow
+from headrace.kernels.mixture_tuning import ExpertLaunch, ExpertMatrix
 from headrace.kernels.triton import make_ops, mixture, routing
 from headrace.kernels.triton.dataflow import TritonMachine
 from headrace.kernels.triton.expert_tiles import block_rows
 from headrace.kernels.triton.mixture import Mixture
 from headrace.kernels.triton.weights import as_quantized, make_weight_builder
+from headrace.kernels.tuning import Tiles
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 70, 37
 SPEC = MixtureSpec(num_experts_per_token=2, renormalize=True, activation=Activation.SILU)
@@ -121,6 +123,18 @@ def test_quantized_experts(dtype, sizes, weight_format):
     x, logits = make_input(6, 4, dtype, sizes[0])
     spec = MixtureSpec(num_experts_per_token=2, renormalize=True, activation=Activation.GELU_TANH)
     assert_is_definition(x, logits, make_experts(4, weight_format, sizes), spec)
+
+
+@pytest.mark.parametrize("weight_format", [torch.float32, WeightFormat.INT4], ids=str)
+def test_splits_of_the_downs_are_added_up(weight_format):
+    """Of 4 splits of 150 columns in steps of 64, one has less and one nothing to add."""
+    dataflow, sizes = Dataflow(TritonMachine(DEVICE)), (40, 150)
+    experts = make_experts(4, weight_format, sizes)
+    x, logits = make_input(3, 4, torch.float32, sizes[0])
+    wanted = reference.mixture(x, logits, as_reference(experts), SPEC)
+    launch = ExpertLaunch(matrix=ExpertMatrix.DOWN, block_rows=16)
+    with dataflow.trying_expert_tiles(launch, Tiles(block_n=32, block_k=64, num_splits=4)):
+        torch.testing.assert_close(Mixture(dataflow)(x, logits, experts, SPEC), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_aligned_rows_and_unaligned_addresses():

@@ -91,18 +91,38 @@ def test_a_broken_section_counts_as_none(tmp_path, section):
 @pytest.mark.parametrize("activation_bytes", [2, 4])
 @pytest.mark.parametrize("rows", MOST_PAIRS)
 @pytest.mark.parametrize("matrix", ExpertMatrix, ids=lambda m: m.value)
-def test_every_launch_has_choices_that_fit(matrix, rows, activation_bytes, limits):
+@pytest.mark.parametrize("weight_format", [WeightFormat.BFLOAT16, WeightFormat.INT4], ids=lambda f: f.value)
+def test_every_launch_has_choices_that_fit(weight_format, matrix, rows, activation_bytes, limits):
     """K goes in steps of one length, so that a row's sum is added up alike by all."""
-    shape = replace(SHAPE, activation_bytes=activation_bytes)
+    shape = replace(SHAPE, activation_bytes=activation_bytes, weight_format=weight_format)
+    if weight_format is WeightFormat.BFLOAT16 and activation_bytes == 4:
+        shape = replace(shape, weight_format=WeightFormat.FLOAT32)
     choices = expert_tile_choices(shape, ExpertLaunch(matrix=matrix, block_rows=rows), limits)
     assert len(set(choices)) == len(choices) >= 2
-    assert {tiles.block_k for tiles in choices} == {128 // activation_bytes}
+    if weight_format is WeightFormat.INT4:
+        assert {tiles.block_k for tiles in choices} == {max(64, 256 * 16 // rows)}
+    else:
+        assert {tiles.block_k for tiles in choices} == {128 // activation_bytes}
     for tiles in choices:
         width = tiles.block_n * (2 if matrix is ExpertMatrix.UP else 1)
         assert tiles.block_n >= 16, "the least that tensor cores take"
         buffers = tiles.num_stages if limits is H100 else 1
-        assert buffers * (width + rows) * tiles.block_k * activation_bytes < limits.program_shared_bytes
+        weight_bytes = 0.5 if weight_format is WeightFormat.INT4 else activation_bytes
+        program_bytes = buffers * (width * weight_bytes + rows * activation_bytes) * tiles.block_k
+        assert program_bytes < limits.program_shared_bytes
         assert limits is H100 or tiles.num_stages == 2
+
+
+def test_downs_of_few_tokens_have_programs_for_the_whole_gpu():
+    """One token of Mixtral's, two experts; splits are for these launches alone, and not of a short K."""
+    for weight_format in (WeightFormat.BFLOAT16, WeightFormat.INT8, WeightFormat.INT4):
+        shape = replace(SHAPE, weight_format=weight_format)
+        tiles = expert_tile_choices(shape, DOWN, H100)[0]
+        assert 2 * shape.hidden_size // tiles.block_n * tiles.num_splits >= 3 * H100.num_multiprocessors
+        for launch in (UP, ExpertLaunch(matrix=ExpertMatrix.DOWN, block_rows=32)):
+            assert {tiles.num_splits for tiles in expert_tile_choices(shape, launch, H100)} == {1}
+        short = replace(shape, intermediate_size=2047)
+        assert {tiles.num_splits for tiles in expert_tile_choices(short, DOWN, H100)} == {1}
 
 
 def test_pairs_are_measured_where_their_rows_are_used():

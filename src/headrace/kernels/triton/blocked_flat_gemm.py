@@ -11,7 +11,7 @@ from torch import Tensor
 from headrace.kernels.triton.flat_gemm import MAX_BLOCK_ROWS, block_rows, dot_dtype, split_workspace
 from headrace.kernels.triton.launch import is_ptx
 from headrace.kernels.triton.limits import DeviceLimits
-from headrace.kernels.triton.nibbles import unpack
+from headrace.kernels.triton.nibbles import half, unpack
 from headrace.kernels.triton.split_k import SplitCounters, finish
 from headrace.kernels.triton.tiles import pipeline_stages
 from headrace.kernels.tuning import Tiles
@@ -76,7 +76,7 @@ def blocked_flat_gemm_kernel(
                 word_ptrs = values_ptrs + n[:, None] * 16 + tl.arange(0, 16)[None, :]
                 pieces = unpack(tl.load(word_ptrs, mask=has_row[:, None], other=0), DOT_DTYPE, IS_PTX)
             for group in tl.static_range(2):
-                scale = _half(pair, group)
+                scale = half(pair, group)
                 k = b * 64 + group * 32
                 if IS_INT4:
                     k_of_piece = tl.arange(0, 16)[:, None]
@@ -112,13 +112,6 @@ def blocked_flat_gemm_kernel(
 def _columns(x_ptrs, m, num_rows, k, K, IS_WHOLE: tl.constexpr):
     is_row = m[None, :] < num_rows
     return tl.load(x_ptrs + k, mask=is_row if IS_WHOLE else is_row & (k < K), other=0.0)
-
-
-@triton.jit
-def _half(pair, INDEX: tl.constexpr):
-    """One of the two float16 in a word."""
-    bits = pair >> 16 if INDEX == 1 else pair & 0xFFFF
-    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 def launch_blocked_flat_gemm(

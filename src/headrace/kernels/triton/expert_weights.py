@@ -1,4 +1,4 @@
-"""The weights of a mixture's experts, where they are: tables of addresses on the device, and how a tile is read."""
+"""The weights of a mixture's experts, where they are: tables of addresses on the device, and products with tiles."""
 
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headrace.config import WeightFormat
 from headrace.errors import KernelError
+from headrace.kernels.triton.nibbles import half, unpack
 from headrace.kernels.weights import BlockedWeight, DenseWeight, Experts, Weight
 
 
@@ -33,55 +34,113 @@ class WeightTable:
 
 
 @triton.jit
-def load_weight_tile(
+def load_columns(
+    x_ptrs, is_row, begin, num_columns, DOT_DTYPE: tl.constexpr, NUM_BITS: tl.constexpr, SIZE: tl.constexpr
+):
+    """SIZE columns of some rows of x, transposed, zeros past their end: in pieces as `add_product` multiplies them."""
+    pieces: tl.tuple
+    if NUM_BITS == 4:
+        pieces = (
+            _load_columns(x_ptrs, is_row, begin, num_columns, DOT_DTYPE, 16),
+            _load_columns(x_ptrs, is_row, begin + 16, num_columns, DOT_DTYPE, 16),
+            _load_columns(x_ptrs, is_row, begin + 32, num_columns, DOT_DTYPE, 16),
+            _load_columns(x_ptrs, is_row, begin + 48, num_columns, DOT_DTYPE, 16),
+        )
+    elif NUM_BITS == 8:
+        pieces = (
+            _load_columns(x_ptrs, is_row, begin, num_columns, DOT_DTYPE, 32),
+            _load_columns(x_ptrs, is_row, begin + 32, num_columns, DOT_DTYPE, 32),
+        )
+    else:
+        pieces = (_load_columns(x_ptrs, is_row, begin, num_columns, DOT_DTYPE, SIZE),)
+    return pieces
+
+
+@triton.jit
+def _load_columns(x_ptrs, is_row, begin, num_columns, DOT_DTYPE: tl.constexpr, SIZE: tl.constexpr):
+    k = begin + tl.arange(0, SIZE)
+    x = tl.load(x_ptrs + k[:, None], mask=is_row[None, :] & (k < num_columns)[:, None], other=0.0)
+    return x.to(DOT_DTYPE)
+
+
+@triton.jit
+def add_product(
+    out,
+    x,
     values_address,
     scales_address,
-    row_scales_address,
     rows,
-    columns_begin,
+    begin,
     num_rows,
     num_columns,
     DTYPE: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
     NUM_BITS: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    IS_PTX: tl.constexpr,
+    SCALES_SUMS: tl.constexpr,
+    SIZE: tl.constexpr,
 ):
-    """[len(rows), BLOCK_K] of one expert's matrix [num_rows, num_columns] in DTYPE, zeros past its ends.
+    """out + W x, of SIZE columns of one expert's matrix [num_rows, num_columns] from `begin` on, and x of them.
 
-    An integer times its scale is rounded to DTYPE once. Reads 16 bytes at a time where all rows begin at multiples.
+    Quantized, SIZE is 64. SCALES_SUMS: x is multiplied with exact integers, whose sums by group of 32 columns are then
+    scaled (`blocked_flat_gemm`); else integers are, and rounded once, which pays where x has more than 32 rows. The
+    scale of each row is left to `scale_rows`. Reads 16 bytes at a time where all rows begin at multiples.
     """
-    columns = columns_begin + tl.arange(0, BLOCK_K)
-    is_row = (rows < num_rows)[:, None]
-    row = rows.to(tl.int64)[:, None]
     if NUM_BITS == 0:
-        dense_ptr = values_address.to(tl.pointer_type(DTYPE))
-        if IS_ALIGNED:
-            dense_ptr = tl.multiple_of(dense_ptr, 16)
-        is_inside = is_row & (columns < num_columns)[None, :]
-        weights = tl.load(dense_ptr + row * num_columns + columns[None, :], mask=is_inside, other=0.0)
+        columns = begin + tl.arange(0, SIZE)
+        is_inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+        w_ptr = _pointer(values_address, DTYPE, IS_ALIGNED)
+        w = tl.load(w_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :], mask=is_inside, other=0.0)
+        out = tl.dot(w.to(DOT_DTYPE), x[0], out, input_precision="ieee")
     else:
-        # Blocks of 64 columns (`BlockedWeight`) are whole, and a step is one or half of one.
-        block = (columns // 64).to(tl.int64)[None, :] * num_rows + row
-        if NUM_BITS == 8:
-            bytes_ptr = values_address.to(tl.pointer_type(tl.int8))
-            if IS_ALIGNED:
-                bytes_ptr = tl.multiple_of(bytes_ptr, 16)
-            q = tl.load(bytes_ptr + block * 64 + (columns % 64)[None, :], mask=is_row, other=0).to(tl.int32)
+        # Blocks past the last one are another matrix's memory.
+        is_row = rows < tl.where(begin < num_columns, num_rows, 0)
+        place = (rows + begin // 64 * num_rows).to(tl.int64)
+        pair = tl.load(scales_address.to(tl.pointer_type(tl.int32)) + place, mask=is_row, other=0)
+        if NUM_BITS == 4:
+            words_ptr = _pointer(values_address, tl.int16, IS_ALIGNED) + place[:, None] * 16
+            words = tl.load(words_ptr + tl.arange(0, 16)[None, :], mask=is_row[:, None], other=0)
+            q = unpack(words, DOT_DTYPE, IS_PTX)
+            for group in tl.static_range(2):
+                scale = half(pair, group)[:, None]
+                if SCALES_SUMS:
+                    sums = tl.dot(q[2 * group], x[2 * group], input_precision="ieee")
+                    sums = tl.dot(q[2 * group + 1], x[2 * group + 1], sums, input_precision="ieee")
+                    out += sums * scale
+                else:
+                    w = (q[2 * group].to(tl.float32) * scale).to(DOT_DTYPE)
+                    out = tl.dot(w, x[2 * group], out, input_precision="ieee")
+                    w = (q[2 * group + 1].to(tl.float32) * scale).to(DOT_DTYPE)
+                    out = tl.dot(w, x[2 * group + 1], out, input_precision="ieee")
         else:
-            words_ptr = values_address.to(tl.pointer_type(tl.int16))
-            if IS_ALIGNED:
-                words_ptr = tl.multiple_of(words_ptr, 16)
-            words = tl.load(words_ptr + block * 16 + (columns % 16)[None, :], mask=is_row, other=0).to(tl.int32)
-            q = ((words >> (columns // 16 % 4 * 4)[None, :]) & 15) - 8
-        groups = columns_begin // GROUP + tl.arange(0, BLOCK_K // GROUP)
-        scale_ptr = scales_address.to(tl.pointer_type(tl.float16))
-        places = ((groups // 2).to(tl.int64)[None, :] * num_rows + row) * 2 + (groups % 2)[None, :]
-        row_scales = tl.load(row_scales_address.to(tl.pointer_type(tl.float32)) + row, mask=is_row, other=0.0)
-        scales = tl.load(scale_ptr + places, mask=is_row, other=0.0).to(tl.float32) * row_scales
-        grouped = tl.reshape(q, (rows.shape[0], BLOCK_K // GROUP, GROUP)).to(tl.float32) * scales[:, :, None]
-        weights = tl.reshape(grouped, (rows.shape[0], BLOCK_K)).to(DTYPE)
-    return weights
+            bytes_ptr = _pointer(values_address, tl.int8, IS_ALIGNED) + place[:, None] * 64
+            for group in tl.static_range(2):
+                group_ptr = bytes_ptr + 32 * group + tl.arange(0, 32)[None, :]
+                q = tl.load(group_ptr, mask=is_row[:, None], other=0)
+                scale = half(pair, group)[:, None]
+                if SCALES_SUMS:
+                    out += tl.dot(q.to(DOT_DTYPE), x[group], input_precision="ieee") * scale
+                else:
+                    out = tl.dot((q.to(tl.float32) * scale).to(DOT_DTYPE), x[group], out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def scale_rows(out, row_scales_address, rows, num_rows, NUM_BITS: tl.constexpr):
+    """What `add_product` leaves to be done once."""
+    if NUM_BITS > 0:
+        row_scales_ptr = row_scales_address.to(tl.pointer_type(tl.float32))
+        out *= tl.load(row_scales_ptr + rows.to(tl.int64), mask=rows < num_rows, other=0.0)[:, None]
+    return out
+
+
+@triton.jit
+def _pointer(address, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if IS_ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 class ExpertTables:

@@ -13,11 +13,12 @@ from headrace.kernels.mixture_tuning import ExpertLaunch, ExpertMatrix, MixtureS
 from headrace.kernels.ops import MixtureSpec
 from headrace.kernels.triton.activation import activate
 from headrace.kernels.triton.expert_tiles import block_rows
-from headrace.kernels.triton.expert_weights import ExpertTables, WeightTable, load_weight_tile
+from headrace.kernels.triton.expert_weights import ExpertTables, WeightTable, add_product, load_columns, scale_rows
 from headrace.kernels.triton.flat_gemm import dot_dtype
+from headrace.kernels.triton.launch import is_ptx
 from headrace.kernels.triton.routing import Routing, route
 from headrace.kernels.tuning import Tiles
-from headrace.kernels.weights import QUANTIZATION_GROUP_SIZE, Experts
+from headrace.kernels.weights import BLOCK_COLUMNS, Experts
 
 _MAX_SCRATCH_BYTES = 2**28
 """Of experts' outputs before they are summed; more tokens are taken in several turns."""
@@ -69,11 +70,12 @@ def experts_up_kernel(
     DOT_DTYPE: tl.constexpr,
     NUM_BITS: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
-    GROUP: tl.constexpr,
+    IS_PTX: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """out[i] = act(gate_e(x)) * up_e(x) of the token of pairs[i] and its expert e.
@@ -99,38 +101,44 @@ def experts_up_kernel(
     up_rows = tl.where(n < num_outputs, num_outputs + n, 2 * num_outputs)
     gate_rows = tl.where(n < num_outputs, n, 2 * num_outputs)
     for begin_k in tl.range(0, num_inputs, BLOCK_K, num_stages=NUM_STAGES):
-        k = begin_k + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptrs + k[:, None], mask=(m < end)[None, :] & (k < num_inputs)[:, None], other=0.0)
-        gate_w = load_weight_tile(
-            values_address,
-            scales_address,
-            row_scales_address,
-            gate_rows,
-            begin_k,
-            2 * num_outputs,
-            num_inputs,
-            DTYPE,
-            NUM_BITS,
-            IS_ALIGNED,
-            GROUP,
-            BLOCK_K,
-        )
-        up_w = load_weight_tile(
-            values_address,
-            scales_address,
-            row_scales_address,
-            up_rows,
-            begin_k,
-            2 * num_outputs,
-            num_inputs,
-            DTYPE,
-            NUM_BITS,
-            IS_ALIGNED,
-            GROUP,
-            BLOCK_K,
-        )
-        gate = tl.dot(gate_w.to(DOT_DTYPE), x.to(DOT_DTYPE), gate, input_precision="ieee")
-        up = tl.dot(up_w.to(DOT_DTYPE), x.to(DOT_DTYPE), up, input_precision="ieee")
+        for k in tl.static_range(0, BLOCK_K, STEP):
+            x = load_columns(x_ptrs, m < end, begin_k + k, num_inputs, DOT_DTYPE, NUM_BITS, STEP)
+            gate = add_product(
+                gate,
+                x,
+                values_address,
+                scales_address,
+                gate_rows,
+                begin_k + k,
+                2 * num_outputs,
+                num_inputs,
+                DTYPE,
+                DOT_DTYPE,
+                NUM_BITS,
+                IS_ALIGNED,
+                IS_PTX,
+                BLOCK_M <= 32,
+                STEP,
+            )
+            up = add_product(
+                up,
+                x,
+                values_address,
+                scales_address,
+                up_rows,
+                begin_k + k,
+                2 * num_outputs,
+                num_inputs,
+                DTYPE,
+                DOT_DTYPE,
+                NUM_BITS,
+                IS_ALIGNED,
+                IS_PTX,
+                BLOCK_M <= 32,
+                STEP,
+            )
+    gate = scale_rows(gate, row_scales_address, gate_rows, 2 * num_outputs, NUM_BITS)
+    up = scale_rows(up, row_scales_address, up_rows, 2 * num_outputs, NUM_BITS)
     # Rounded where the definition, which is made of other ops, rounds.
     activated = activate(gate.to(DTYPE).to(tl.float32), KIND).to(DTYPE)
     out = activated.to(tl.float32) * up.to(DTYPE).to(tl.float32)
@@ -150,20 +158,25 @@ def experts_down_kernel(
     num_experts,
     num_outputs,
     num_inputs,
+    k_per_split,
+    NUM_SPLITS: tl.constexpr,
     DTYPE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     NUM_BITS: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
-    GROUP: tl.constexpr,
+    IS_PTX: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """out[pairs[i]] = down_e(x[i]) in float32, e the expert of pairs[i]. Grid: as `experts_up_kernel`.
+    """The sum of out[pairs[i]] over splits = down_e(x[i]) in float32, e the expert of pairs[i].
 
-    Shapes: x [num_pairs, num_inputs], out [num_pairs, num_outputs], weights [num_outputs, num_inputs]
+    Grid: as `experts_up_kernel`, and splits of K.
+
+    Shapes: x [num_pairs, num_inputs], out [num_pairs, NUM_SPLITS, num_outputs], weights [num_outputs, num_inputs]
     """
     expert, begin, end = find_block(starts_ptr, tl.program_id(0), num_experts, BLOCK_M, BLOCK_EXPERTS)
     if expert >= num_experts:
@@ -175,34 +188,42 @@ def experts_down_kernel(
     m = begin + tl.arange(0, BLOCK_M)
     x_ptrs = x_ptr + m.to(tl.int64)[None, :] * num_inputs
     out = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for begin_k in tl.range(0, num_inputs, BLOCK_K, num_stages=NUM_STAGES):
-        k = begin_k + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptrs + k[:, None], mask=(m < end)[None, :] & (k < num_inputs)[:, None], other=0.0)
-        w = load_weight_tile(
-            values_address,
-            scales_address,
-            row_scales_address,
-            n,
-            begin_k,
-            num_outputs,
-            num_inputs,
-            DTYPE,
-            NUM_BITS,
-            IS_ALIGNED,
-            GROUP,
-            BLOCK_K,
-        )
-        out = tl.dot(w.to(DOT_DTYPE), x.to(DOT_DTYPE), out, input_precision="ieee")
+    first = tl.program_id(2) * k_per_split
+    for begin_k in tl.range(first, tl.minimum(first + k_per_split, num_inputs), BLOCK_K, num_stages=NUM_STAGES):
+        for k in tl.static_range(0, BLOCK_K, STEP):
+            out = add_product(
+                out,
+                load_columns(x_ptrs, m < end, begin_k + k, num_inputs, DOT_DTYPE, NUM_BITS, STEP),
+                values_address,
+                scales_address,
+                n,
+                begin_k + k,
+                num_outputs,
+                num_inputs,
+                DTYPE,
+                DOT_DTYPE,
+                NUM_BITS,
+                IS_ALIGNED,
+                IS_PTX,
+                BLOCK_M <= 32,
+                STEP,
+            )
+    out = scale_rows(out, row_scales_address, n, num_outputs, NUM_BITS)
     pairs = tl.load(pairs_ptr + m, mask=m < end, other=0)
-    places = pairs.to(tl.int64)[None, :] * num_outputs + n[:, None]
+    places = (pairs.to(tl.int64) * NUM_SPLITS + tl.program_id(2))[None, :] * num_outputs + n[:, None]
     tl.store(out_ptr + places, out, mask=(m < end)[None, :] & (n < num_outputs)[:, None])
 
 
 @triton.jit
-def weighted_sum_kernel(x_ptr, weights_ptr, out_ptr, size, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[t] = sum over j of weights[t, j] * x[t, j], j ascending. Grid: [num_tokens, ceil(size / BLOCK)].
+def weighted_sum_kernel(
+    x_ptr, weights_ptr, out_ptr, size, NUM_PARTS: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[t] = sum over j of weights[t, j] * (sum over s of x[t, j, s]), both ascending.
 
-    Shapes: x [num_tokens, NUM_PARTS, size] float32, weights [num_tokens, NUM_PARTS] float32, out [num_tokens, size]
+    Grid: [num_tokens, ceil(size / BLOCK)].
+
+    Shapes: x [num_tokens, NUM_PARTS, NUM_SPLITS, size] float32, weights [num_tokens, NUM_PARTS] float32,
+        out [num_tokens, size]
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -210,7 +231,11 @@ def weighted_sum_kernel(x_ptr, weights_ptr, out_ptr, size, NUM_PARTS: tl.constex
     total = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(NUM_PARTS):
         weight = tl.load(weights_ptr + token * NUM_PARTS + part)
-        total += weight * tl.load(x_ptr + (token * NUM_PARTS + part) * size + columns, mask=is_inside, other=0.0)
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for split in tl.static_range(NUM_SPLITS):
+            place = (token * NUM_PARTS + part) * NUM_SPLITS + split
+            sums += tl.load(x_ptr + place * size + columns, mask=is_inside, other=0.0)
+        total += weight * sums
     tl.store(out_ptr + token * size + columns, total.to(out_ptr.dtype.element_ty), mask=is_inside)
 
 
@@ -259,11 +284,18 @@ class Mixture:
         blocks = {matrix: self._blocks(shape, matrix, num_pairs) for matrix in ExpertMatrix}
         hidden = torch.empty(num_pairs, down.shape[1], dtype=x.dtype, device=x.device)
         _launch_up(x, up, routing, blocks[ExpertMatrix.UP], spec, hidden)
-        parts = torch.empty(num_pairs, hidden_size, dtype=torch.float32, device=x.device)
+        num_splits = blocks[ExpertMatrix.DOWN].tiles.num_splits
+        parts = torch.empty(num_pairs, num_splits, hidden_size, dtype=torch.float32, device=x.device)
         _launch_down(hidden, down, routing, blocks[ExpertMatrix.DOWN], parts)
         block = min(_SUM_BLOCK, triton.next_power_of_2(hidden_size))
         weighted_sum_kernel[(len(x), triton.cdiv(hidden_size, block))](
-            parts, routing.weights, out, hidden_size, NUM_PARTS=spec.num_experts_per_token, BLOCK=block
+            parts,
+            routing.weights,
+            out,
+            hidden_size,
+            NUM_PARTS=spec.num_experts_per_token,
+            NUM_SPLITS=num_splits,
+            BLOCK=block,
         )
 
     def _blocks(self, shape: MixtureShape, matrix: ExpertMatrix, num_pairs: int) -> _Blocks:
@@ -295,6 +327,7 @@ def _launch_up(x: Tensor, up: WeightTable, routing: Routing, blocks: _Blocks, sp
 def _launch_down(x: Tensor, down: WeightTable, routing: Routing, blocks: _Blocks, out: Tensor) -> None:
     num_experts = len(down.values)
     num_outputs, num_inputs = down.shape
+    tiles = blocks.tiles
     experts_down_kernel[_grid(len(routing.pairs), num_experts, num_outputs, blocks)](
         x,
         down.values,
@@ -306,6 +339,8 @@ def _launch_down(x: Tensor, down: WeightTable, routing: Routing, blocks: _Blocks
         num_experts,
         num_outputs,
         num_inputs,
+        triton.cdiv(triton.cdiv(num_inputs, tiles.num_splits), tiles.block_k) * tiles.block_k,
+        NUM_SPLITS=tiles.num_splits,
         **_constants(down, x.dtype, blocks),
     )
 
@@ -317,20 +352,21 @@ def _constants(table: WeightTable, dtype: torch.dtype, blocks: _Blocks) -> dict[
         "DOT_DTYPE": dot_dtype(dtype),
         "NUM_BITS": table.num_bits,
         "IS_ALIGNED": table.is_aligned,
-        "GROUP": QUANTIZATION_GROUP_SIZE,
+        "IS_PTX": is_ptx(),
         "BLOCK_EXPERTS": triton.next_power_of_2(len(table.values)),
         "BLOCK_M": blocks.rows,
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k,
+        "STEP": BLOCK_COLUMNS if table.num_bits else tiles.block_k,
         "NUM_STAGES": tiles.num_stages,
         "num_warps": tiles.num_warps,
     }
 
 
-def _grid(num_pairs: int, num_experts: int, num_outputs: int, blocks: _Blocks) -> tuple[int, int]:
+def _grid(num_pairs: int, num_experts: int, num_outputs: int, blocks: _Blocks) -> tuple[int, int, int]:
     """Each expert that has pairs may have one block that is not full."""
     num_blocks = num_pairs // blocks.rows + min(num_pairs, num_experts)
-    return num_blocks, triton.cdiv(num_outputs, blocks.tiles.block_n)
+    return num_blocks, triton.cdiv(num_outputs, blocks.tiles.block_n), blocks.tiles.num_splits
 
 
 def _turns(num_tokens: int, hidden_size: int, num_experts_per_token: int) -> list[slice]:

@@ -55,3 +55,10 @@ def unpack(words, DTYPE: tl.constexpr, IS_PTX: tl.constexpr):
 def _nibbles(words, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
     biased = (((words >> SHIFT) & 15) | 0x4300).to(tl.bfloat16, bitcast=True)
     return biased.to(DTYPE) - 136.0
+
+
+@triton.jit
+def half(pair, INDEX: tl.constexpr):
+    """One of the two float16 in an int32, as float32: the scales of a block's two groups."""
+    bits = pair >> 16 if INDEX == 1 else pair & 0xFFFF
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
