@@ -125,6 +125,15 @@ def test_quantized_experts(dtype, sizes, weight_format):
     assert_is_definition(x, logits, make_experts(4, weight_format, sizes), spec)
 
 
+@pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
+def test_quantized_experts_of_many_tokens(weight_format):
+    """With more than 32 rows integers are scaled, not sums."""
+    x, logits = make_input(40, 1, torch.float32)
+    assert block_rows(40, 1) > 32
+    spec = MixtureSpec(num_experts_per_token=1, renormalize=True, activation=Activation.SILU)
+    assert_is_definition(x, logits, make_experts(1, weight_format), spec)
+
+
 @pytest.mark.parametrize("weight_format", [torch.float32, WeightFormat.INT4], ids=str)
 def test_splits_of_the_downs_are_added_up(weight_format):
     """Of 4 splits of 150 columns in steps of 64, one has less and one nothing to add."""

@@ -137,6 +137,7 @@ class Dataflow:
         self._forced: LinearArm | None = None
         self._tried: Tiles | None = None
         self._default_tiles: dict[tuple[LinearShape, LinearArm], Tiles] = {}
+        self._default_expert_tiles: dict[tuple[MixtureShape, ExpertLaunch], Tiles] = {}
         self._tried_expert_tiles: dict[ExpertLaunch, Tiles] = {}
 
     @property
@@ -188,7 +189,10 @@ class Dataflow:
         tuned = self.tuned_mixtures.get(shape)
         if tuned is not None and launch in tuned.tiles:
             return tuned.tiles[launch]
-        return self._machine.expert_tiles(shape, launch)[0]
+        found = self._default_expert_tiles.get((shape, launch))
+        if found is None:
+            found = self._default_expert_tiles[shape, launch] = self._machine.expert_tiles(shape, launch)[0]
+        return found
 
     @contextmanager
     def trying_expert_tiles(self, launch: ExpertLaunch, tiles: Tiles) -> Iterator[None]:
