@@ -413,13 +413,19 @@ class OnlyZeros:
 
 def record_rows(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[object, ...]]]:
     runner = llm.engine.model.executor.worker._runner  # type: ignore[attr-defined]
-    run, recorded = runner.run, []
+    recorded = []
 
-    def spy(rows: list[Row]) -> torch.Tensor:
-        recorded.append([(row.token_ids, row.start, tuple(row.block_table)) for row in rows])
-        return run(rows)
+    def spy(name: str) -> None:
+        run = getattr(runner, name)
 
-    monkeypatch.setattr(runner, "run", spy)
+        def spied(rows: list[Row]) -> object:
+            recorded.append([(row.token_ids, row.start, tuple(row.block_table)) for row in rows])
+            return run(rows)
+
+        monkeypatch.setattr(runner, name, spied)
+
+    spy("run")
+    spy("next_logits")
     return recorded
 
 

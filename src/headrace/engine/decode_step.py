@@ -146,6 +146,19 @@ class DecodeStep:
         self._last = (layers, hidden_states, num_seqs) if layers.recording.replay is not None else None
         return hidden_states
 
+    def run_to_logits(self, rows: Sequence[Row]) -> Logits | None:
+        """`logits` of `run`, in one go; None, and nothing done, where one of the two is not recorded."""
+        num_seqs, num_rows = len(rows), self.sizes.of(len(rows))
+        layers, head = self._layers.get(num_rows), self._heads.get(num_rows)
+        if layers is None or head is None or layers.recording.replay is None or head.recording.replay is None:
+            return None
+        self.inputs.fill(rows, num_rows)
+        layers.recording.replay()
+        head.recording.replay()
+        self._last = None
+        logits = head.logits if num_seqs == num_rows else head.logits[:num_seqs]
+        return Logits(logits, head.largest(num_seqs))
+
     def logits(self, hidden_states: Tensor) -> Logits | None:
         """Logits of what the last run returned, valid until the next one; None of anything that was not replayed."""
         if self._last is None or self._last[1] is not hidden_states:

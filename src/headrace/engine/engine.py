@@ -175,8 +175,7 @@ class Engine:
         if self._pending:
             pending, self._pending = self._pending, {}
             return list(pending.values())
-        start_s = time.monotonic()
-        with _WithinAStep(self):
+        with _WithinAStep(self) as start_s:
             self._fill_pipeline()
             plan = self._in_flight.popleft()
             updates = self._collect(plan, start_s)
@@ -251,12 +250,6 @@ class Engine:
         earlier = self._pending.get(update.request_id)
         chunks = update.chunks if earlier is None else earlier.chunks + update.chunks
         self._pending[update.request_id] = update._replace(chunks=chunks)
-
-    def _end_step(self, busy_s: float, error: BaseException | None) -> None:
-        self._busy_s += busy_s
-        if error is not None:
-            # Which ranks saw how much of the plans is unknown: nothing of them can be kept.
-            self._fail_all(f"the step was cut short: {type(error).__name__}: {error}")
 
     def _fail_all(self, error: str) -> None:
         for state in list(self._requests.values()):
@@ -459,11 +452,15 @@ class _WithinAStep:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> float:
         self._start_s = time.monotonic()
+        return self._start_s
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        self._engine._end_step(time.monotonic() - self._start_s, error)
+        self._engine._busy_s += time.monotonic() - self._start_s
+        if error is not None:
+            # Which ranks saw how much of the plans is unknown: nothing of them can be kept.
+            self._engine._fail_all(f"the step was cut short: {type(error).__name__}: {error}")
 
 
 def _make_pace(model: LoadedModel) -> PromptPace | None:

@@ -39,8 +39,9 @@ class LocalExecutor:
         Raises:
             OutOfDeviceMemory: see `Worker.execute`.
         """
-        assert self._plan is not None, "nothing was submitted"
-        return self.worker.execute(self._plan)
+        plan, worker = self._plan, self._worker
+        assert plan is not None, "nothing was submitted"
+        return (worker or self.worker).execute(plan)
 
     def start_trace(self) -> None:
         self.worker.start_trace()

@@ -42,25 +42,43 @@ class OutputState:
 
         is_complete: nothing may follow it.
         """
-        output, before = self.output, len(self.output.text)
+        output = self.output
         output.token_ids.append(token.token_id)
         logprobs = None
         if output.logprobs is not None:
             logprobs = (decode_logprobs(token.logprobs, self._tokenizer),)
             output.logprobs.extend(logprobs)
         reason = self._check_token(token.token_id)
-        is_silent = reason is FinishReason.STOP and not self._params.include_stop_str_in_output
-        if is_complete:
-            # Before "length" too, which would say that something is missing.
-            reason = FinishReason.STOP
-        if self._take_text(token.token_id, is_silent=is_silent, is_last=reason is not None):
-            reason = FinishReason.STOP
-        output.finish_reason = reason.value if reason else None
-        chunk = self._chunk(before, (token.token_id,), logprobs)
+        if reason is None and not is_complete and self._matcher is None:
+            # Most tokens: nothing ends here, and nothing is held back.
+            text = "" if self._detokenizer is None else self._detokenizer.append(token.token_id)
+            output.text += text
+            chunk = CompletionChunk(index=output.index, text=text, token_ids=(token.token_id,), logprobs=logprobs)
+        else:
+            chunk = self._append_and_check(token.token_id, reason, logprobs, is_complete=is_complete)
         if self._last_token_s is not None:
             chunk.itl_s = now_s - self._last_token_s
         self._last_token_s = now_s
         return chunk
+
+    def _append_and_check(
+        self,
+        token_id: int,
+        reason: FinishReason | None,
+        logprobs: tuple[TokenLogprobs, ...] | None,
+        *,
+        is_complete: bool,
+    ) -> CompletionChunk:
+        """reason: why the token may be the last one, whatever its text."""
+        before = len(self.output.text)
+        is_silent = reason is FinishReason.STOP and not self._params.include_stop_str_in_output
+        if is_complete:
+            # Before "length" too, which would say that something is missing.
+            reason = FinishReason.STOP
+        if self._take_text(token_id, is_silent=is_silent, is_last=reason is not None):
+            reason = FinishReason.STOP
+        self.output.finish_reason = reason.value if reason else None
+        return self._chunk(before, (token_id,), logprobs)
 
     def stop(self) -> CompletionChunk:
         """End an output that no token is sampled for."""

@@ -91,6 +91,12 @@ class ModelRunner:
         device = self._decoder.kernels.device
         return self._forward(build_forward_batch(rows, self._kv_pool.spec.block_size, self._share, device))
 
+    def next_logits(self, rows: Sequence[Row]) -> Logits:
+        """`logits` of `run`, for rows of one token each, all of them to be sampled."""
+        is_small = len(rows) <= self._decode_step.sizes.largest
+        replayed = self._decode_step.run_to_logits(rows) if is_small else None
+        return self.logits(self.run(rows)) if replayed is None else replayed
+
     def logits(self, hidden_states: Tensor) -> Logits:
         """Logits of what `run` returned, or of some rows of that. Valid until the next call of either."""
         replayed = self._decode_step.logits(hidden_states)

@@ -97,20 +97,25 @@ class Sampler:
         Raises:
             ShapeError: logits and rows do not pair up.
         """
-        host = HostLogits(logits)
-        is_plain = [row.takes_largest for row in rows]
+        if largest is not None and not self._counts:
+            found = zip(rows, largest.token_ids.tolist(), largest.logits.tolist(), strict=True)
+            plain = [SampledToken(row.seq_id, i) for row, i, logit in found if row.takes_largest and isfinite(logit)]
+            if len(plain) == len(rows):
+                return SampleOutcome(tuple(plain), {})
+        return self._sample_host(HostLogits(logits), rows, largest)
+
+    def _sample_host(self, host: HostLogits, rows: Sequence[SamplingRow], largest: Largest | None) -> SampleOutcome:
         if largest is None:
             host.check(len(rows))
             candidates: Iterable[tuple[int, float]] = host.largest()
         else:
             candidates = zip(largest.token_ids.tolist(), largest.logits.tolist(), strict=True)
-        if self._counts or not all(is_plain):
-            self.follow(rows)
-            host.fetch([index for index, plain in enumerate(is_plain) if not plain])
+        self.follow(rows)
+        host.fetch([index for index, row in enumerate(rows) if not row.takes_largest])
         sampled: list[SampledToken] = []
         failed: dict[int, str] = {}
-        for index, (row, plain, (token_id, logit)) in enumerate(zip(rows, is_plain, candidates, strict=True)):
-            if plain and isfinite(logit):
+        for index, (row, (token_id, logit)) in enumerate(zip(rows, candidates, strict=True)):
+            if row.takes_largest and isfinite(logit):
                 sampled.append(SampledToken(row.seq_id, token_id))
                 continue
             try:

@@ -99,7 +99,7 @@ class Worker:
             # Each thread has a GPU of its own to launch on, the first one if it does not say, and callers are many.
             torch.cuda.set_device(self.device)
         try:
-            return self._run_traced(plan)
+            return self._run_checked(plan) if self._steps is None else self._run_traced(plan, self._steps)
         except OutOfDeviceMemory as error:
             reason, is_own = str(error), False
         except RuntimeError as error:
@@ -164,14 +164,12 @@ class Worker:
         self._sequences.clear()
         self._pooler.reset()
 
-    def _run_traced(self, plan: StepPlan) -> StepResult:
-        if self._steps is None:
-            return self._run_checked(plan)
+    def _run_traced(self, plan: StepPlan, steps: list[StepEvent]) -> StepResult:
         start_ns = time.monotonic_ns()
         result = self._run_checked(plan)
-        if len(self._steps) < MAX_EVENTS:
+        if len(steps) < MAX_EVENTS:
             phase, end_ns = _phase_of(plan), time.monotonic_ns()
-            self._steps.append(StepEvent(plan.step, phase, plan.num_tokens, len(plan.chunks), start_ns, end_ns))
+            steps.append(StepEvent(plan.step, phase, plan.num_tokens, len(plan.chunks), start_ns, end_ns))
         return result
 
     def _run_checked(self, plan: StepPlan) -> StepResult:
@@ -213,14 +211,15 @@ class Worker:
         return rows
 
     def _run(self, plan: StepPlan, sampling: Sequence[SamplingRow]) -> StepResult:
-        hidden_states = self._runner.run([self._sequences[chunk.seq_id].row(chunk) for chunk in plan.chunks])
-        if not self._runner.has_head:
-            return StepResult(sampled=(), prompt_logprobs=(), failed={})
-        if len(sampling) == len(plan.chunks) == plan.num_decode_tokens:
+        rows = [self._sequences[chunk.seq_id].row(chunk) for chunk in plan.chunks]
+        if len(sampling) == len(rows) == plan.num_decode_tokens:
             # Each row is the last token of an output: no prompt is to be scored or pooled.
-            logits, largest = self._runner.logits(hidden_states)
+            logits, largest = self._runner.next_logits(rows)
             outcome = self._sampler.sample(logits, sampling, largest)
             return StepResult(outcome.sampled, (), outcome.failed)
+        hidden_states = self._runner.run(rows)
+        if not self._runner.has_head:
+            return StepResult(sampled=(), prompt_logprobs=(), failed={})
         return self._sample(plan, hidden_states, sampling)
 
     def _set_phase(self, phase: Phase) -> None:
