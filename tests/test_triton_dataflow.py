@@ -14,15 +14,8 @@ from headrace.engine import tune
 from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.kernels import KernelChoice, resolve_kernels
 from headrace.kernels.dataflow import Dataflow, Rotation
-from headrace.kernels.tuning import (
-    DeviceTuningKey,
-    Inflections,
-    LinearArm,
-    LinearShape,
-    Tiles,
-    TunedShape,
-    TuningCache,
-)
+from headrace.kernels.tuning import LINEAR, Inflections, LinearArm, LinearShape, Tiles, TunedShape
+from headrace.kernels.tuning_cache import DeviceTuningKey, TuningCache
 from headrace.kernels.weights import DenseWeight
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -245,14 +238,15 @@ def test_tiles_are_kept(tmp_path):
         measured_on="2026-01-02",
         tiles={LinearArm.GEMV: FAST, LinearArm.FLAT_GEMM: Tiles(block_n=32, block_k=64, num_splits=2, num_stages=5)},
     )
-    TuningCache(key, tmp_path).add({shape_of(8, 8): tuned})
-    assert TuningCache(key, tmp_path).load() == {shape_of(8, 8): tuned}
+    TuningCache(key, tmp_path).keep(LINEAR, {shape_of(8, 8): tuned})
+    assert TuningCache(key, tmp_path).load(LINEAR) == {shape_of(8, 8): tuned}
 
 
 @pytest.mark.parametrize("change", ["device", "toolkit", "torch", "triton", "kernels"])
 def test_measurements_hold_for_one_device_and_its_software(change):
     facts = {"device": "a gpu", "toolkit": "cuda 13.0", "torch": "2", "triton": "3", "kernels": "0"}
-    assert DeviceTuningKey(**facts).file_name != DeviceTuningKey(**facts | {change: "other"}).file_name
+    caches = [TuningCache(DeviceTuningKey(**facts | changes)) for changes in ({}, {change: "other"})]
+    assert caches[0].file != caches[1].file
 
 
 def test_the_key_says_what_it_was_measured_on():

@@ -17,16 +17,8 @@ from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.errors import ConfigError
 from headrace.kernels import KernelChoice, resolve_kernels
 from headrace.kernels.dataflow import DEFAULT_INFLECTIONS, Dataflow
-from headrace.kernels.tuning import (
-    Inflections,
-    LinearArm,
-    LinearShape,
-    TunedShape,
-    TuningCache,
-    TuningKey,
-    default_folder,
-    find_inflections,
-)
+from headrace.kernels.tuning import LINEAR, Inflections, LinearArm, LinearShape, TunedShape, find_inflections
+from headrace.kernels.tuning_cache import TuningCache, TuningKey, default_folder
 
 pytest.importorskip("headrace.kernels.cpu", reason="the native module is not built", exc_type=ImportError)
 
@@ -108,10 +100,10 @@ def test_cache_keeps_what_it_was_given_and_what_was_there(tmp_path):
         TuningCache(KEY, tmp_path),
         LinearShape(weight_format=WeightFormat.INT8, out_features=1, in_features=2),
     )
-    assert cache.load() == {}
-    cache.add({SHAPE: TUNED})
-    cache.add({other: TUNED})
-    assert TuningCache(KEY, tmp_path).load() == {SHAPE: TUNED, other: TUNED}
+    assert cache.load(LINEAR) == {}
+    cache.keep(LINEAR, {SHAPE: TUNED})
+    cache.keep(LINEAR, {other: TUNED})
+    assert TuningCache(KEY, tmp_path).load(LINEAR) == {SHAPE: TUNED, other: TUNED}
     assert [file.suffix for file in tmp_path.iterdir()] == [".json"]
 
 
@@ -119,18 +111,18 @@ def test_cache_keeps_what_it_was_given_and_what_was_there(tmp_path):
     "change", [{"cpu": "b"}, {"num_threads": 3}, {"instruction_set": "portable"}, {"kernels": "4"}]
 )
 def test_measurements_hold_for_one_machine_and_one_build(tmp_path, change):
-    TuningCache(KEY, tmp_path).add({SHAPE: TUNED})
+    TuningCache(KEY, tmp_path).keep(LINEAR, {SHAPE: TUNED})
     other = TuningKey(**{"cpu": "a cpu", "num_threads": 2, "instruction_set": "avx2", "kernels": "0123", **change})
-    assert TuningCache(other, tmp_path).load() == {}
+    assert TuningCache(other, tmp_path).load(LINEAR) == {}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"linear": [{}]}', '{"linear": 3}', "\x00\xff"])
 def test_a_broken_file_counts_as_none_and_is_replaced(tmp_path, text):
     cache = TuningCache(KEY, tmp_path)
     cache.file.write_text(text)
-    assert cache.load() == {}
-    cache.add({SHAPE: TUNED})
-    assert cache.load() == {SHAPE: TUNED}
+    assert cache.load(LINEAR) == {}
+    cache.keep(LINEAR, {SHAPE: TUNED})
+    assert cache.load(LINEAR) == {SHAPE: TUNED}
 
 
 def test_the_cache_is_the_users(monkeypatch, tmp_path):

@@ -12,26 +12,21 @@ from tiny_model import write_tiny_model
 import headrace
 from headrace.cli.main import main
 from headrace.config import DataflowChoice, KvCacheFormat, Softmax, SoftmaxScheme, WeightFormat
-from headrace.engine import tune_attention
+from headrace.engine import tune_attention, tune_kinds
 from headrace.engine.softmax import resolve_softmax
-from headrace.engine.tune_attention import candidates, contexts_of, look_up_attention, measure_attention, measure_queued
+from headrace.engine.tune import look_up
+from headrace.engine.tune_attention import candidates, contexts_of, measure_attention, measure_queued
 from headrace.errors import ConfigError
 from headrace.kernels import KernelChoice, resolve_kernels
 from headrace.kernels.attention_tuning import (
+    ATTENTION,
     AttentionChoice,
     AttentionShape,
     TunedAttention,
     find_attention_choice,
-    keep_attention,
-    load_attention,
 )
-from headrace.kernels.tuning import (
-    Inflections,
-    LinearShape,
-    TunedShape,
-    TuningCache,
-    TuningKey,
-)
+from headrace.kernels.tuning import LINEAR, Inflections, LinearShape, TunedShape
+from headrace.kernels.tuning_cache import TuningCache, TuningKey
 from headrace.models.softmax_calibration import FILE_NAME, LogitRange, save_calibration
 
 pytest.importorskip("headrace.kernels.cpu", reason="the native module is not built", exc_type=ImportError)
@@ -138,24 +133,19 @@ def test_queued_calls_are_timed_for_every_choice():
     assert all(set(seconds) == {40, 100} and min(seconds.values()) > 0 for seconds in found.times.values())
 
 
-def test_ctrl_c_ends_a_measurement_without_a_result():
-    def run(choice, context_len):
-        if context_len == 512:
-            raise KeyboardInterrupt
+def test_ctrl_c_leaves_what_was_measured_before(tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
 
-    kernels = resolve_kernels(KernelChoice.CPU)
-    arguments = {"contexts": CONTEXTS, "num_threads": 2, "num_rounds": 1, "make_run": lambda *_: run}
-    assert measure_attention(kernels, SHAPE, **arguments) is None
-
-
-def test_tune_keeps_linear_layers_when_attention_was_skipped(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tune_attention, "measure_attention", lambda *_, **__: None)
+    monkeypatch.setattr(tune_kinds, "measure_attention", interrupted)
     folder = write_tiny_model(tmp_path / "model")
     assert main(["tune", "--model", str(folder), "--rounds", "1", "--threads", "2", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
+    assert list(report) == ["file", "linear", "attention", "prefill", "mixture"]
     assert report["attention"] is None
-    assert report["linear"]
-    assert load_attention(TuningCache(resolve_kernels(KernelChoice.CPU).tuning_key(2))) == {}
+    cache = TuningCache(resolve_kernels(KernelChoice.CPU).tuning_key(2))
+    assert len(report["linear"]) == len(cache.load(LINEAR)) == 5
+    assert cache.load(ATTENTION) == {}
 
 
 @pytest.mark.parametrize("cache_format", list(KvCacheFormat))
@@ -181,37 +171,37 @@ def test_attention_and_linear_layers_are_kept_side_by_side(tmp_path):
     linear = LinearShape(weight_format=WeightFormat.INT8, out_features=1, in_features=2)
     points = TunedShape(inflections=Inflections(flat_gemm_from=3, gemm_from=40), measured_on="2026-01-02")
     other = AttentionShape(cache_format=KvCacheFormat.BFLOAT16, num_heads=1, num_kv_heads=1, head_dim=8)
-    cache.add({linear: points})
-    keep_attention(cache, SHAPE, tuned())
-    keep_attention(cache, other, tuned(lazy=0.5))
-    cache.add({linear: points})
-    assert load_attention(TuningCache(KEY, tmp_path)) == {SHAPE: tuned(), other: tuned(lazy=0.5)}
-    assert TuningCache(KEY, tmp_path).load() == {linear: points}
+    cache.keep(LINEAR, {linear: points})
+    cache.keep(ATTENTION, {SHAPE: tuned()})
+    cache.keep(ATTENTION, {other: tuned(lazy=0.5)})
+    cache.keep(LINEAR, {linear: points})
+    assert TuningCache(KEY, tmp_path).load(ATTENTION) == {SHAPE: tuned(), other: tuned(lazy=0.5)}
+    assert TuningCache(KEY, tmp_path).load(LINEAR) == {linear: points}
 
 
 @pytest.mark.parametrize("section", ["3", "[3]", "[{}]", '[{"cache_format": "int8"}]', '{"a": 1}'])
 def test_a_broken_section_counts_as_none(tmp_path, section):
     cache = TuningCache(KEY, tmp_path)
     cache.file.write_text('{"linear": [], "attention": ' + section + "}")
-    assert load_attention(cache) == {}
-    keep_attention(cache, SHAPE, tuned())
-    assert load_attention(cache) == {SHAPE: tuned()}
+    assert cache.load(ATTENTION) == {}
+    cache.keep(ATTENTION, {SHAPE: tuned()})
+    assert cache.load(ATTENTION) == {SHAPE: tuned()}
 
 
 def test_a_model_with_shorter_contexts_leaves_what_was_measured_of_longer_ones(tmp_path):
     """It replaced them, so that tuning one model made another with the same heads forget its long contexts."""
     cache = TuningCache(KEY, tmp_path)
-    keep_attention(cache, SHAPE, tuned())
+    cache.keep(ATTENTION, {SHAPE: tuned()})
     shorter = {choice: {128: 0.5} for choice in candidates(SCHEMES, 2)}
-    assert keep_attention(cache, SHAPE, TunedAttention(measured_on="2026-01-03", times=shorter))
-    [found] = load_attention(cache).values()
+    assert cache.keep(ATTENTION, {SHAPE: TunedAttention(measured_on="2026-01-03", times=shorter)})
+    [found] = cache.load(ATTENTION).values()
     assert found.measured_on == "2026-01-03"
     assert set(map(tuple, map(dict.items, found.times.values()))) == {((128, 0.5), (512, 1.0), (2048, 1.0))}
 
 
 def test_a_cache_that_cannot_be_written_is_no_failure(tmp_path):
     (tmp_path / "file").write_text("")
-    assert not keep_attention(TuningCache(KEY, tmp_path / "file"), SHAPE, tuned())
+    assert not TuningCache(KEY, tmp_path / "file").keep(ATTENTION, {SHAPE: tuned()})
 
 
 # Who has the last word
@@ -300,10 +290,10 @@ def test_a_calibration_that_says_off_wins(tmp_path):
 @pytest.mark.parametrize("choice", [DataflowChoice.DEFAULT, DataflowChoice.GEMM])
 def test_what_was_kept_is_not_used_if_the_user_says_so(choice):
     kernels = resolve_kernels(KernelChoice.CPU)
-    keep_attention(TuningCache(kernels.tuning_key(2)), SHAPE, tuned(lazy=0.5))
-    assert look_up_attention(kernels, DataflowChoice.MEASURED, SHAPE, 2) == tuned(lazy=0.5)
-    assert look_up_attention(kernels, DataflowChoice.MEASURED, SHAPE, 3) is None
-    assert look_up_attention(kernels, choice, SHAPE, 2) is None
+    TuningCache(kernels.tuning_key(2)).keep(ATTENTION, {SHAPE: tuned(lazy=0.5)})
+    assert look_up(ATTENTION, kernels, DataflowChoice.MEASURED, 2) == {SHAPE: tuned(lazy=0.5)}
+    assert look_up(ATTENTION, kernels, DataflowChoice.MEASURED, 3) == {}
+    assert look_up(ATTENTION, kernels, choice, 2) == {}
 
 
 def test_pieces_of_the_dataflow_change_no_bit():
@@ -328,10 +318,10 @@ def test_tune_measures_keeps_and_later_starts_use_it(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "asynchronized softmax, contexts in at most 16 pieces" in out
     key = resolve_kernels(KernelChoice.CPU).tuning_key(2)
-    [(shape, found)] = load_attention(TuningCache(key)).items()
+    [(shape, found)] = TuningCache(key).load(ATTENTION).items()
     assert set(found.times) == set(candidates(SCHEMES, 2))
     times = {choice: {64: 1.0} for choice in found.times} | {AttentionChoice(scheme=LAZY, max_pieces=4): {64: 0.5}}
-    keep_attention(TuningCache(key), shape, TunedAttention(measured_on="2026-01-02", times=times))
+    TuningCache(key).keep(ATTENTION, {shape: TunedAttention(measured_on="2026-01-02", times=times)})
     measured = ["--softmax", "measured"]
     assert main(["info", "--model", str(folder), "--threads", "2", "--json", *measured]) == 0
     row = json.loads(capsys.readouterr().out)["dataflow"][-1]

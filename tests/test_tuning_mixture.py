@@ -8,20 +8,20 @@ import torch
 
 from headrace.cli.main import main
 from headrace.config import Activation, DataflowChoice, WeightFormat
-from headrace.engine import tune, tune_attention, tune_mixture
+from headrace.engine import tune_kinds, tune_mixture
 from headrace.engine.tune import look_up_dataflow
 from headrace.engine.tune_mixture import ModelMixtures, measure_mixture
-from headrace.kernels import Experts, KernelChoice, MixtureSpec, resolve_kernels
-from headrace.kernels.attention_tuning import AttentionChoice, TunedAttention
+from headrace.kernels import Experts, KernelChoice, MixtureSpec, resolve_kernels, timing
+from headrace.kernels.attention_tuning import ATTENTION, AttentionChoice, TunedAttention
 from headrace.kernels.mixture_tuning import (
+    MIXTURE,
     ExpertLaunch,
     ExpertMatrix,
     MixtureShape,
     TunedMixture,
-    keep_mixture,
-    load_mixtures,
 )
-from headrace.kernels.tuning import DeviceTuningKey, Inflections, LinearArm, Tiles, TunedShape, TuningCache
+from headrace.kernels.tuning import Inflections, LinearArm, Tiles, TunedShape
+from headrace.kernels.tuning_cache import DeviceTuningKey, TuningCache
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -72,19 +72,19 @@ def test_the_fastest_is_chosen_for_each_launch_and_of_equals_the_default():
 def test_measurements_are_kept_beside_others(tmp_path):
     cache = TuningCache(KEY, tmp_path)
     tuned, other = tuned_with(up={DEFAULT: 1.0, FAST: 0.5}), replace(SHAPE, weight_format=WeightFormat.INT4)
-    assert keep_mixture(cache, SHAPE, tuned)
-    assert keep_mixture(cache, other, tuned_with(down={DEFAULT: 2.0}))
-    cache.write("attention", [{"kept": 1}])
-    assert load_mixtures(cache) == {SHAPE: tuned, other: tuned_with(down={DEFAULT: 2.0})}
+    assert cache.keep(MIXTURE, {SHAPE: tuned})
+    assert cache.keep(MIXTURE, {other: tuned_with(down={DEFAULT: 2.0})})
+    cache.keep(ATTENTION, {})
+    assert cache.load(MIXTURE) == {SHAPE: tuned, other: tuned_with(down={DEFAULT: 2.0})}
 
 
 @pytest.mark.parametrize("section", [[{}], [{"times": 3}], "text", None])
 def test_a_broken_section_counts_as_none(tmp_path, section):
     cache = TuningCache(KEY, tmp_path)
-    keep_mixture(cache, SHAPE, tuned_with(up={DEFAULT: 1.0}))
+    cache.keep(MIXTURE, {SHAPE: tuned_with(up={DEFAULT: 1.0})})
     text = json.loads(cache.file.read_text())
     cache.file.write_text(json.dumps(text | {"mixture": section}))
-    assert load_mixtures(cache) == {}
+    assert cache.load(MIXTURE) == {}
 
 
 @pytest.mark.parametrize("limits", [H100, MI300], ids=["h100", "mi300"])
@@ -167,7 +167,7 @@ def test_each_launch_is_timed_with_each_of_its_tiles(monkeypatch):
             tried.setdefault(launch, []).append(tiles)
             return 1.0 if tiles == dataflow.expert_tile_choices(mixtures.shape, launch)[1] else 2.0
 
-    monkeypatch.setattr(tune_mixture, "time_calls", Timed)
+    monkeypatch.setattr(timing, "time_calls", Timed)
     tuned = measure_mixture(replace(kernels, mixture=mixture), mixtures, num_rounds=2)
     assert set(tuned.times) == {ExpertLaunch(matrix=m, block_rows=r) for m in ExpertMatrix for r in MOST_PAIRS}
     for launch in tuned.times:
@@ -175,16 +175,6 @@ def test_each_launch_is_timed_with_each_of_its_tiles(monkeypatch):
         assert tried[launch] == choices * 2
         assert tuned.tiles[launch] == choices[1]
         assert dataflow.expert_tiles(mixtures.shape, launch) == choices[0], "a measurement leaves the choice as it was"
-
-
-def test_ctrl_c_ends_a_measurement_without_a_result(monkeypatch):
-    kernels = resolve_kernels(KernelChoice.TRITON, device=DEVICE)
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    mixtures = make_mixtures(kernels)
-    assert measure_mixture(replace(kernels, mixture=interrupted), mixtures, num_rounds=1) is None
 
 
 def test_the_cpu_has_nothing_to_choose():
@@ -205,15 +195,18 @@ def test_tune_measures_mixtures_and_later_starts_use_and_explain_it(tmp_path, ca
         times = {e: dict(zip(dataflow.expert_tile_choices(shape, e), (2.0, 1.0), strict=False)) for e in launches}
         return TunedMixture(measured_on="2026-01-02", times=times)
 
-    monkeypatch.setattr(tune_mixture, "measure_mixture", measured)
+    monkeypatch.setattr(tune_kinds, "measure_mixture", measured)
     points = TunedShape(
         inflections=Inflections(flat_gemm_from=2, gemm_from=9),
         measured_on="2026-01-02",
         times={a: {} for a in LinearArm},
     )
-    monkeypatch.setattr(tune, "measure_shapes", lambda _kernels, _weights, shapes, **_: [(s, points) for s in shapes])
+    monkeypatch.setattr(
+        tune_kinds, "measure_shapes", lambda _kernels, _weights, shapes, **_: [(s, points) for s in shapes]
+    )
     attention = TunedAttention(measured_on="2026-01-02", times={AttentionChoice(): {64: 1.0}})
-    monkeypatch.setattr(tune_attention, "measure_attention", lambda *_, **__: attention)
+    monkeypatch.setattr(tune_kinds, "measure_attention", lambda *_, **__: attention)
+    monkeypatch.setattr(tune_kinds, "prefill_steps", lambda *_: [])
     folder = tmp_path / "model"
     BY_NAME["mixtral"].write(folder)
     assert main(["tune", "--model", str(folder), "--rounds", "1", "--device", DEVICE.type]) == 0

@@ -14,25 +14,27 @@ from triton_device import DEVICE
 import headrace
 from headrace.cli.main import main
 from headrace.config import DataflowChoice, KvCacheFormat
-from headrace.engine import tune_attention, tune_prefill
-from headrace.engine.tune_prefill import look_up_prefill, measure_prefill, prefill_steps
+from headrace.engine import tune_attention, tune_kinds, tune_prefill
+from headrace.engine.tune import look_up
+from headrace.engine.tune_prefill import prefill_steps
 from headrace.kernels import KernelChoice, resolve_kernels
 from headrace.kernels.attention_tuning import AttentionShape
 from headrace.kernels.prefill_tuning import (
+    PREFILL,
     PrefillArm,
     PrefillStep,
     TunedPrefill,
     explain_prefill,
     find_library_from,
-    keep_prefill,
-    load_prefill,
 )
 from headrace.kernels.triton.attention import Attention
-from headrace.kernels.tuning import DeviceTuningKey, TuningCache
+from headrace.kernels.tuning import LINEAR, Inflections, TunedShape
+from headrace.kernels.tuning_cache import DeviceTuningKey, TuningCache
 
 SHAPE = AttentionShape(cache_format=KvCacheFormat.INT8, num_heads=4, num_kv_heads=2, head_dim=16)
 KEY = DeviceTuningKey(device="a gpu", toolkit="cuda 13", torch="2", triton="3", kernels="0123")
 CHUNKS = (128, 512, 2048)
+POINTS = TunedShape(inflections=Inflections(flat_gemm_from=2, gemm_from=9), measured_on="2026-01-02")
 
 
 def step(num_tokens, cached=0):
@@ -81,14 +83,14 @@ def test_no_other_point_is_faster_by_more_than_ties(rows):
 def test_what_was_kept_is_read_again_beside_other_shapes(tmp_path):
     cache = TuningCache(KEY, tmp_path)
     other = AttentionShape(cache_format=KvCacheFormat.BFLOAT16, num_heads=1, num_kv_heads=1, head_dim=8)
-    assert keep_prefill(cache, SHAPE, tuned())
-    assert keep_prefill(cache, other, tuned(t128=0.5))
-    cache.add({})
-    assert load_prefill(TuningCache(KEY, tmp_path)) == {SHAPE: tuned(), other: tuned(t128=0.5)}
+    assert cache.keep(PREFILL, {SHAPE: tuned()})
+    assert cache.keep(PREFILL, {other: tuned(t128=0.5)})
+    cache.keep(LINEAR, {})
+    assert TuningCache(KEY, tmp_path).load(PREFILL) == {SHAPE: tuned(), other: tuned(t128=0.5)}
     cache.file.write_text('{"prefill": [{"cache_format": "int8"}]}')
-    assert load_prefill(cache) == {}
+    assert cache.load(PREFILL) == {}
     (tmp_path / "file").write_text("")
-    assert not keep_prefill(TuningCache(KEY, tmp_path / "file"), SHAPE, tuned())
+    assert not TuningCache(KEY, tmp_path / "file").keep(PREFILL, {SHAPE: tuned()})
 
 
 def test_steps_are_those_of_the_model_that_the_library_can_take():
@@ -97,17 +99,7 @@ def test_steps_are_those_of_the_model_that_the_library_can_take():
     assert [s.context_len for s in prefill_steps(kernels, SHAPE, 4300)][-2:] == [4096, 4224]
     no_heads = AttentionShape(cache_format=KvCacheFormat.INT8, num_heads=4, num_kv_heads=2, head_dim=20)
     assert prefill_steps(kernels, no_heads, 600) == []
-    assert measure_prefill(kernels, no_heads, max_model_len=600, num_rounds=1) is None
     assert prefill_steps(resolve_kernels(KernelChoice.REFERENCE), SHAPE, 600) == []
-
-
-def test_ctrl_c_ends_a_measurement_without_a_result(monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tune_prefill, "_timed", interrupted)
-    kernels = resolve_kernels(KernelChoice.TRITON, device=DEVICE)
-    assert measure_prefill(kernels, SHAPE, max_model_len=600, num_rounds=1) is None
 
 
 def test_tune_measures_both_and_later_starts_use_it(tmp_path, capsys, monkeypatch):
@@ -117,10 +109,8 @@ def test_tune_measures_both_and_later_starts_use_it(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(tune_attention, "_WORKING_SET_BYTES", 2**12)
     monkeypatch.setattr(tune_prefill, "CHUNKS", (8, 16))
     monkeypatch.setattr(tune_prefill, "CACHED", (0, 8))
-    monkeypatch.setattr(tune_attention, "measure_attention", lambda *_, **__: tune_attention_result())
-    monkeypatch.setattr("headrace.engine.tune.measure_shapes", lambda _, __, shapes, **___: dict.fromkeys(shapes))
-    monkeypatch.setattr("headrace.engine.tune.keep", lambda *_: True)
-    monkeypatch.setattr("headrace.cli.tune._json", lambda _: None)
+    monkeypatch.setattr(tune_kinds, "measure_attention", lambda *_, **__: tune_attention_result())
+    monkeypatch.setattr(tune_kinds, "measure_shapes", lambda _, __, shapes, **___: [(s, POINTS) for s in shapes])
     is_librarys, chosen = Attention._is_librarys, []
     monkeypatch.setattr(Attention, "_is_librarys", lambda *args: chosen.append(is_librarys(*args)) or chosen[-1])
     folder = write_tiny_model(tmp_path / "model")
@@ -131,9 +121,9 @@ def test_tune_measures_both_and_later_starts_use_it(tmp_path, capsys, monkeypatc
     assert all(set(row["seconds"]) == {"kernel", "library"} for row in report["steps"])
     kernels = resolve_kernels(KernelChoice.TRITON, device=DEVICE)
     cache = TuningCache(kernels.tuning_key(1))
-    [(shape, found)] = load_prefill(cache).items()
-    keep_prefill(cache, shape, tuned(t512=0.5, t2048=0.5))
-    assert look_up_prefill(kernels, DataflowChoice.DEFAULT, shape, 1) is None
+    [(shape, found)] = cache.load(PREFILL).items()
+    cache.keep(PREFILL, {shape: tuned(t512=0.5, t2048=0.5)})
+    assert look_up(PREFILL, kernels, DataflowChoice.DEFAULT, 1) == {}
     assert explain_prefill(found).endswith(f"(measured on {found.measured_on})")
     assert main(["info", "--model", str(folder), "--threads", "1", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)["dataflow"][-1]

@@ -9,11 +9,10 @@ from headrace.engine.device_memory import available_bytes, default_memory_fracti
 from headrace.engine.engine_plan import resolve_max_model_len, resolve_plan
 from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, resolve_kv_cache_format
 from headrace.engine.load_rank import resolve_softmax_of
-from headrace.engine.tune import look_up_dataflow
+from headrace.engine.tune import look_up, look_up_dataflow
 from headrace.engine.tune_attention import attention_shape
-from headrace.engine.tune_prefill import look_up_prefill
 from headrace.kernels import Kernels
-from headrace.kernels.prefill_tuning import explain_prefill
+from headrace.kernels.prefill_tuning import PREFILL, explain_prefill
 from headrace.machine import cpu_limits
 from headrace.models.model_folder import resolve_model_folder
 from headrace.models.source import open_model, resolve_formats
@@ -49,7 +48,7 @@ def dataflow_info(config: EngineConfig, kernels: Kernels) -> list[dict[str, str]
         {"attention": str(heads), "dataflow": softmax.reason},
     ]
     if kernels.library_prefill_obstacle is not None:
-        prefill = explain_prefill(look_up_prefill(kernels, config.dataflow, heads, num_threads))
+        prefill = explain_prefill(look_up(PREFILL, kernels, config.dataflow, num_threads).get(heads))
         rows.append({"attention": f"prompts of {heads}", "dataflow": prefill})
     return rows
 

@@ -21,11 +21,12 @@ from headrace.engine.runner import ModelRunner
 from headrace.engine.softmax import ChosenSoftmax, resolve_softmax
 from headrace.engine.step_memory import measure_step_bytes
 from headrace.engine.step_sizes import bucket_sizes, exact_sizes
-from headrace.engine.tune import LinearWeights, prepare_dataflow
-from headrace.engine.tune_attention import attention_shape, look_up_attention
-from headrace.engine.tune_prefill import look_up_prefill
+from headrace.engine.tune import LinearWeights, look_up, prepare_dataflow
+from headrace.engine.tune_attention import attention_shape
 from headrace.engine.worker import Worker
 from headrace.kernels import KernelChoice, Kernels, Recording, kernel_choice_from, resolve_kernels
+from headrace.kernels.attention_tuning import ATTENTION
+from headrace.kernels.prefill_tuning import PREFILL
 from headrace.layers.context import LayerContext
 from headrace.machine import cpu_limits
 from headrace.models.boundary import Boundary
@@ -153,7 +154,7 @@ def load_rank(
     softmax = resolve_softmax_of(config, kernels, folder, source.config, shape, cache_format, num_threads)
     if kernels.dataflow is not None:
         kernels.dataflow.max_pieces = softmax.max_pieces
-        prefill = look_up_prefill(kernels, config.dataflow, attention_shape(shape, cache_format), num_threads)
+        prefill = look_up(PREFILL, kernels, config.dataflow, num_threads).get(attention_shape(shape, cache_format))
         kernels.dataflow.library_prefill_from = None if prefill is None else prefill.library_from
     tp_group = world.fabric.make_group("tp", place.tp_ranks, kernels)
     pp_group = world.fabric.make_group("pp", place.pp_ranks, kernels)
@@ -257,7 +258,7 @@ def resolve_softmax_of(
         num_layers=model.num_hidden_layers,
         max_model_len=resolve_max_model_len(config.scheduler, model),
         cache_format=cache_format,
-        tuned=look_up_attention(kernels, config.dataflow, attention_shape(shape, cache_format), num_threads),
+        tuned=look_up(ATTENTION, kernels, config.dataflow, num_threads).get(attention_shape(shape, cache_format)),
     )
 
 

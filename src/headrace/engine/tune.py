@@ -1,8 +1,9 @@
 """Measures the linear layers of a loaded model and puts the result to use."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -10,9 +11,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from headrace.config import DataflowChoice
 from headrace.kernels import Kernels, QuantizedWeight, Weight
-from headrace.kernels.mixture_tuning import load_mixtures
-from headrace.kernels.tuning import LinearArm, LinearShape, TunedShape, TuningCache
+from headrace.kernels.mixture_tuning import MIXTURE
+from headrace.kernels.tuning import LINEAR, LinearArm, LinearShape, TunedShape
+from headrace.kernels.tuning_cache import Section, TuningCache
 from headrace.layers.parameter import Parameter
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 _MIN_WEIGHT_BYTES = 64 * 2**20
 """A smaller model answers before it could be measured, and hardly depends on it."""
@@ -73,9 +78,16 @@ def look_up_dataflow(kernels: Kernels, choice: DataflowChoice, num_threads: int)
         return None
     assert kernels.tuning_key is not None, "kernels with a choice have a key for its measurements"
     cache = TuningCache(kernels.tuning_key(num_threads))
-    dataflow.tuned.update(cache.load())
-    dataflow.tuned_mixtures.update(load_mixtures(cache))
+    dataflow.tuned.update(cache.load(LINEAR))
+    dataflow.tuned_mixtures.update(cache.load(MIXTURE))
     return cache
+
+
+def look_up(section: Section[K, V], kernels: Kernels, choice: DataflowChoice, num_threads: int) -> dict[K, V]:
+    """What was kept for this machine; nothing if the user chose not to have it used."""
+    if kernels.tuning_key is None or choice is not DataflowChoice.MEASURED:
+        return {}
+    return TuningCache(kernels.tuning_key(num_threads)).load(section)
 
 
 def prepare_dataflow(
@@ -98,13 +110,13 @@ def prepare_dataflow(
         return
     missing = [shape for shape in weights.by_shape if shape not in dataflow.tuned]
     if missing and weights.num_bytes >= min_weight_bytes:
-        measured = dict(
+        measured = until_interrupted(
             measure_shapes(
                 kernels, weights, missing, rows=dataflow.quick_rows, rounds=_QUICK_ROUNDS, show_progress=show_progress
             )
         )
         dataflow.tuned.update(measured)
-        keep(cache, measured)
+        cache.keep(LINEAR, measured)
 
 
 def measure_shapes(
@@ -117,7 +129,7 @@ def measure_shapes(
     show_progress: bool,
     compares_tiles: bool = False,
 ) -> Iterator[tuple[LinearShape, TunedShape]]:
-    """Each shape as it is measured. Ctrl-C ends it there, with what has been measured so far.
+    """Each shape as it is measured.
 
     compares_tiles: also of each implementation's tiles the best, where it has a choice; see `Dataflow.measure`.
     """
@@ -127,28 +139,25 @@ def measure_shapes(
     with measuring_progress(title, len(shapes), show_progress) as on_start:
         for shape in shapes:
             on_start(str(shape))
-            try:
-                tuned = kernels.dataflow.measure(
-                    kernels.linear,
-                    weights.by_shape[shape],
-                    shape,
-                    dtype=weights.dtype,
-                    num_rows=rows,
-                    num_rounds=rounds,
-                    compares_tiles=compares_tiles,
-                )
-            except KeyboardInterrupt:
-                return
+            tuned = kernels.dataflow.measure(
+                kernels.linear,
+                weights.by_shape[shape],
+                shape,
+                dtype=weights.dtype,
+                num_rows=rows,
+                num_rounds=rounds,
+                compares_tiles=compares_tiles,
+            )
             yield shape, tuned
 
 
-def keep(cache: TuningCache, shapes: Mapping[LinearShape, TunedShape]) -> bool:
-    """Save for the next start; whether that was possible. A cache that cannot be written is no reason to fail."""
-    try:
-        cache.add(shapes)
-    except OSError:
-        return False
-    return True
+def until_interrupted(measured: Iterable[tuple[K, V]]) -> dict[K, V]:
+    """What is measured until Ctrl-C, or the end."""
+    found = {}
+    with suppress(KeyboardInterrupt):
+        for key, value in measured:
+            found[key] = value
+    return found
 
 
 @contextmanager

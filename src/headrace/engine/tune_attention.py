@@ -1,19 +1,19 @@
 """Measures the decode attention of a model over the length of its context: softmax schemes and numbers of pieces."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from itertools import count
 
 import torch
 
-from headrace.config import DataflowChoice, KvCacheFormat, SoftmaxScheme
+from headrace.config import KvCacheFormat, SoftmaxScheme
 from headrace.engine.kv_cache_spec import RankShape
 from headrace.engine.tune import measuring_progress
 from headrace.kernels import AttentionSpec, Kernels, KvCacheSpec, SoftmaxSpec
-from headrace.kernels.attention_tuning import AttentionChoice, AttentionShape, TunedAttention, load_attention
-from headrace.kernels.timing import time_calls
-from headrace.kernels.tuning import TuningCache
+from headrace.kernels.attention_tuning import AttentionChoice, AttentionShape, TunedAttention
+from headrace.kernels.timing import best_of_rounds, timer_of
 
 CONTEXTS = (128, 512, 2048, 8192, 32768)
 
@@ -37,15 +37,6 @@ def attention_shape(shape: RankShape, cache_format: KvCacheFormat) -> AttentionS
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
     )
-
-
-def look_up_attention(
-    kernels: Kernels, choice: DataflowChoice, shape: AttentionShape, num_threads: int
-) -> TunedAttention | None:
-    """What `headrace tune` kept for this machine; None if nothing, or if the user chose not to have it used."""
-    if kernels.tuning_key is None or choice is not DataflowChoice.MEASURED:
-        return None
-    return load_attention(TuningCache(kernels.tuning_key(num_threads))).get(shape)
 
 
 def candidates(
@@ -72,11 +63,9 @@ def measure_attention(
     show_progress: bool = False,
     make_run: "MakeRun | None" = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> TunedAttention | None:
-    """Time every choice for each length of the context; None if Ctrl-C ends it.
-
-    As with linear layers, rounds go through the choices in turn, so that a busy moment of the machine falls on all of
-    them, and each one's best round counts. A GPU's calls are timed by its own clock, in a graph for each choice.
+) -> TunedAttention:
+    """Time every choice for each length of the context. A GPU's calls are timed by its own clock, in a graph for each
+    choice.
 
     make_run: what runs one token's attention; None takes the kernels, over a cache that outgrows the machine's.
     """
@@ -85,20 +74,17 @@ def measure_attention(
         choices = candidates(kernels.softmax_schemes, num_workers, _PROGRAMS_PER_MULTIPROCESSOR)
         return measure_queued(kernels, shape, choices, contexts, num_rounds=num_rounds, show_progress=show_progress)
     choices = candidates(kernels.softmax_schemes, num_threads)
-    times: dict[AttentionChoice, dict[int, float]] = {choice: {} for choice in choices}
-    try:
-        run = (make_run or _make_run)(kernels, shape, max(contexts))
-        with measuring_progress("measuring attention (Ctrl-C skips)", len(contexts), show_progress) as on_start:
-            for context_len in contexts:
-                on_start(f"{context_len} tokens")
-                for choice in choices * num_rounds:
-                    start = clock()
-                    run(choice, context_len)
-                    seconds = clock() - start
-                    times[choice][context_len] = min(seconds, times[choice].get(context_len, seconds))
-    except KeyboardInterrupt:
-        return None
-    return TunedAttention(measured_on=date.today().isoformat(), times=times)
+    run = (make_run or _make_run)(kernels, shape, max(contexts))
+
+    def seconds(choice: AttentionChoice, context_len: int) -> float:
+        start = clock()
+        run(choice, context_len)
+        return clock() - start
+
+    def timers(context_len: int) -> dict[AttentionChoice, Callable[[], float]]:
+        return {choice: partial(seconds, choice, context_len) for choice in choices}
+
+    return _tuned(choices, contexts, timers, num_rounds, show_progress)
 
 
 def measure_queued(
@@ -109,26 +95,31 @@ def measure_queued(
     *,
     num_rounds: int,
     show_progress: bool = False,
-) -> TunedAttention | None:
+) -> TunedAttention:
     """As `measure_attention`, where calls are queued: several in turn, over more than a GPU's cache holds."""
+    prepared = Contexts(kernels, shape, max(contexts))
+
+    def timers(context_len: int) -> dict[AttentionChoice, Callable[[], float]]:
+        num_calls = min(_MAX_CAPTURED_CALLS, prepared.num_contexts(context_len))
+        calls = {choice: [prepared.call(choice, context_len) for _ in range(num_calls)] for choice in choices}
+        return {choice: timer_of(same, device=kernels.device) for choice, same in calls.items()}
+
+    return _tuned(choices, contexts, timers, num_rounds, show_progress)
+
+
+def _tuned(
+    choices: Iterable[AttentionChoice],
+    contexts: Sequence[int],
+    timers: Callable[[int], Mapping[AttentionChoice, Callable[[], float]]],
+    num_rounds: int,
+    show_progress: bool,
+) -> TunedAttention:
     times: dict[AttentionChoice, dict[int, float]] = {choice: {} for choice in choices}
-    try:
-        prepared = Contexts(kernels, shape, max(contexts))
-        with measuring_progress("measuring attention (Ctrl-C skips)", len(contexts), show_progress) as on_start:
-            for context_len in contexts:
-                on_start(f"{context_len} tokens")
-                num_calls = min(_MAX_CAPTURED_CALLS, prepared.num_contexts(context_len))
-                timed = {
-                    choice: time_calls(
-                        [prepared.call(choice, context_len) for _ in range(num_calls)], device=kernels.device
-                    )
-                    for choice in choices
-                }
-                for choice in [*choices] * num_rounds:
-                    seconds = timed[choice].best_s(min_calls=1, min_s=0.0)
-                    times[choice][context_len] = min(seconds, times[choice].get(context_len, seconds))
-    except KeyboardInterrupt:
-        return None
+    with measuring_progress("measuring attention (Ctrl-C ends it)", len(contexts), show_progress) as on_start:
+        for context_len in contexts:
+            on_start(f"{context_len} tokens")
+            for choice, seconds in best_of_rounds(timers(context_len), num_rounds).items():
+                times[choice][context_len] = seconds
     return TunedAttention(measured_on=date.today().isoformat(), times=times)
 
 

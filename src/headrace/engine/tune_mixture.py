@@ -13,7 +13,7 @@ from headrace.engine.tune import measuring_progress
 from headrace.kernels import Experts, Kernels, MixtureSpec
 from headrace.kernels.dataflow import Dataflow
 from headrace.kernels.mixture_tuning import ExpertLaunch, ExpertMatrix, MixtureShape, TunedMixture
-from headrace.kernels.timing import time_calls
+from headrace.kernels.timing import best_of_rounds, timer_of
 from headrace.kernels.tuning import Tiles
 from headrace.models.decoder import Decoder
 
@@ -55,8 +55,8 @@ def _sizes(experts: Experts) -> tuple[int, tuple[int, int]]:
 
 def measure_mixture(
     kernels: Kernels, mixtures: ModelMixtures, *, num_rounds: int, show_progress: bool = False
-) -> TunedMixture | None:
-    """Time the whole mixture with each of the tiles that one of its launches may take; None if Ctrl-C ends it."""
+) -> TunedMixture:
+    """Time the whole mixture with each of the tiles that one of its launches may take."""
     dataflow = kernels.dataflow
     assert dataflow is not None, "there is nothing to choose"
     launches = [
@@ -64,34 +64,22 @@ def measure_mixture(
         for rows, matrix in product(dataflow.expert_block_rows, ExpertMatrix)
     ]
     times = {}
-    try:
-        with measuring_progress("measuring mixtures of experts (Ctrl-C skips)", len(launches), show_progress) as start:
-            for launch in launches:
-                start(str(launch))
-                times[launch] = _measure_launch(kernels, dataflow, mixtures, launch, num_rounds)
-    except KeyboardInterrupt:
-        return None
+    with measuring_progress("measuring mixtures of experts (Ctrl-C ends it)", len(launches), show_progress) as start:
+        for launch in launches:
+            start(str(launch))
+            times[launch] = best_of_rounds(_timers(kernels, dataflow, mixtures, launch), num_rounds)
     return TunedMixture(measured_on=date.today().isoformat(), times=times)
 
 
-def _measure_launch(
-    kernels: Kernels, dataflow: Dataflow, mixtures: ModelMixtures, launch: ExpertLaunch, num_rounds: int
-) -> dict[Tiles, float]:
-    """Rounds go through the tiles in turn, so that a busy moment falls on all of them; each one's best round counts."""
+def _timers(
+    kernels: Kernels, dataflow: Dataflow, mixtures: ModelMixtures, launch: ExpertLaunch
+) -> dict[Tiles, Callable[[], float]]:
     calls = _calls(kernels, mixtures, PAIRS_PER_EXPERT[launch.block_rows])
-    choices = [
-        tiles
+    return {
+        tiles: timer_of([partial(_run, dataflow, launch, tiles, call) for call in calls], device=kernels.device)
         for tiles in dataflow.expert_tile_choices(mixtures.shape, launch)
         if dataflow.can_run(partial(_run, dataflow, launch, tiles, calls[0]))
-    ]
-    timed = {
-        tiles: time_calls([partial(_run, dataflow, launch, tiles, call) for call in calls], device=kernels.device)
-        for tiles in choices
     }
-    best_s = dict.fromkeys(choices, float("inf"))
-    for tiles in choices * num_rounds:
-        best_s[tiles] = min(best_s[tiles], timed[tiles].best_s(min_calls=1, min_s=0.0))
-    return best_s
 
 
 def _run(dataflow: Dataflow, launch: ExpertLaunch, tiles: Tiles, call: Callable[[], object]) -> None:

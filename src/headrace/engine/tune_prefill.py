@@ -1,38 +1,25 @@
 """Measures the attention of prompts: this project's kernel and the library's, over chunks and their contexts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 
 import torch
 
-from headrace.config import DataflowChoice, KvCacheFormat, SoftmaxScheme
+from headrace.config import KvCacheFormat, SoftmaxScheme
 from headrace.engine.tune import measuring_progress
 from headrace.engine.tune_attention import Contexts
 from headrace.kernels import Kernels
 from headrace.kernels.attention_tuning import AttentionShape
 from headrace.kernels.dataflow import Dataflow
-from headrace.kernels.prefill_tuning import PrefillArm, PrefillStep, TunedPrefill, load_prefill
-from headrace.kernels.timing import TimedCalls, time_calls
-from headrace.kernels.tuning import TuningCache
+from headrace.kernels.prefill_tuning import PrefillArm, PrefillStep, TunedPrefill
+from headrace.kernels.timing import best_of_rounds, timer_of
 
 CHUNKS = (128, 256, 512, 1024, 2048, 4096)
 CACHED = (0, 4096)
 """Tokens of a context before the chunk."""
 
 _FORCED = {PrefillArm.KERNEL: None, PrefillArm.LIBRARY: 0}
-
-
-def look_up_prefill(
-    kernels: Kernels, choice: DataflowChoice, shape: AttentionShape, num_threads: int
-) -> TunedPrefill | None:
-    """What `headrace tune` kept for this machine; None if nothing, if there is no choice, or if the user chose not to
-    have it used."""
-    if kernels.tuning_key is None or kernels.library_prefill_obstacle is None:
-        return None
-    if choice is not DataflowChoice.MEASURED:
-        return None
-    return load_prefill(TuningCache(kernels.tuning_key(num_threads))).get(shape)
 
 
 def prefill_steps(kernels: Kernels, shape: AttentionShape, max_model_len: int) -> list[PrefillStep]:
@@ -51,28 +38,24 @@ def prefill_steps(kernels: Kernels, shape: AttentionShape, max_model_len: int) -
 
 
 def measure_prefill(
-    kernels: Kernels, shape: AttentionShape, *, max_model_len: int, num_rounds: int, show_progress: bool = False
-) -> TunedPrefill | None:
-    """Time both for each step, in turn, of which each one's best round counts; None where there is no choice, or if
-    Ctrl-C ends it."""
-    steps = prefill_steps(kernels, shape, max_model_len)
-    if not steps:
-        return None
+    kernels: Kernels,
+    shape: AttentionShape,
+    steps: Sequence[PrefillStep],
+    *,
+    num_rounds: int,
+    show_progress: bool = False,
+) -> TunedPrefill:
+    """Time both for each step."""
     times: dict[PrefillArm, dict[PrefillStep, float]] = {arm: {} for arm in PrefillArm}
-    try:
-        with measuring_progress("measuring prompts' attention (Ctrl-C skips)", len(steps), show_progress) as on_start:
-            for step in steps:
-                on_start(f"{step} tokens")
-                timed = _timed(kernels, shape, step)
-                for arm in [*PrefillArm] * num_rounds:
-                    seconds = timed[arm].best_s(min_calls=1, min_s=0.0)
-                    times[arm][step] = min(seconds, times[arm].get(step, seconds))
-    except KeyboardInterrupt:
-        return None
+    with measuring_progress("measuring prompts' attention (Ctrl-C ends it)", len(steps), show_progress) as on_start:
+        for step in steps:
+            on_start(f"{step} tokens")
+            for arm, seconds in best_of_rounds(_timers(kernels, shape, step), num_rounds).items():
+                times[arm][step] = seconds
     return TunedPrefill(measured_on=date.today().isoformat(), times=times)
 
 
-def _timed(kernels: Kernels, shape: AttentionShape, step: PrefillStep) -> dict[PrefillArm, TimedCalls]:
+def _timers(kernels: Kernels, shape: AttentionShape, step: PrefillStep) -> dict[PrefillArm, Callable[[], float]]:
     dataflow = kernels.dataflow
     assert dataflow is not None, "there is nothing to choose"
     prepared = Contexts(kernels, shape, step.context_len, step.num_tokens)
@@ -86,7 +69,7 @@ def _timed(kernels: Kernels, shape: AttentionShape, step: PrefillStep) -> dict[P
 
         return run
 
-    return {arm: time_calls([call(arm)], device=kernels.device) for arm in PrefillArm}
+    return {arm: timer_of([call(arm)], device=kernels.device) for arm in PrefillArm}
 
 
 @contextmanager

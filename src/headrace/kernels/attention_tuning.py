@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from headrace.config import KvCacheFormat, SoftmaxScheme
-from headrace.kernels.tuning import TIE, TuningCache
+from headrace.kernels.tuning import TIE
+from headrace.kernels.tuning_cache import Section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,33 +74,13 @@ def find_attention_choice(times: AttentionTimes, schemes: Collection[SoftmaxSche
     return next(choice for choice, found in regrets.items() if found <= good)
 
 
-def load_attention(cache: TuningCache) -> dict[AttentionShape, TunedAttention]:
-    """What was kept; nothing if that cannot be read."""
-    try:
-        return dict(map(_from_json, cache.read("attention")))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def keep_attention(cache: TuningCache, shape: AttentionShape, tuned: TunedAttention) -> bool:
-    """Save for the next start, beside contexts that only an earlier measurement has; whether that was possible. A cache
-    that cannot be written is no reason to fail."""
-    known = load_attention(cache)
-    known[shape] = _join(known[shape], tuned) if shape in known else tuned
-    try:
-        cache.write("attention", [attention_to_json(*item) for item in known.items()])
-    except OSError:
-        return False
-    return True
-
-
 def _join(earlier: TunedAttention, tuned: TunedAttention) -> TunedAttention:
     """A model with shorter contexts may have the same heads."""
     times = {choice: {**earlier.times.get(choice, {}), **seconds} for choice, seconds in tuned.times.items()}
     return TunedAttention(measured_on=tuned.measured_on, times=times)
 
 
-def attention_to_json(shape: AttentionShape, tuned: TunedAttention) -> dict[str, Any]:
+def _to_json(shape: AttentionShape, tuned: TunedAttention) -> dict[str, Any]:
     return {
         **asdict(shape),
         "cache_format": shape.cache_format.value,
@@ -131,3 +112,6 @@ def _from_json(entry: dict[str, Any]) -> tuple[AttentionShape, TunedAttention]:
         choice = AttentionChoice(scheme=SoftmaxScheme(row["scheme"]), max_pieces=pieces)
         times[choice] = {int(n): float(seconds) for n, seconds in row["seconds"].items()}
     return shape_from_json(entry), TunedAttention(measured_on=str(entry["measured_on"]), times=times)
+
+
+ATTENTION = Section(name="attention", to_json=_to_json, from_json=_from_json, join=_join)

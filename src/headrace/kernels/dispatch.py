@@ -15,7 +15,7 @@ from headrace.config import SoftmaxScheme
 from headrace.errors import BackendUnavailable, ConfigError, nearest_name
 from headrace.kernels import ops, reference
 from headrace.kernels.dataflow import Dataflow
-from headrace.kernels.tuning import DeviceTuningKey, TuningKey
+from headrace.kernels.tuning_cache import DeviceTuningKey, TuningKey
 from headrace.machine import cpu_name
 
 KERNELS_VARIABLE = "HEADRACE_KERNELS"

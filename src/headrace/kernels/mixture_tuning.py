@@ -12,7 +12,8 @@ from functools import cached_property
 from typing import Any
 
 from headrace.config import WeightFormat
-from headrace.kernels.tuning import TIE, Tiles, TuningCache
+from headrace.kernels.tuning import TIE, Tiles
+from headrace.kernels.tuning_cache import Section
 
 
 class ExpertMatrix(Enum):
@@ -64,24 +65,7 @@ def _best(seconds: Mapping[Tiles, float]) -> Tiles:
     return next(tiles for tiles, found_s in seconds.items() if found_s <= limit_s)
 
 
-def load_mixtures(cache: TuningCache) -> dict[MixtureShape, TunedMixture]:
-    """What was kept; nothing if that cannot be read."""
-    try:
-        return dict(map(_from_json, cache.read("mixture")))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def keep_mixture(cache: TuningCache, shape: MixtureShape, tuned: TunedMixture) -> bool:
-    """Save for the next start; whether that was possible. A cache that cannot be written is no reason to fail."""
-    try:
-        cache.write("mixture", [mixture_to_json(*item) for item in (load_mixtures(cache) | {shape: tuned}).items()])
-    except OSError:
-        return False
-    return True
-
-
-def mixture_to_json(shape: MixtureShape, tuned: TunedMixture) -> dict[str, Any]:
+def _to_json(shape: MixtureShape, tuned: TunedMixture) -> dict[str, Any]:
     return {
         **asdict(shape),
         "weight_format": shape.weight_format.value,
@@ -108,3 +92,6 @@ def _from_json(entry: dict[str, Any]) -> tuple[MixtureShape, TunedMixture]:
         times.setdefault(launch, {})[tiles] = float(row["seconds"])
     shape = MixtureShape(weight_format=WeightFormat(entry["weight_format"]), **sizes)
     return shape, TunedMixture(measured_on=str(entry["measured_on"]), times=times)
+
+
+MIXTURE = Section(name="mixture", to_json=_to_json, from_json=_from_json)

@@ -10,7 +10,8 @@ from enum import Enum
 from typing import Any
 
 from headrace.kernels.attention_tuning import AttentionShape, shape_from_json
-from headrace.kernels.tuning import TIE, TuningCache
+from headrace.kernels.tuning import TIE
+from headrace.kernels.tuning_cache import Section
 
 
 class PrefillArm(Enum):
@@ -76,25 +77,7 @@ def explain_prefill(tuned: TunedPrefill | None) -> str:
     return f"{choice} (measured on {tuned.measured_on})"
 
 
-def load_prefill(cache: TuningCache) -> dict[AttentionShape, TunedPrefill]:
-    """What was kept; nothing if that cannot be read."""
-    try:
-        return dict(map(_from_json, cache.read("prefill")))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def keep_prefill(cache: TuningCache, shape: AttentionShape, tuned: TunedPrefill) -> bool:
-    """Save for the next start, in place of what was measured before; whether that was possible."""
-    known = load_prefill(cache) | {shape: tuned}
-    try:
-        cache.write("prefill", [prefill_to_json(*item) for item in known.items()])
-    except OSError:
-        return False
-    return True
-
-
-def prefill_to_json(shape: AttentionShape, tuned: TunedPrefill) -> dict[str, Any]:
+def _to_json(shape: AttentionShape, tuned: TunedPrefill) -> dict[str, Any]:
     return {
         **asdict(shape),
         "cache_format": shape.cache_format.value,
@@ -114,3 +97,6 @@ def _from_json(entry: dict[str, Any]) -> tuple[AttentionShape, TunedPrefill]:
         for arm, seconds in times.items():
             seconds[step] = float(row["seconds"][arm.value])
     return shape_from_json(entry), TunedPrefill(measured_on=str(entry["measured_on"]), times=times)
+
+
+PREFILL = Section(name="prefill", to_json=_to_json, from_json=_from_json)

@@ -6,15 +6,17 @@ the device's own clock is read before and after it.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from headrace.kernels.capturing import capturing
 
 Call = Callable[[], object]
+C = TypeVar("C")
 
 _MIN_GRAPH_CALLS = 24
 """Calls of one graph, at least: what starting a graph takes is shared by so many."""
@@ -38,6 +40,22 @@ def time_calls(calls: Sequence[Call], device: torch.device) -> TimedCalls:
     calls: at least one; on a GPU each is made once here, so that kernels are compiled before any is timed.
     """
     return _QueuedCalls(calls) if device.type == "cuda" else _HostCalls(calls)
+
+
+def timer_of(calls: Sequence[Call], device: torch.device) -> Callable[[], float]:
+    """For `best_of_rounds`: seconds of a call of `time_calls`, measured once."""
+    return partial(time_calls(calls, device).best_s, min_calls=1, min_s=0.0)
+
+
+def best_of_rounds(timers: Mapping[C, Callable[[], float]], num_rounds: int) -> dict[C, float]:
+    """The least seconds that each timer gives.
+
+    Rounds go through all of them in turn, so that a busy moment of the machine falls on all; each one's best counts.
+    """
+    best_s = dict.fromkeys(timers, float("inf"))
+    for choice in [*timers] * num_rounds:
+        best_s[choice] = min(best_s[choice], timers[choice]())
+    return best_s
 
 
 class _HostCalls:

@@ -5,18 +5,15 @@ measured offline and looked up at run time. Where the paper takes the first cros
 the least total regret over all M measured: one noisy timing, or a crossing that never comes, does not lead it astray.
 """
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from hashlib import sha256
 from itertools import combinations_with_replacement
-from pathlib import Path
 from typing import Any
 
 from headrace.config import WeightFormat
+from headrace.kernels.tuning_cache import Section
 
 TIE = 1.02
 """Two times within this ratio are equal: noise is larger than what choosing between them could win."""
@@ -118,35 +115,6 @@ def _distance(pair: Inflections, default: Inflections) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningKey:
-    """What a measurement holds for. kernels: a digest of the compiled kernels."""
-
-    cpu: str
-    num_threads: int
-    instruction_set: str
-    kernels: str
-
-    @property
-    def file_name(self) -> str:
-        return _file_name(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceTuningKey:
-    """The same for a GPU. toolkit: version of CUDA or ROCm; kernels: a digest of the sources of the kernels."""
-
-    device: str
-    toolkit: str
-    torch: str
-    triton: str
-    kernels: str
-
-    @property
-    def file_name(self) -> str:
-        return _file_name(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TunedShape:
     """times: what was measured, for people and plots; only inflections and tiles are used.
 
@@ -159,66 +127,7 @@ class TunedShape:
     tiles: Mapping[LinearArm, Tiles] = field(default_factory=dict)
 
 
-_SECTIONS = ("linear", "attention", "prefill", "mixture")
-
-
-class TuningCache:
-    """Measurements of this user's machine, one file for each key.
-
-    A file that cannot be read counts as none: what it held can be measured again.
-    """
-
-    def __init__(self, key: TuningKey | DeviceTuningKey, folder: Path | None = None) -> None:
-        self._key = key
-        self.file = (folder or default_folder()) / key.file_name
-
-    def load(self) -> dict[LinearShape, TunedShape]:
-        try:
-            return dict(map(_shape_from_json, self.read("linear")))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return {}
-
-    def read(self, section: str) -> list[dict[str, Any]]:
-        """The entries of a section as JSON has them; none if the file or the section is missing or broken."""
-        try:
-            entries = json.loads(self.file.read_text())[section]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
-        return entries if isinstance(entries, list) else []
-
-    def add(self, shapes: Mapping[LinearShape, TunedShape]) -> None:
-        """Keep these too.
-
-        Raises:
-            OSError: the folder cannot be written to.
-        """
-        self.write("linear", [_shape_to_json(shape, tuned) for shape, tuned in ({**self.load(), **shapes}).items()])
-
-    def write(self, section: str, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Replace one section and leave the others. Written beside the file and moved over it, so that a reader never
-        sees half of one.
-
-        Raises:
-            OSError: the folder cannot be written to.
-        """
-        sections = {name: self.read(name) for name in _SECTIONS} | {section: list(entries)}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(f".{os.getpid()}.part")
-        partial.write_text(json.dumps({"key": asdict(self._key), **sections}, indent=1))
-        partial.replace(self.file)
-
-
-def default_folder() -> Path:
-    """The user's cache, as the XDG base directory specification places it."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "headrace" / "tuning"
-
-
-def _file_name(key: TuningKey | DeviceTuningKey) -> str:
-    return sha256(json.dumps(asdict(key), sort_keys=True).encode()).hexdigest()[:16] + ".json"
-
-
-def _shape_to_json(shape: LinearShape, tuned: TunedShape) -> dict[str, Any]:
+def _to_json(shape: LinearShape, tuned: TunedShape) -> dict[str, Any]:
     return {
         "weight_format": shape.weight_format.value,
         "out_features": shape.out_features,
@@ -230,7 +139,7 @@ def _shape_to_json(shape: LinearShape, tuned: TunedShape) -> dict[str, Any]:
     }
 
 
-def _shape_from_json(entry: dict[str, Any]) -> tuple[LinearShape, TunedShape]:
+def _from_json(entry: dict[str, Any]) -> tuple[LinearShape, TunedShape]:
     shape = LinearShape(
         weight_format=WeightFormat(entry["weight_format"]),
         out_features=int(entry["out_features"]),
@@ -244,3 +153,6 @@ def _shape_from_json(entry: dict[str, Any]) -> tuple[LinearShape, TunedShape]:
 
 def _tiles_from_json(entry: dict[str, Any]) -> Tiles:
     return Tiles(**{name: int(value) for name, value in entry.items()})
+
+
+LINEAR = Section(name="linear", to_json=_to_json, from_json=_from_json)

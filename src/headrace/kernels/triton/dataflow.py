@@ -19,7 +19,8 @@ from headrace.kernels.mixture_tuning import ExpertLaunch, MixtureShape
 from headrace.kernels.triton.expert_tiles import MOST_PAIRS, expert_tile_choices
 from headrace.kernels.triton.limits import device_limits
 from headrace.kernels.triton.tiles import default_inflections, tile_choices
-from headrace.kernels.tuning import DeviceTuningKey, Inflections, LinearArm, LinearShape, Tiles
+from headrace.kernels.tuning import Inflections, LinearArm, LinearShape, Tiles
+from headrace.kernels.tuning_cache import DeviceTuningKey
 from headrace.kernels.weights import Weight
 
 _MIN_LAUNCHES, _MAX_LAUNCHES = 16, 256
