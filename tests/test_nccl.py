@@ -311,7 +311,7 @@ class TestEnd:
         fabric.check = check
         place = Place(rank=0, config=ParallelConfig())
         world = World(place, fabric, {}, {}, num_ranks_on_host=1, local_rank=0)
-        executor = RankedExecutor(world, SimpleNamespace(try_to_execute=execute))
+        executor = RankedExecutor(world, SimpleNamespace(try_to_execute=execute, knows_of_all=lambda _plan: True))
         plan = StepPlan(step=0, sampled=(), new=(), finished=(), chunks=(), num_decode_tokens=0)
         with pytest.raises(RankError, match=r"^rank 0 failed: exchanges have been ended: one of group tp"):
             executor.submit(plan)
@@ -327,7 +327,7 @@ class TestEnd:
 
         place = Place(rank=0, config=ParallelConfig(tensor_parallel_size=2))
         world = World(place, NoFabric(), {}, {}, num_ranks_on_host=1, local_rank=0)
-        executor = RankedExecutor(world, SimpleNamespace(try_to_execute=execute))
+        executor = RankedExecutor(world, SimpleNamespace(try_to_execute=execute, knows_of_all=lambda _plan: True))
         plan = StepPlan(step=0, sampled=(), new=(), finished=(), chunks=(), num_decode_tokens=0)
         with pytest.raises(RankError, match=r"^rank 1 has gone$"):
             executor.submit(plan)

@@ -12,6 +12,7 @@ from thread_world import thread_llm
 
 from headrace import LLM, RequestOutput, SamplingParams
 from headrace.engine import load_rank, start
+from headrace.parallel.world import World
 
 LITERAL = dict.fromkeys(("shard_embedding", "send_residual", "slice_boundary", "gather_logits"), True)
 CASES = {
@@ -90,7 +91,14 @@ def test_and_of_processes(folders, monkeypatch, caplog) -> None:
     with closing(LLM(str(folder), dtype="float32", **settings)) as llm:
         assert_same(run(llm), expected)
         assert llm.engine.model.executor.exchange_differences() == []
+        monkeypatch.setattr(World, "receive", unexpected)
+        llm.generate({"prompt_token_ids": PROMPTS[2]}, PARAMS[0])
+        monkeypatch.undo()
     assert caplog.text.count("a step does not fit the memory of") >= 2
+
+
+def unexpected(_world: World, rank: int) -> bytes:
+    raise AssertionError(f"ranks that sample together know of each other, but rank {rank} is asked")
 
 
 def op_by_op(resolve):

@@ -73,6 +73,9 @@ class ThreadExecutor:
     def submit(self, plan: StepPlan) -> None:
         results = list(self._pool.map(lambda worker: self._execute(worker, plan), self.workers))
         without_room = [result for result in results if isinstance(result, OutOfDeviceMemory)]
+        if any(worker.knows_of_all(plan) for worker in self.workers):
+            assert all(worker.knows_of_all(plan) for worker in self.workers)
+            assert len(without_room) in (0, len(results)), "a rank has not heard of one without memory"
         first, *others = results[-len(self._reporters) :]
         assert without_room or all(other == first for other in others), "ranks have sampled different tokens"
         self._results.append(without_room[0] if without_room else first)

@@ -25,10 +25,12 @@ def follow(world: World, worker: Worker) -> None:
             worker.decode_step.forget()
             return
         if kind is Kind.PLAN:
-            answer = worker.try_to_execute(decode_plan(message[1:]))
+            plan = decode_plan(message[1:])
+            answer = worker.try_to_execute(plan)
             # A GPU goes on where an exchange was cut short, with whatever its memory holds.
             world.check()
-            world.send(0, encode_answer(answer, reports=world.place.reports))
+            if not worker.knows_of_all(plan):
+                world.send(0, encode_answer(answer, reports=world.place.reports))
         else:
             world.send(0, json.dumps(_answer(kind, world, worker)).encode())
 

@@ -60,8 +60,16 @@ class HollowStep:
 
     def brings_candidates(self, events: Iterable[Event]) -> bool:
         """Whether ranks sample together in the step, each from what all have brought, and may exchange more for it."""
-        is_sampled = any(isinstance(event, SampledRows) for event in events)
-        return is_sampled and self._samples_together and not self._parallel.gather_logits
+        return self._brings_candidates and any(isinstance(event, SampledRows) for event in events)
+
+    @property
+    def tells_all(self) -> bool:
+        """Whether every rank brings candidates where a step samples, and so hears there of one that has no memory."""
+        return self._brings_candidates and self._parallel.pipeline_parallel_size == 1
+
+    @property
+    def _brings_candidates(self) -> bool:
+        return self._samples_together and not self._parallel.gather_logits
 
     @property
     def _samples_together(self) -> bool:

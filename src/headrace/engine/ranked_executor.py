@@ -20,8 +20,8 @@ _CLOCK_QUESTIONS = 16
 
 
 class RankedExecutor:
-    """Rank 0's executor: sends each plan to every rank, runs its own part, hears from all that it fitted, and takes the
-    tokens of the last stage.
+    """Rank 0's executor: sends each plan to every rank, runs its own part, hears from all whether it fitted, unless
+    what they have exchanged says so, and takes the tokens of the last stage.
 
     Raises:
         RankError: a rank died, stalled or failed, from whatever was going on at that time; and
@@ -33,7 +33,8 @@ class RankedExecutor:
         self._world = world
         self._config = world.place.config
         self._reporter = self._config.world_size - self._config.tensor_parallel_size
-        self._own_answers: list[StepResult | OutOfDeviceMemory] = []
+        self._own_answers: list[tuple[StepResult | OutOfDeviceMemory, bool]] = []
+        """With each whether it is that of all ranks."""
         self._has_failed = False
         self._close = weakref.finalize(self, _close_in, os.getpid(), world)
 
@@ -60,7 +61,7 @@ class RankedExecutor:
             answer = self.worker.try_to_execute(plan)
             # A GPU goes on where an exchange was cut short, with whatever its memory holds.
             self._world.check()
-            self._own_answers.append(answer)
+            self._own_answers.append((answer, self.worker.knows_of_all(plan)))
         except BaseException as error:
             raise self._failed(error) from None
 
@@ -69,9 +70,11 @@ class RankedExecutor:
         Raises:
             OutOfDeviceMemory: of any rank.
         """
-        answers: list[StepResult | OutOfDeviceMemory | None] = [self._own_answers.pop(0)]
+        own, is_of_all = self._own_answers.pop(0)
+        answers: list[StepResult | OutOfDeviceMemory | None] = [own]
         try:
-            answers += [decode_answer(self._world.receive(rank)) for rank in self._world.control]
+            if not is_of_all:
+                answers += [decode_answer(self._world.receive(rank)) for rank in self._world.control]
         except BaseException as error:
             raise self._failed(error) from None
         for answer in answers:

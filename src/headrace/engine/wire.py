@@ -23,7 +23,8 @@ _OUT_OF_MEMORY = b"!"
 
 
 class Kind(Enum):
-    """First byte of what rank 0 says to another rank; all but the end are asked for an answer."""
+    """First byte of what rank 0 says to another rank; all but the end, and plans whose exchanges say whether they
+    fitted (`Worker.knows_of_all`), are asked for an answer."""
 
     PLAN = b"p"
     LEDGER = b"l"

@@ -119,6 +119,12 @@ class Worker:
         except OutOfDeviceMemory as error:
             return error.with_traceback(None)
 
+    def knows_of_all(self, plan: StepPlan) -> bool:
+        """Whether `execute` has told whether the plan fitted all ranks, not this one alone: equal on all of them."""
+        if self._exchanges is None or not self._exchanges.hollow.tells_all:
+            return False
+        return any(chunk.samples for chunk in plan.chunks)
+
     def start_trace(self) -> None:
         """Keep steps and exchanges one by one from now on."""
         self._steps = []
