@@ -1,39 +1,32 @@
 """The loop: requests in, steps planned and run, updates out."""
 
 import logging
-import secrets
 import time
-from bisect import bisect_left
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
-from operator import index
 from typing import SupportsIndex
 
 from headrace.cache.block_manager import BlockManager
 from headrace.config import PoolingParams, SamplingParams
+from headrace.engine.engine_counters import EngineCounters
 from headrace.engine.grammar import Grammar, GrammarCompiler
 from headrace.engine.guides import Guides
 from headrace.engine.load import LoadedModel
-from headrace.engine.metrics import STEP_TOKENS, EngineMetrics, EngineStatistics
+from headrace.engine.metrics import EngineMetrics, EngineStatistics
 from headrace.engine.outputs import CompletionChunk, RequestUpdate
 from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.prompt_pace import PromptPace
 from headrace.engine.rank_statistics import exchange_totals
 from headrace.engine.request_state import RequestState
+from headrace.engine.requests import NO_SAMPLING, checked_token_ids, make_pooling_sequence, make_sequences
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.sequence import FinishReason, Sequence
 from headrace.errors import OutOfDeviceMemory, RequestError
 
 logger = logging.getLogger(__name__)
-
-_SEED_STRIDE = 0x9E3779B97F4A7C15
-"""Golden ratio times 2^64: outputs of one request get seeds far apart, and other seeds' outputs miss them."""
-
-_NO_SAMPLING = SamplingParams()
-"""Of requests that nothing is sampled for."""
 
 
 class Engine:
@@ -50,16 +43,11 @@ class Engine:
         """Of unfinished sequences alone: whatever else comes back from the ranks is of no interest any more."""
         self._pending: dict[str, RequestUpdate] = {}
         """News that no step has reported yet, by request."""
-        self._started_s, self._busy_s = time.monotonic(), 0.0
+        self._counters = EngineCounters(started_s=time.monotonic())
         self.grammar_compiler = GrammarCompiler(model.tokenizer, model.config.vocab_size, model.eos_token_ids)
         """May be called from other threads, before `add_request` is."""
         self._guides = Guides(self.grammar_compiler)
         self._sequence_ids = count()
-        self._num_steps_by_tokens = [0] * (len(STEP_TOKENS) + 1)
-        self._num_prefill_tokens = self._num_decode_tokens = self._num_finished = 0
-        self._num_prompt_tokens = self._num_generation_tokens = 0
-        self._finish_reasons: Counter[str] = Counter()
-        self._prefix_query_tokens = self._prefix_hit_tokens = self._num_preemptions = 0
         self._pace = _make_pace(model)
         self._start_afresh()
 
@@ -98,10 +86,9 @@ class Engine:
             RequestError: an id in use, an empty prompt, token ids outside the vocabulary, a form that cannot be had.
             ContextLengthError: prompt and output could never fit the model or the cache.
         """
-        token_ids = _as_token_ids(prompt_token_ids)
-        self._check_ids(token_ids, params)
+        token_ids = self._checked_token_ids(prompt_token_ids, params)
         grammar = self._guides.compile(params, grammar)
-        sequences = self._make_sequences(request_id, token_ids, params)
+        sequences = make_sequences(request_id, token_ids, params, self._sequence_ids)
         self._queue(request_id, sequences, params, prompt)
         if grammar is not None:
             self._guides.add(sequences, grammar)
@@ -117,17 +104,9 @@ class Engine:
 
         Raises: see `add_request`.
         """
-        token_ids = _as_token_ids(prompt_token_ids)
-        self._check_ids(token_ids, _NO_SAMPLING)
-        sequence = Sequence(
-            seq_id=next(self._sequence_ids),
-            request_id=request_id,
-            prompt_token_ids=token_ids,
-            params=_NO_SAMPLING,
-            seed=0,
-            pooling=params,
-        )
-        self._queue(request_id, [sequence], _NO_SAMPLING, prompt)
+        token_ids = self._checked_token_ids(prompt_token_ids, NO_SAMPLING)
+        sequence = make_pooling_sequence(request_id, token_ids, params, self._sequence_ids)
+        self._queue(request_id, [sequence], NO_SAMPLING, prompt)
 
     def check_request(self, prompt_token_ids: Iterable[SupportsIndex], params: SamplingParams | PoolingParams) -> None:
         """Refuse what `add_request` or `add_pooling_request` would refuse of these. Changes nothing, and may be called
@@ -135,13 +114,12 @@ class Engine:
 
         Raises: see `add_request`.
         """
-        sampling = params if isinstance(params, SamplingParams) else _NO_SAMPLING
+        sampling = params if isinstance(params, SamplingParams) else NO_SAMPLING
         max_tokens = sampling.max_tokens if sampling is params else 0
         if isinstance(prompt_token_ids, list | tuple):
             # Before each of what may be millions of tokens is looked at.
             self._scheduler.check_fits(len(prompt_token_ids), max_tokens)
-        token_ids = _as_token_ids(prompt_token_ids)
-        self._check_ids(token_ids, sampling)
+        token_ids = self._checked_token_ids(prompt_token_ids, sampling)
         self._scheduler.check_fits(len(token_ids), max_tokens)
 
     @property
@@ -190,25 +168,7 @@ class Engine:
 
     def metrics(self) -> EngineMetrics:
         """Counters of this engine, which cost nothing to read."""
-        return EngineMetrics(
-            uptime_s=time.monotonic() - self._started_s,
-            busy_s=self._busy_s,
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
-            num_steps=sum(self._num_steps_by_tokens),
-            num_steps_by_tokens=tuple(self._num_steps_by_tokens),
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generation_tokens=self._num_generation_tokens,
-            num_prefill_tokens=self._num_prefill_tokens,
-            num_decode_tokens=self._num_decode_tokens,
-            num_preemptions=self._num_preemptions + self._scheduler.num_preemptions,
-            num_finished_requests=self._num_finished,
-            num_finished_outputs=dict(self._finish_reasons),
-            prefix_query_tokens=self._prefix_query_tokens,
-            prefix_hit_tokens=self._prefix_hit_tokens,
-            num_blocks=self._blocks.num_blocks,
-            num_used_blocks=self._blocks.num_blocks - self._blocks.num_free_blocks,
-        )
+        return self._counters.metrics(time.monotonic(), self._scheduler, self._blocks)
 
     def statistics(self) -> EngineStatistics:
         """What all ranks have counted. Asking them takes a millisecond or two, and the steps of a pipeline that are in
@@ -255,7 +215,7 @@ class Engine:
         for state in list(self._requests.values()):
             state.fail_unfinished(error)
             self._keep(self._close(state, state.take_chunks()))
-        self._num_preemptions += self._scheduler.num_preemptions
+        self._counters.num_preemptions += self._scheduler.num_preemptions
         self._start_afresh()
         self.model.executor.reset()
 
@@ -269,34 +229,9 @@ class Engine:
         self._requests[request_id] = state
         self._by_sequence |= {sequence.seq_id: state for sequence in sequences}
 
-    def _check_ids(self, token_ids: tuple[int, ...], params: SamplingParams) -> None:
-        vocab_size = self.model.config.vocab_size
-        outside = [token_id for token_id in token_ids if not 0 <= token_id < vocab_size]
-        if outside:
-            raise RequestError(f"prompt token {outside[0]} is not in the vocabulary; allowed: 0 to {vocab_size - 1}")
-        if params.stop and self.model.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this model folder has none; use stop_token_ids")
-        params.check_against_vocab(vocab_size)
-
-    def _make_sequences(self, request_id: str, token_ids: tuple[int, ...], params: SamplingParams) -> list[Sequence]:
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        # What is compiled stays here; ranks get a mask at every step.
-        params = replace(params, structured_outputs=None) if params.structured_outputs is not None else params
-        # One output scores the prompt for all: the others can share its blocks.
-        sibling_params = replace(params, prompt_logprobs=None) if params.prompt_logprobs is not None else params
-        sequences: list[Sequence] = []
-        for output_index in range(params.n):
-            sequences.append(
-                Sequence(
-                    seq_id=next(self._sequence_ids),
-                    request_id=request_id,
-                    prompt_token_ids=token_ids,
-                    params=sibling_params if sequences else params,
-                    seed=(seed + output_index * _SEED_STRIDE) % 2**64,
-                    forked_from=sequences[0] if sequences else None,
-                )
-            )
-        return sequences
+    def _checked_token_ids(self, values: Iterable[SupportsIndex], params: SamplingParams) -> tuple[int, ...]:
+        has_tokenizer = self.model.tokenizer is not None
+        return checked_token_ids(values, params, self.model.config.vocab_size, has_tokenizer=has_tokenizer)
 
     def _fill_pipeline(self) -> None:
         while len(self._in_flight) < self.model.executor.max_in_flight:
@@ -320,7 +255,7 @@ class Engine:
         self._is_last_try = False
         if self._pace is not None and start_s is not None:
             self._pace.record(plan.num_prefill_tokens, time.monotonic() - start_s)
-        self._count(plan)
+        self._counters.count_step(plan)
         return self._report(plan, result)
 
     def _make_room(self, plan: StepPlan, reason: str) -> list[RequestUpdate]:
@@ -364,21 +299,12 @@ class Engine:
             self._scheduler.undo(self._collect_rest())
 
     def _mark_scheduled(self, plan: StepPlan) -> None:
+        searches_cache = self.model.plan.cache.enable_prefix_caching
         for new in plan.new:
             state = self._by_sequence[new.seq_id]
-            if state.mark_scheduled(time.monotonic()):
-                self._num_prompt_tokens += len(new.prompt_token_ids)
+            is_first = state.mark_scheduled(time.monotonic())
             sequence = state.sequence(new.seq_id)
-            if not sequence.needs_whole_prompt and self.model.plan.cache.enable_prefix_caching:
-                self._prefix_query_tokens += len(new.prompt_token_ids)
-            self._prefix_hit_tokens += sequence.num_cached_tokens
-
-    def _count(self, plan: StepPlan) -> None:
-        if plan.chunks:
-            num_tokens = plan.num_prefill_tokens + plan.num_decode_tokens
-            self._num_steps_by_tokens[bisect_left(STEP_TOKENS, num_tokens)] += 1
-        self._num_decode_tokens += plan.num_decode_tokens
-        self._num_prefill_tokens += plan.num_tokens - plan.num_decode_tokens
+            self._counters.count_scheduled(sequence, is_first=is_first, searches_cache=searches_cache)
 
     def _report(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
         """Sequences that have left while the plan was in flight are passed over."""
@@ -392,7 +318,7 @@ class Engine:
             if state is None:
                 continue
             touched[state.request_id] = state
-            self._num_generation_tokens += 1
+            self._counters.num_generation_tokens += 1
             progress = self._guides.take(token)
             reason = state.append(token, now, is_complete=progress.is_complete)
             if reason is not None:
@@ -438,8 +364,7 @@ class Engine:
             self._by_sequence.pop(sequence.seq_id, None)
             self._guides.drop(sequence.seq_id)
         finished = state.finish(now_s=time.monotonic())
-        self._num_finished += 1
-        self._finish_reasons.update(output.finish_reason or "" for output in finished.outputs)
+        self._counters.count_finished(finished)
         return RequestUpdate(request_id=state.request_id, chunks=chunks, finished=finished)
 
 
@@ -457,7 +382,7 @@ class _WithinAStep:
         return self._start_s
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        self._engine._busy_s += time.monotonic() - self._start_s
+        self._engine._counters.busy_s += time.monotonic() - self._start_s
         if error is not None:
             # Which ranks saw how much of the plans is unknown: nothing of them can be kept.
             self._engine._fail_all(f"the step was cut short: {type(error).__name__}: {error}")
@@ -468,14 +393,3 @@ def _make_pace(model: LoadedModel) -> PromptPace | None:
     if plan.scheduler.max_step_s is None:
         return None
     return PromptPace(plan.scheduler.max_step_s, plan.cache.block_size, model.executor.max_in_flight)
-
-
-def _as_token_ids(values: Iterable[SupportsIndex]) -> tuple[int, ...]:
-    """Plain ints of any integers, numpy's included; true and false are none."""
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise RequestError(f"prompt_token_ids is {values!r:.80}; give a list of integers")
-    values = list(values)
-    for value in values:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise RequestError(f"prompt token {value!r:.80} is not in the vocabulary; token ids are integers")
-    return tuple(index(value) for value in values)
