@@ -118,14 +118,14 @@ class Engine:
         max_tokens = sampling.max_tokens if sampling is params else 0
         if isinstance(prompt_token_ids, list | tuple):
             # Before each of what may be millions of tokens is looked at.
-            self._scheduler.check_fits(len(prompt_token_ids), max_tokens)
+            self._scheduler.limits.check_fits(len(prompt_token_ids), max_tokens)
         token_ids = self._checked_token_ids(prompt_token_ids, sampling)
-        self._scheduler.check_fits(len(token_ids), max_tokens)
+        self._scheduler.limits.check_fits(len(token_ids), max_tokens)
 
     @property
     def max_num_tokens(self) -> int:
         """What prompt and output of one request may have at most: the model's length, or what the cache holds."""
-        return self._scheduler.max_num_tokens
+        return self._scheduler.limits.max_num_tokens
 
     def abort(self, request_id: str) -> RequestUpdate | None:
         """Drop a request in whatever state it is; None if it has already finished."""

@@ -49,7 +49,8 @@ from headrace.costs.micro_batches import decode_share, max_prompt_tokens
 from headrace.engine.plan import NewSequence, ScheduledChunk, StepPlan
 from headrace.engine.prompt_room import PromptRoom
 from headrace.engine.sequence import FinishReason, Sequence, SequenceStatus
-from headrace.errors import ConfigError, ContextLengthError, RequestError
+from headrace.engine.size_limits import SizeLimits
+from headrace.errors import ConfigError
 
 _PATIENCE_STEPS = 64
 """After so many steps without want of memory one more sequence may run than ran then."""
@@ -103,7 +104,11 @@ class Scheduler:
         check_at_least_one("max_in_flight", max_in_flight)
         if config.max_model_len is None:
             raise ConfigError("max_model_len is None; the scheduler needs the model's length filled in")
-        self._max_model_len = config.max_model_len
+        self.limits = SizeLimits(
+            max_model_len=config.max_model_len,
+            num_blocks=block_manager.num_blocks,
+            block_size=block_manager.block_size,
+        )
         self._max_num_seqs = self._max_num_running = config.max_num_seqs
         self._num_patient_steps = 0
         self._max_num_batched_tokens = config.max_num_batched_tokens
@@ -143,42 +148,11 @@ class Scheduler:
         if sequence.seq_id in self._entries or sequence.status is not SequenceStatus.WAITING:
             raise ValueError(f"sequence {sequence.seq_id} was added before; each output needs its own sequence and id")
         self._check_sibling(sequence)
-        self.check_fits(sequence.num_prompt_tokens, sequence.max_tokens)
+        self.limits.check_fits(sequence.num_prompt_tokens, sequence.max_tokens)
         entry = _Entry(sequence, self._num_arrived)
         self._num_arrived += 1
         self._entries[sequence.seq_id] = entry
         self._waiting.append(entry)
-
-    def check_fits(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
-        """Refuse what could not run alone, so that whatever is admitted can end. May be called from any thread.
-
-        max_tokens: 0 for a prompt that nothing is generated from; None for as many as fit.
-
-        Raises:
-            RequestError: the prompt is empty.
-            ContextLengthError: prompt and output are too long for the model or the cache.
-        """
-        if num_prompt_tokens == 0:
-            raise RequestError("the prompt has 0 tokens; give at least one token to continue from")
-        max_prompt_tokens = self._max_model_len - (max_tokens != 0)
-        if num_prompt_tokens > max_prompt_tokens:
-            what = "prompt and output together" if max_tokens != 0 else "it"
-            raise ContextLengthError(
-                f"the prompt has {num_prompt_tokens} tokens, but {what} may have "
-                f"{self._max_model_len} (max_model_len); shorten the prompt to at most {max_prompt_tokens} tokens"
-            )
-        max_num_tokens = self._max_model_len
-        if max_tokens is not None:
-            max_num_tokens = min(max_num_tokens, num_prompt_tokens + max_tokens)
-        # The last token is sampled but never run, so it needs no room.
-        num_needed = self._blocks.num_blocks_for(max(max_num_tokens - 1, num_prompt_tokens))
-        if num_needed > self._blocks.num_blocks:
-            raise self._does_not_fit(num_prompt_tokens, max_num_tokens, num_needed)
-
-    @property
-    def max_num_tokens(self) -> int:
-        """Of one sequence, prompt and output: the model's length, or what the cache holds."""
-        return min(self._max_model_len, self._blocks.num_blocks * self._blocks.block_size + 1)
 
     def abort(self, seq_id: int) -> None:
         """Drop a sequence in whatever state it is; an unknown id is ignored, as a cancel may cross a request's end."""
@@ -312,20 +286,6 @@ class Scheduler:
             raise ValueError(f"sequence {sequence.seq_id} is forked from {sibling.seq_id}, whose prompt is another")
         if sibling.status is not SequenceStatus.FINISHED and sibling.seq_id not in self._entries:
             raise ValueError(f"sequence {sequence.seq_id} is forked from {sibling.seq_id}; add that one first")
-
-    def _does_not_fit(self, num_prompt_tokens: int, max_num_tokens: int, num_needed: int) -> ContextLengthError:
-        num_blocks, block_size = self._blocks.num_blocks, self._blocks.block_size
-        max_output_tokens = num_blocks * block_size + 1 - num_prompt_tokens
-        remedy = (
-            f"set max_tokens to at most {max_output_tokens}"
-            if max_output_tokens >= 1
-            else f"shorten the prompt to at most {num_blocks * block_size} tokens"
-        )
-        return ContextLengthError(
-            f"a prompt of {num_prompt_tokens} tokens and up to {max_num_tokens - num_prompt_tokens} output tokens need "
-            f"{num_needed} KV cache blocks of {block_size} tokens, but the cache has {num_blocks}; "
-            f"{remedy}, or give the cache more memory (kv_cache_bytes)"
-        )
 
     def _schedule_decodes(self, draft: _Draft) -> list[_Entry]:
         """Pass 1; returns who runs and is not done with its prompt. The loop is the scheduler's hot path: a few
