@@ -62,7 +62,9 @@ class FakeRank:
     def undo(self, plan: StepPlan) -> None:
         """As if the plan had not been run, the last one first: nobody may read what it has left in the cache."""
         for chunk in plan.chunks:
-            sequence = self.sequences[chunk.seq_id]
+            sequence = self.sequences.get(chunk.seq_id)
+            if sequence is None:
+                continue  # A later plan said that it has left: nobody can read what it wrote.
             sequence.num_computed_tokens = chunk.start
             for position in range(chunk.start, chunk.start + chunk.num_tokens):
                 self.slots[self.slot(sequence, position)] = ()
