@@ -39,7 +39,7 @@ def _poisoned_memory():
 
 def run(problem: Problem, spec, *, num_programs: int | None = None):
     dataflow = Dataflow()
-    dataflow.max_pieces = num_programs
+    dataflow.max_pieces_from = {1: num_programs}
     return Attention(DEVICE, dataflow)(*problem.arguments(), spec)
 
 
@@ -127,6 +127,24 @@ class TestLaunches:
         spec = make_spec(SoftmaxScheme.ASYNCHRONIZED)
         assert_right(run(problem, spec), problem, spec)
         assert problem.cache.softmax_counts().num_rows == 4 * new_tokens
+
+    def test_a_batch_is_launched_with_what_was_measured_for_the_nearest_below(self, monkeypatch):
+        grids = []
+
+        class Recorded:
+            def __getitem__(self, grid):
+                grids.append(grid)
+                return lambda *_, **__: None
+
+        monkeypatch.setattr(attention, "split_kernel", Recorded())
+        monkeypatch.setattr(attention, "merge_kernel", {(4 * n,): lambda *_, **__: None for n in (1, 2, 3, 4)})
+        monkeypatch.setattr(attention, "num_multiprocessors", lambda _: 3)
+        dataflow = Dataflow()
+        dataflow.max_pieces_from = {1: 2, 3: 5, 4: None}
+        attend = Attention(DEVICE, dataflow)
+        for num_seqs in (1, 2, 3, 4):
+            attend(*make_problem(((400, 1),) * num_seqs, num_kv_heads=1).arguments(), make_spec())
+        assert grids == [(2,), (2,), (5,), (6,)]
 
 
 class TestInvariance:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny_model import write_tiny_model
 import headrace
 from headrace.cli.main import main
 from headrace.config import DataflowChoice, KvCacheFormat, Softmax, SoftmaxScheme, WeightFormat
-from headrace.engine import tune_attention, tune_kinds
+from headrace.engine import tune_attention, tune_contexts, tune_kinds
 from headrace.engine.softmax import resolve_softmax
 from headrace.engine.tune import look_up
 from headrace.engine.tune_attention import candidates, contexts_of, measure_attention, measure_queued
@@ -22,6 +23,7 @@ from headrace.kernels.attention_tuning import (
     ATTENTION,
     AttentionChoice,
     AttentionShape,
+    ChosenAttention,
     TunedAttention,
     find_attention_choice,
 )
@@ -41,7 +43,7 @@ KEY = TuningKey(cpu="a cpu", num_threads=2, instruction_set="avx2", kernels="012
 @pytest.fixture(autouse=True)
 def _own_cache_and_little_memory(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tune_attention, "_WORKING_SET_BYTES", 2**20)
+    monkeypatch.setattr(tune_contexts, "_WORKING_SET_BYTES", 2**20)
 
 
 def tuned(**seconds):
@@ -121,14 +123,14 @@ def test_the_best_round_counts_and_all_choices_take_turns():
     assert len(calls) == 4 * len(CONTEXTS) * len(everyone)
     for choice, seconds in found.times.items():
         assert seconds == pytest.approx({n: seconds_of(choice, n) for n in CONTEXTS}, abs=1e-3)
-    assert found.choice(SCHEMES) == AttentionChoice(scheme=LAZY)
+    assert found.choice(SCHEMES) == ChosenAttention(scheme=LAZY, max_pieces={1: None})
 
 
 def test_queued_calls_are_timed_for_every_choice():
     """As on a GPU, but that the calls of a CPU are over when they return."""
     everyone = candidates(SCHEMES, 2, (1, 3))
     assert [choice.max_pieces for choice in everyone[:3]] == [None, 2, 6]
-    found = measure_queued(resolve_kernels(KernelChoice.CPU), SHAPE, everyone, (40, 100), num_rounds=2)
+    found = measure_queued(resolve_kernels(KernelChoice.CPU), SHAPE, everyone, {1: (40, 100)}, num_rounds=2)
     assert list(found.times) == everyone
     assert all(set(seconds) == {40, 100} and min(seconds.values()) > 0 for seconds in found.times.values())
 
@@ -155,7 +157,8 @@ def test_kernels_are_measured_and_left_as_they_were(cache_format):
     found = measure_attention(kernels, shape, contexts=(16, 100), num_threads=2, num_rounds=1)
     assert set(found.times) == set(candidates(SCHEMES, 2))
     assert all(seconds[n] > 0 for seconds in found.times.values() for n in (16, 100))
-    assert kernels.dataflow.max_pieces is None
+    assert found.batches == {}
+    assert kernels.dataflow.max_pieces(1) is None
 
 
 def test_contexts_are_those_the_model_can_have():
@@ -237,7 +240,7 @@ def schemes(chosen):
 
 def test_without_a_measurement_the_default_is_used_and_says_so(tmp_path):
     chosen = resolve(tmp_path)
-    assert (schemes(chosen), chosen.max_pieces) == ([SYNCHRONIZED] * 2, None)
+    assert (schemes(chosen), chosen.max_pieces) == ([SYNCHRONIZED] * 2, {1: None})
     assert chosen.reason == "synchronized softmax (the default softmax, pieces not measured here)"
 
 
@@ -246,7 +249,7 @@ def test_a_measurement_chooses_no_scheme_unless_asked(tmp_path):
     times = {choice: dict(seconds) for choice, seconds in tuned(lazy=0.5).times.items()}
     times[AttentionChoice(max_pieces=4)] = dict.fromkeys(CONTEXTS, 0.9)
     chosen = resolve(tmp_path, found=TunedAttention(measured_on="2026-01-02", times=times))
-    assert (schemes(chosen), chosen.max_pieces) == ([SYNCHRONIZED] * 2, 4)
+    assert (schemes(chosen), chosen.max_pieces) == ([SYNCHRONIZED] * 2, {1: 4})
     assert "the default softmax, pieces measured on 2026-01-02" in chosen.reason
 
 
@@ -259,7 +262,7 @@ def test_a_measurement_is_used_and_says_so(tmp_path):
     times = {choice: dict(seconds) for choice, seconds in tuned(lazy=0.9).times.items()}
     times[AttentionChoice(scheme=LAZY, max_pieces=4)] = dict.fromkeys(CONTEXTS, 0.5)
     chosen = resolve(tmp_path, Softmax.MEASURED, TunedAttention(measured_on="2026-01-02", times=times))
-    assert (schemes(chosen), chosen.max_pieces) == ([LAZY] * 2, 4)
+    assert (schemes(chosen), chosen.max_pieces) == ([LAZY] * 2, {1: 4})
     assert chosen.reason == "lazy softmax, contexts in at most 4 pieces (measured on 2026-01-02)"
 
 
@@ -305,8 +308,19 @@ def test_pieces_of_the_dataflow_change_no_bit():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_pieces_of_the_dataflow_reach_the_native_op(monkeypatch):
+    kernels, given = resolve_kernels(KernelChoice.CPU), []
+    monkeypatch.setattr(
+        kernels.attention, "_native", SimpleNamespace(run=lambda *arguments: given.append(arguments[-1]))
+    )
+    run = tune_attention._make_run(kernels, SHAPE, 64)
+    for most in (None, 3):
+        run(AttentionChoice(max_pieces=most), 64)
+    assert given == [0, 3]
+
+
 def kernels_room(kernels):
-    return tune_attention._cache_spec(kernels, SHAPE, 1).num_slots
+    return tune_contexts._cache_spec(kernels, SHAPE, 1).num_slots
 
 
 # The command and the engine
@@ -330,4 +344,4 @@ def test_tune_measures_keeps_and_later_starts_use_it(tmp_path, capsys):
         "dataflow": "lazy softmax, contexts in at most 4 pieces (measured on 2026-01-02)",
     }
     llm = headrace.LLM(folder, num_threads=2, softmax="measured")
-    assert llm.engine.model.kernels.dataflow.max_pieces == 4
+    assert llm.engine.model.kernels.dataflow.max_pieces(9) == 4

@@ -14,7 +14,7 @@ from triton_device import DEVICE
 import headrace
 from headrace.cli.main import main
 from headrace.config import DataflowChoice, KvCacheFormat
-from headrace.engine import tune_attention, tune_kinds, tune_prefill
+from headrace.engine import tune_attention, tune_contexts, tune_kinds, tune_prefill
 from headrace.engine.tune import look_up
 from headrace.engine.tune_prefill import prefill_steps
 from headrace.kernels import KernelChoice, resolve_kernels
@@ -106,7 +106,7 @@ def test_tune_measures_both_and_later_starts_use_it(tmp_path, capsys, monkeypatc
     """From the command to the attention op; linear layers and decoding have tests of their own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HEADRACE_KERNELS", "triton")
-    monkeypatch.setattr(tune_attention, "_WORKING_SET_BYTES", 2**12)
+    monkeypatch.setattr(tune_contexts, "_WORKING_SET_BYTES", 2**12)
     monkeypatch.setattr(tune_prefill, "CHUNKS", (8, 16))
     monkeypatch.setattr(tune_prefill, "CACHED", (0, 8))
     monkeypatch.setattr(tune_kinds, "measure_attention", lambda *_, **__: tune_attention_result())

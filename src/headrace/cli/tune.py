@@ -25,10 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "each shape of the model all three are timed over M, the number of rows, in turn and several times; the best\n"
         "times give the two points where one is overtaken by the next. Attention of one new token is timed over the\n"
         "length of the context, by softmax scheme and by the number of pieces that threads share. On a GPU each\n"
-        "implementation first finds the best of its tiles, launches are timed in a CUDA graph, mixtures of experts\n"
-        "are timed for few and many tokens with each of the tiles their launches can take, and attention of prompts\n"
-        "as the kernel and as the library compute it. All is kept in the user's cache for this CPU and number of\n"
-        "threads, or this GPU, and this build of the kernels, and later starts use it. Close other programs first."
+        "implementation first finds the best of its tiles, launches are timed in a CUDA graph, attention also for\n"
+        "batches, mixtures of experts for few and many tokens with each of the tiles their launches can take, and\n"
+        "attention of prompts as the kernel and as the library compute it. All is kept in the user's cache for this\n"
+        "CPU and number of threads, or this GPU, and this build of the kernels, and later starts use it. Close other\n"
+        "programs first."
     )
     parser.add_argument(
         "--rounds",

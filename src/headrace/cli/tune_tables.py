@@ -5,7 +5,7 @@ from typing import Any
 
 from headrace.cli.terminal import aligned, format_ms
 from headrace.engine.softmax import DEFAULT_SCHEME
-from headrace.kernels.attention_tuning import ATTENTION, AttentionShape, TunedAttention
+from headrace.kernels.attention_tuning import ATTENTION, AttentionShape, AttentionTimes, TunedAttention
 from headrace.kernels.mixture_tuning import MIXTURE, MixtureShape, TunedMixture
 from headrace.kernels.prefill_tuning import PREFILL, PrefillArm, TunedPrefill, explain_prefill
 from headrace.kernels.tuning import LINEAR, LinearArm, LinearShape, TunedShape
@@ -34,15 +34,22 @@ def _tiles_row(item: tuple[LinearShape, TunedShape]) -> tuple[str, ...]:
 
 def _attention(found: Mapping[AttentionShape, TunedAttention]) -> Iterator[str]:
     for shape, tuned in found.items():
-        contexts = list(dict.fromkeys(n for seconds in tuned.times.values() for n in seconds))
-        rows = [(f"attention, {shape}", *(f"{n} tokens" for n in contexts))]
-        for choice, seconds in tuned.times.items():
-            rows.append((str(choice), *(f"{seconds[n] * 1e6:.0f} us" for n in contexts)))
-        yield from aligned(rows)
+        yield from _attention_times(f"attention, {shape}", tuned.times)
+        for num_seqs, times in tuned.batches.items():
+            yield ""
+            yield from _attention_times(f"the same, {num_seqs} sequences", times)
         yield ""
         usual = tuned.choice([DEFAULT_SCHEME])
         yield f"Used from now on: {usual}. With --softmax measured: {tuned.choice([c.scheme for c in tuned.times])}"
         yield "(asynchronized needs a calibration too). Pieces change no result; schemes round differently."
+
+
+def _attention_times(title: str, times: AttentionTimes) -> Iterator[str]:
+    contexts = list(dict.fromkeys(n for seconds in times.values() for n in seconds))
+    rows = [(title, *(f"{n} tokens" for n in contexts))]
+    for choice, seconds in times.items():
+        rows.append((str(choice), *(f"{seconds[n] * 1e6:.0f} us" for n in contexts)))
+    yield from aligned(rows)
 
 
 def _prefill(found: Mapping[AttentionShape, TunedPrefill]) -> Iterator[str]:

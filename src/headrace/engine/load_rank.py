@@ -153,7 +153,7 @@ def load_rank(
     cache_format = resolve_kv_cache_format(config.cache, formats)
     softmax = resolve_softmax_of(config, kernels, folder, source.config, shape, cache_format, num_threads)
     if kernels.dataflow is not None:
-        kernels.dataflow.max_pieces = softmax.max_pieces
+        kernels.dataflow.max_pieces_from = softmax.max_pieces
         prefill = look_up(PREFILL, kernels, config.dataflow, num_threads).get(attention_shape(shape, cache_format))
         kernels.dataflow.library_prefill_from = None if prefill is None else prefill.library_from
     tp_group = world.fabric.make_group("tp", place.tp_ranks, kernels)

@@ -1,6 +1,6 @@
 """Which softmax each layer's attention uses: what the user asked for, with what is known of the model and machine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from headrace.config import KvCacheFormat, Softmax, SoftmaxScheme
 from headrace.errors import ConfigError
 from headrace.kernels import AttentionSpec, Kernels, KvCache, SoftmaxCounts, SoftmaxSpec
-from headrace.kernels.attention_tuning import AttentionChoice, TunedAttention
+from headrace.kernels.attention_tuning import ChosenAttention, TunedAttention
 from headrace.models.softmax_calibration import (
     FILE_NAME,
     LayerChoice,
@@ -24,10 +24,10 @@ DEFAULT_SCHEME = SoftmaxScheme.SYNCHRONIZED
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenSoftmax:
-    """layers: one for each; max_pieces: of a context (`Dataflow`); reason: one line for people."""
+    """layers: one for each; max_pieces: of a context, by batch (`ChosenAttention`); reason: one line for people."""
 
     layers: tuple[SoftmaxSpec, ...]
-    max_pieces: int | None
+    max_pieces: Mapping[int, int | None]
     reason: str
 
 
@@ -57,7 +57,7 @@ def resolve_softmax(
         if ranges is not None:
             layers = choose_layers(ranges, max_model_len=max_model_len, cache_format=cache_format)
     schemes = _allowed(choice, kernels, layers)
-    found = AttentionChoice(scheme=schemes[0]) if tuned is None else tuned.choice(schemes)
+    found = ChosenAttention(scheme=schemes[0], max_pieces={1: None}) if tuned is None else tuned.choice(schemes)
     reason = f"{found} ({_grounds(choice, tuned)})"
     if found.scheme is not SoftmaxScheme.ASYNCHRONIZED or layers is None:
         specs = (SoftmaxSpec(scheme=found.scheme),) * num_layers

@@ -1,33 +1,39 @@
-"""Measures the decode attention of a model over the length of its context: softmax schemes and numbers of pieces."""
+"""Measures the decode attention of a model over the length of its context: softmax schemes and numbers of pieces.
+
+On a CPU of one sequence, as batches give threads enough work of their own; on a GPU of some batches too.
+"""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from functools import partial
-from itertools import count
 
 import torch
 
 from headrace.config import KvCacheFormat, SoftmaxScheme
+from headrace.engine.device_memory import available_bytes
 from headrace.engine.kv_cache_spec import RankShape
 from headrace.engine.tune import measuring_progress
-from headrace.kernels import AttentionSpec, Kernels, KvCacheSpec, SoftmaxSpec
-from headrace.kernels.attention_tuning import AttentionChoice, AttentionShape, TunedAttention
+from headrace.engine.tune_contexts import Contexts, batch_bytes
+from headrace.kernels import Kernels
+from headrace.kernels.attention_tuning import AttentionChoice, AttentionShape, AttentionTimes, TunedAttention
 from headrace.kernels.timing import best_of_rounds, timer_of
 
 CONTEXTS = (128, 512, 2048, 8192, 32768)
+BATCHES = (8, 64)
+"""Numbers of sequences, beside one."""
 
-_WORKING_SET_BYTES = 128 * 2**20
-"""More than caches hold: a model reads every layer's keys and values, and its weights, before it meets one again."""
+_MAX_BATCH_BYTES = 512 * 2**20
+"""Of the keys and values of a batch: 64 contexts of 2,048 tokens of 8 heads of 128 in bfloat16. Longer ones would take
+a measurement's time for little: the more work there is, the less it matters who does it."""
+_MEMORY_SHARE = 4
+"""The cache takes at most one in so many bytes that are free; graphs and what steps share take the others."""
 
 _PIECES_PER_THREAD = (1, 2, 8)
 _PROGRAMS_PER_MULTIPROCESSOR = (1, 3, 4)
 """Beside the kernels' own number, which is 2."""
 
 _MAX_CAPTURED_CALLS = 64
-
-_BLOCK_SIZE = 16
-_FILL_TOKENS = 1024
 
 
 def attention_shape(shape: RankShape, cache_format: KvCacheFormat) -> AttentionShape:
@@ -53,6 +59,16 @@ def contexts_of(max_model_len: int) -> list[int]:
     return [n for n in CONTEXTS if n <= max_model_len] or [max_model_len]
 
 
+def batch_contexts(kernels: Kernels, shape: AttentionShape, contexts: Sequence[int]) -> dict[int, list[int]]:
+    """Of these, for each batch, those that there is memory for; no batch without any."""
+    room_bytes = min(_MAX_BATCH_BYTES, available_bytes(kernels.device) // _MEMORY_SHARE)
+    found = {
+        num_seqs: [n for n in contexts if batch_bytes(kernels, shape, num_seqs, n) <= room_bytes]
+        for num_seqs in BATCHES
+    }
+    return {num_seqs: fitting for num_seqs, fitting in found.items() if fitting}
+
+
 def measure_attention(
     kernels: Kernels,
     shape: AttentionShape,
@@ -72,7 +88,8 @@ def measure_attention(
     if kernels.device.type == "cuda" and make_run is None:
         num_workers = torch.cuda.get_device_properties(kernels.device).multi_processor_count
         choices = candidates(kernels.softmax_schemes, num_workers, _PROGRAMS_PER_MULTIPROCESSOR)
-        return measure_queued(kernels, shape, choices, contexts, num_rounds=num_rounds, show_progress=show_progress)
+        sizes = {1: contexts} | batch_contexts(kernels, shape, contexts)
+        return measure_queued(kernels, shape, choices, sizes, num_rounds=num_rounds, show_progress=show_progress)
     choices = candidates(kernels.softmax_schemes, num_threads)
     run = (make_run or _make_run)(kernels, shape, max(contexts))
 
@@ -84,43 +101,65 @@ def measure_attention(
     def timers(context_len: int) -> dict[AttentionChoice, Callable[[], float]]:
         return {choice: partial(seconds, choice, context_len) for choice in choices}
 
-    return _tuned(choices, contexts, timers, num_rounds, show_progress)
+    times = _times("attention", choices, contexts, timers, num_rounds, show_progress)
+    return TunedAttention(measured_on=date.today().isoformat(), times=times)
 
 
 def measure_queued(
     kernels: Kernels,
     shape: AttentionShape,
     choices: Sequence[AttentionChoice],
-    contexts: Sequence[int],
+    sizes: Mapping[int, Sequence[int]],
     *,
     num_rounds: int,
     show_progress: bool = False,
 ) -> TunedAttention:
-    """As `measure_attention`, where calls are queued: several in turn, over more than a GPU's cache holds."""
-    prepared = Contexts(kernels, shape, max(contexts))
+    """As `measure_attention`, where calls are queued: several in turn, over more than a GPU's cache holds.
+
+    sizes: lengths of contexts for each number of sequences, one among them.
+    """
+    times = {
+        num_seqs: _queued_times(kernels, shape, choices, num_seqs, contexts, num_rounds, show_progress)
+        for num_seqs, contexts in sizes.items()
+    }
+    return TunedAttention(measured_on=date.today().isoformat(), times=times.pop(1), batches=times)
+
+
+def _queued_times(
+    kernels: Kernels,
+    shape: AttentionShape,
+    choices: Sequence[AttentionChoice],
+    num_seqs: int,
+    contexts: Sequence[int],
+    num_rounds: int,
+    show_progress: bool,
+) -> AttentionTimes:
+    prepared = Contexts(kernels, shape, max(contexts), num_seqs=num_seqs)
 
     def timers(context_len: int) -> dict[AttentionChoice, Callable[[], float]]:
-        num_calls = min(_MAX_CAPTURED_CALLS, prepared.num_contexts(context_len))
+        num_calls = min(_MAX_CAPTURED_CALLS, prepared.num_batches(context_len))
         calls = {choice: [prepared.call(choice, context_len) for _ in range(num_calls)] for choice in choices}
         return {choice: timer_of(same, device=kernels.device) for choice, same in calls.items()}
 
-    return _tuned(choices, contexts, timers, num_rounds, show_progress)
+    what = "attention" if num_seqs == 1 else f"attention of {num_seqs} sequences"
+    return _times(what, choices, contexts, timers, num_rounds, show_progress)
 
 
-def _tuned(
+def _times(
+    what: str,
     choices: Iterable[AttentionChoice],
     contexts: Sequence[int],
     timers: Callable[[int], Mapping[AttentionChoice, Callable[[], float]]],
     num_rounds: int,
     show_progress: bool,
-) -> TunedAttention:
+) -> AttentionTimes:
     times: dict[AttentionChoice, dict[int, float]] = {choice: {} for choice in choices}
-    with measuring_progress("measuring attention (Ctrl-C ends it)", len(contexts), show_progress) as on_start:
+    with measuring_progress(f"measuring {what} (Ctrl-C ends it)", len(contexts), show_progress) as on_start:
         for context_len in contexts:
             on_start(f"{context_len} tokens")
             for choice, seconds in best_of_rounds(timers(context_len), num_rounds).items():
                 times[choice][context_len] = seconds
-    return TunedAttention(measured_on=date.today().isoformat(), times=times)
+    return times
 
 
 Run = Callable[[AttentionChoice, int], object]
@@ -130,68 +169,3 @@ MakeRun = Callable[[Kernels, AttentionShape, int], Run]
 def _make_run(kernels: Kernels, shape: AttentionShape, longest: int) -> Run:
     prepared = Contexts(kernels, shape, longest)
     return lambda choice, context_len: prepared.call(choice, context_len)()
-
-
-class Contexts:
-    """Contexts in one cache, each call's after the one before; blocks in no order, as in a busy engine.
-
-    num_new: the last tokens of each, which attend.
-    """
-
-    def __init__(self, kernels: Kernels, shape: AttentionShape, longest: int, num_new: int = 1) -> None:
-        self._kernels, self._device = kernels, kernels.device
-        dtype = torch.float32 if shape.cache_format is KvCacheFormat.FLOAT32 else torch.bfloat16
-        self._spec = _cache_spec(kernels, shape, -(-longest // _BLOCK_SIZE))
-        self._cache = kernels.make_kv_cache(self._spec)
-        no_queries = torch.empty(_FILL_TOKENS, 0, shape.head_dim, dtype=dtype, device=self._device)
-        key, value = torch.randn(2, _FILL_TOKENS, shape.num_kv_heads, shape.head_dim).to(self._device, dtype)
-        for slots in torch.split(torch.arange(self._spec.num_slots, device=self._device), _FILL_TOKENS):
-            n = len(slots)
-            kernels.rotary_store_kv_(no_queries[:n], key[:n], value[:n], self._cache, slots, None)
-        self._query = torch.randn(num_new, shape.num_heads, shape.head_dim).to(self._device, dtype)
-        self._order = torch.randperm(self._spec.num_blocks, dtype=torch.int32).to(self._device)
-        self._bounds = torch.tensor([0, num_new], dtype=torch.int32, device=self._device)
-        self._attention_specs = {
-            scheme: AttentionSpec(softmax_scale=shape.head_dim**-0.5, softmax=SoftmaxSpec(scheme=scheme))
-            for scheme in kernels.softmax_schemes
-        }
-        self._calls = count()
-
-    def num_contexts(self, context_len: int) -> int:
-        return self._spec.num_blocks // -(-context_len // _BLOCK_SIZE)
-
-    def call(self, choice: AttentionChoice, context_len: int) -> Callable[[], object]:
-        """One token's attention over the next context of so many tokens."""
-        dataflow, attend = self._kernels.dataflow, self.attend(choice.scheme, context_len)
-        assert dataflow is not None, "there is nothing to choose"
-
-        def run() -> object:
-            dataflow.max_pieces = choice.max_pieces
-            try:
-                return attend()
-            finally:
-                dataflow.max_pieces = None
-
-        return run
-
-    def attend(self, scheme: SoftmaxScheme, context_len: int) -> Callable[[], object]:
-        """Attention over the next context of so many tokens, as the dataflow then has it."""
-        num_blocks = -(-context_len // _BLOCK_SIZE)
-        first = next(self._calls) % self.num_contexts(context_len) * num_blocks
-        table = self._order[first : first + num_blocks][None]
-        lens = torch.tensor([context_len], dtype=torch.int32, device=self._device)
-        spec = self._attention_specs[scheme]
-        return lambda: self._kernels.attention(self._query, self._cache, table, lens, self._bounds, spec)
-
-
-def _cache_spec(kernels: Kernels, shape: AttentionShape, num_blocks: int) -> KvCacheSpec:
-    def spec(count: int) -> KvCacheSpec:
-        return KvCacheSpec(
-            cache_format=shape.cache_format,
-            num_blocks=count,
-            block_size=_BLOCK_SIZE,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-        )
-
-    return spec(max(num_blocks, _WORKING_SET_BYTES // kernels.kv_cache_num_bytes(spec(1))))

@@ -8,7 +8,7 @@ import torch
 
 from headrace.config import KvCacheFormat, SoftmaxScheme
 from headrace.engine.tune import measuring_progress
-from headrace.engine.tune_attention import Contexts
+from headrace.engine.tune_contexts import Contexts
 from headrace.kernels import Kernels
 from headrace.kernels.attention_tuning import AttentionShape
 from headrace.kernels.dataflow import Dataflow
@@ -58,7 +58,7 @@ def measure_prefill(
 def _timers(kernels: Kernels, shape: AttentionShape, step: PrefillStep) -> dict[PrefillArm, Callable[[], float]]:
     dataflow = kernels.dataflow
     assert dataflow is not None, "there is nothing to choose"
-    prepared = Contexts(kernels, shape, step.context_len, step.num_tokens)
+    prepared = Contexts(kernels, shape, step.context_len, num_new=step.num_tokens)
 
     def call(arm: PrefillArm) -> Callable[[], object]:
         attend = prepared.attend(SoftmaxScheme.SYNCHRONIZED, step.context_len)

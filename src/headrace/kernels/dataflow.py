@@ -131,7 +131,7 @@ class Dataflow:
     def __init__(self, machine: LinearMachine | None = None) -> None:
         self.tuned: dict[LinearShape, TunedShape] = {}
         self.tuned_mixtures: dict[MixtureShape, TunedMixture] = {}
-        self.max_pieces: int | None = None  # of a context in decode attention; None leaves it to the kernel
+        self.max_pieces_from: Mapping[int, int | None] = {}  # by the least number of sequences it is for
         self.library_prefill_from: int | None = None  # tokens of a step; None leaves prompts to the kernel
         self._machine: LinearMachine = machine or CpuMachine()
         self._forced: LinearArm | None = None
@@ -139,6 +139,12 @@ class Dataflow:
         self._default_tiles: dict[tuple[LinearShape, LinearArm], Tiles] = {}
         self._default_expert_tiles: dict[tuple[MixtureShape, ExpertLaunch], Tiles] = {}
         self._tried_expert_tiles: dict[ExpertLaunch, Tiles] = {}
+
+    def max_pieces(self, num_seqs: int) -> int | None:
+        """Of a context in decode attention, or programs of a GPU's launch, for a batch of so many sequences: the one
+        measured for the nearest batch at or below its size. None leaves it to the kernel."""
+        measured = max((n for n in self.max_pieces_from if n <= num_seqs), default=None)
+        return None if measured is None else self.max_pieces_from[measured]
 
     @property
     def quick_rows(self) -> Sequence[int]:

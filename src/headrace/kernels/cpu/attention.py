@@ -84,7 +84,7 @@ class Attention:
             query.shape[1],
             *tables.arguments(),
             out.data_ptr(),
-            max_pieces or self._dataflow.max_pieces or 0,
+            max_pieces or self._dataflow.max_pieces(len(context_lens)) or 0,
         )
         return out
 
@@ -132,7 +132,7 @@ class Attention:
             owned_blocks.shape[1],
             numerators.data_ptr(),
             normalizers.data_ptr(),
-            max_pieces or self._dataflow.max_pieces or 0,
+            max_pieces or self._dataflow.max_pieces(len(context_lens)) or 0,
         )
         return AttentionShare(numerators, normalizers)
 

@@ -33,9 +33,9 @@ class Attention:
     (`attention_library`).
 
     device: where tensors lie.
-    dataflow: asked for the number of programs of a decode launch, its `max_pieces`, without an answer as many as fill
-        the device; and from how many tokens of a step on the library takes prompts, its `library_prefill_from`, without
-        an answer never.
+    dataflow: asked for the number of programs of a decode launch for so many sequences, its `max_pieces`, without an
+        answer as many as fill the device; and from how many tokens of a step on the library takes prompts, its
+        `library_prefill_from`, without an answer never.
     """
 
     def __init__(self, device: torch.device, dataflow: Dataflow | None = None) -> None:
@@ -149,7 +149,8 @@ class Attention:
         places = {"TOKEN_SLOTS": token_slots, "UNIT": call.unit}
         row_tiles = {"BLOCK_M": shape.block_m, "BLOCK_N": tiles.block_n}
         num_pieces = call.num_seqs * max_splits * call.num_kv_heads * shape.row_tiles
-        num_programs = (self._dataflow and self._dataflow.max_pieces) or self._default_programs
+        measured = None if self._dataflow is None else self._dataflow.max_pieces(call.num_seqs)
+        num_programs = measured or self._default_programs
         split_kernel[(min(num_programs, num_pieces),)](
             *call.tensors,
             partials,
