@@ -11,7 +11,7 @@ from torch import Tensor
 from headrace.config import DataflowChoice, WeightFormat
 from headrace.engine.tune import look_up_dataflow
 from headrace.kernels import QuantizedWeight, Weight, reference
-from headrace.kernels.tuning import LinearArm, LinearShape
+from headrace.kernels.tuning import LINEAR, LinearArm, LinearShape
 from headrace.machine import cpu_limits
 from scripts.gpu_check.context import TOLERANCE, Context
 from scripts.gpu_check.figures import Figure
@@ -86,7 +86,7 @@ def _tune(context: Context, weight_format: WeightFormat, weights: list[Weight]) 
         compares_tiles=True,
     )
     if not context.compiles_only:
-        cache.add({shape: dataflow.tuned[shape]})
+        cache.keep(LINEAR, {shape: dataflow.tuned[shape]})
 
 
 def _arms(context: Context, num_rows: int) -> dict[str, LinearArm | None]:
