@@ -361,7 +361,7 @@ def test_kernels_this_build_has_are_chosen_and_explained(value):
         "choices",
         "dataflow",
         "device",
-        "library_prefill_obstacle",
+        "prefill_library_obstacle",
         "machine",
         "pads_steps",
         "set_num_threads",

@@ -20,7 +20,7 @@ MIXED = ((150, 1), (70, 40), (3, 3), (40, 2), (33, 33))
 
 def run(problem, spec, *, library_from=1):
     dataflow = Dataflow()
-    dataflow.library_prefill_from = library_from
+    dataflow.prefill_library_from = library_from
     return Attention(DEVICE, dataflow)(*problem.arguments(), spec)
 
 
@@ -67,7 +67,7 @@ class TestResults:
         fused[:, 1:5] = problem.query
         _, *rest = problem.arguments()
         dataflow = Dataflow()
-        dataflow.library_prefill_from = 9
+        dataflow.prefill_library_from = 9
         actual = Attention(DEVICE, dataflow)(fused[:, 1:5], *rest, make_spec())
         assert torch.equal(actual, run(problem, make_spec()))
 
@@ -129,7 +129,7 @@ class TestWhatTheKernelKeeps:
         """Else the KV cache would take its room."""
         problem = make_problem(((20, 1),), num_kv_heads=1)
         dataflow = Dataflow()
-        dataflow.library_prefill_from = library_from
+        dataflow.prefill_library_from = library_from
         attend = Attention(DEVICE, dataflow)
         attend(*problem.arguments(), make_spec())
         assert (attend._library._buffer is not None) == is_held

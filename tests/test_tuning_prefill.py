@@ -62,7 +62,7 @@ def tuned(**library_s):
     ],
 )
 def test_the_point_with_the_least_regret(library_s, expected):
-    assert tuned(**library_s).library_from == expected
+    assert tuned(**library_s).min_library_tokens == expected
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=6, max_size=6))
@@ -132,7 +132,7 @@ def test_tune_measures_both_and_later_starts_use_it(tmp_path, capsys, monkeypatc
         "dataflow": "the kernel below 512 tokens, then the library where it can (measured on 2026-01-02)",
     }
     llm = headrace.LLM(folder, num_threads=1)
-    assert llm.engine.model.kernels.dataflow.library_prefill_from == 512
+    assert llm.engine.model.kernels.dataflow.prefill_library_from == 512
 
 
 def tune_attention_result():

@@ -81,7 +81,7 @@ def _attention(context: Context, paged: Paged, cache: KvCache, softmax: SoftmaxS
 
 def _library_can(context: Context, case: Case) -> bool:
     """Whether the attention op gives this step to the library if it is told to."""
-    obstacle = context.kernels.library_prefill_obstacle
+    obstacle = context.kernels.prefill_library_obstacle
     if case.num_new == 1 or obstacle is None:
         return False
     found = obstacle(

@@ -47,7 +47,7 @@ def dataflow_info(config: EngineConfig, kernels: Kernels) -> list[dict[str, str]
         *mixtures,
         {"attention": str(heads), "dataflow": softmax.reason},
     ]
-    if kernels.library_prefill_obstacle is not None:
+    if kernels.prefill_library_obstacle is not None:
         prefill = explain_prefill(look_up(PREFILL, kernels, config.dataflow, num_threads).get(heads))
         rows.append({"attention": f"prompts of {heads}", "dataflow": prefill})
     return rows

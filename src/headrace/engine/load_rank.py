@@ -155,7 +155,7 @@ def load_rank(
     if kernels.dataflow is not None:
         kernels.dataflow.max_pieces_from = softmax.max_pieces
         prefill = look_up(PREFILL, kernels, config.dataflow, num_threads).get(attention_shape(shape, cache_format))
-        kernels.dataflow.library_prefill_from = None if prefill is None else prefill.library_from
+        kernels.dataflow.prefill_library_from = None if prefill is None else prefill.min_library_tokens
     tp_group = world.fabric.make_group("tp", place.tp_ranks, kernels)
     pp_group = world.fabric.make_group("pp", place.pp_ranks, kernels)
     kv_group: Group = OneRankGroup("kv")

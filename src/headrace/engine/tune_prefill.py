@@ -24,7 +24,7 @@ _FORCED = {PrefillArm.KERNEL: None, PrefillArm.LIBRARY: 0}
 
 def prefill_steps(kernels: Kernels, shape: AttentionShape, max_model_len: int) -> list[PrefillStep]:
     """Those that the model can have and the library can take; none where there is no choice."""
-    find = kernels.library_prefill_obstacle
+    find = kernels.prefill_library_obstacle
     steps = [PrefillStep(num_tokens=n, context_len=n + cached) for cached in CACHED for n in CHUNKS]
     dtype = torch.float32 if shape.cache_format is KvCacheFormat.FLOAT32 else torch.bfloat16
     sizes = {"num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "num_seqs": 1}
@@ -75,9 +75,9 @@ def _timers(kernels: Kernels, shape: AttentionShape, step: PrefillStep) -> dict[
 @contextmanager
 def forcing_prefill(dataflow: Dataflow, arm: PrefillArm) -> Iterator[None]:
     """Prompts' attention by one implementation, the library's where it can."""
-    before = dataflow.library_prefill_from
-    dataflow.library_prefill_from = _FORCED[arm]
+    before = dataflow.prefill_library_from
+    dataflow.prefill_library_from = _FORCED[arm]
     try:
         yield
     finally:
-        dataflow.library_prefill_from = before
+        dataflow.prefill_library_from = before

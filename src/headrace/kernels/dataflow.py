@@ -132,7 +132,7 @@ class Dataflow:
         self.tuned: dict[LinearShape, TunedShape] = {}
         self.tuned_mixtures: dict[MixtureShape, TunedMixture] = {}
         self.max_pieces_from: Mapping[int, int | None] = {}  # by the least number of sequences it is for
-        self.library_prefill_from: int | None = None  # tokens of a step; None leaves prompts to the kernel
+        self.prefill_library_from: int | None = None  # tokens of a step; None leaves prompts to the kernel
         self._machine: LinearMachine = machine or CpuMachine()
         self._forced: LinearArm | None = None
         self._tried: Tiles | None = None

@@ -49,7 +49,7 @@ class Kernels:
     device: where tensors that ops read and write lie.
     pads_steps: what `record` makes is dear, so that decode steps are recorded for a few sizes, and padded to them.
     dataflow, tuning_key: None where linear layers have one implementation only.
-    library_prefill_obstacle: None where attention of prompts has one implementation only (`Dataflow`).
+    prefill_library_obstacle: None where attention of prompts has one implementation only (`Dataflow`).
     stream: None where ops run in torch.
     """
 
@@ -86,7 +86,7 @@ class Kernels:
     pads_steps: bool = False
     dataflow: Dataflow | None = None
     tuning_key: TuningKeyMaker | None = None
-    library_prefill_obstacle: ops.LibraryPrefillObstacle | None = None
+    prefill_library_obstacle: ops.LibraryPrefillObstacle | None = None
     stream: ops.NativeStream | None = None
 
     @property
@@ -231,7 +231,7 @@ def _triton_kernels(reason: str, instruction_set: str | None, device: torch.devi
         pads_steps="record" in own,
         dataflow=dataflow,
         tuning_key=lambda num_threads: triton.tuning_key(device),  # noqa: ARG005
-        library_prefill_obstacle=partial(triton.library_prefill_obstacle, device),
+        prefill_library_obstacle=partial(triton.prefill_library_obstacle, device),
     )
 
 

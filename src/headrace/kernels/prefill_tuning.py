@@ -44,7 +44,7 @@ class TunedPrefill:
     times: PrefillTimes
 
     @property
-    def library_from(self) -> int | None:
+    def min_library_tokens(self) -> int | None:
         return find_library_from(self.times)
 
 
@@ -72,7 +72,7 @@ def explain_prefill(tuned: TunedPrefill | None) -> str:
     """One line for people: what is chosen, and on what grounds."""
     if tuned is None:
         return "the kernel (not measured here, the default)"
-    least = tuned.library_from
+    least = tuned.min_library_tokens
     choice = "the kernel" if least is None else f"the kernel below {least} tokens, then the library where it can"
     return f"{choice} (measured on {tuned.measured_on})"
 
@@ -82,7 +82,7 @@ def _to_json(shape: AttentionShape, tuned: TunedPrefill) -> dict[str, Any]:
         **asdict(shape),
         "cache_format": shape.cache_format.value,
         "measured_on": tuned.measured_on,
-        "library_from": tuned.library_from,
+        "library_from": tuned.min_library_tokens,
         "steps": [
             asdict(step) | {"seconds": {arm.value: seconds[step] for arm, seconds in tuned.times.items()}}
             for step in tuned.times[PrefillArm.KERNEL]

@@ -12,7 +12,7 @@ import torch
 from headrace.kernels.dataflow import Dataflow
 from headrace.kernels.triton.activation import activation, gated_activation
 from headrace.kernels.triton.attention import Attention
-from headrace.kernels.triton.attention_library import library_prefill_obstacle
+from headrace.kernels.triton.attention_library import prefill_library_obstacle
 from headrace.kernels.triton.context_share import weigh_share
 from headrace.kernels.triton.dataflow import TritonMachine, tuning_key
 from headrace.kernels.triton.gather import embedding
@@ -27,7 +27,7 @@ from headrace.kernels.triton.rotary import rotary_store_kv_, rotary_table
 from headrace.kernels.triton.sampling import argmax, log_sum_exp, top_k
 from headrace.kernels.triton.weights import make_weight_builder, weight_num_bytes, weight_rows
 
-__all__ = ["MachineOps", "TritonMachine", "check_device", "library_prefill_obstacle", "make_ops", "tuning_key"]
+__all__ = ["MachineOps", "TritonMachine", "check_device", "make_ops", "prefill_library_obstacle", "tuning_key"]
 
 
 def make_ops(device: torch.device, dataflow: Dataflow | None = None) -> dict[str, Callable[..., Any]]:

@@ -12,7 +12,7 @@ from headrace.kernels.kv_cache import KvCache
 from headrace.kernels.ops import AttentionShare, AttentionSpec
 from headrace.kernels.triton.attention_call import AttentionCall
 from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, repair_kernel, split_kernel
-from headrace.kernels.triton.attention_library import LibraryPrefill, library_prefill_obstacle
+from headrace.kernels.triton.attention_library import LibraryPrefill, prefill_library_obstacle
 from headrace.kernels.triton.attention_prefill import prefill_kernel
 from headrace.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
 from headrace.kernels.triton.launch import has_warpgroup_products, num_multiprocessors
@@ -35,7 +35,7 @@ class Attention:
     device: where tensors lie.
     dataflow: asked for the number of programs of a decode launch for so many sequences, its `max_pieces`, without an
         answer as many as fill the device; and from how many tokens of a step on the library takes prompts, its
-        `library_prefill_from`, without an answer never.
+        `prefill_library_from`, without an answer never.
     """
 
     def __init__(self, device: torch.device, dataflow: Dataflow | None = None) -> None:
@@ -108,7 +108,7 @@ class Attention:
 
     def _is_librarys(self, call: AttentionCall) -> bool:
         """Whether the library takes what the call has of prompts: as measured, and where it can."""
-        least = None if self._dataflow is None else self._dataflow.library_prefill_from
+        least = None if self._dataflow is None else self._dataflow.prefill_library_from
         if least is None:
             return False
         self._library.hold_buffer()
@@ -116,7 +116,7 @@ class Attention:
             return False
         if call.spec.softmax.scheme is not SoftmaxScheme.SYNCHRONIZED or call.spec.logit_soft_cap is not None:
             return False
-        obstacle = library_prefill_obstacle(
+        obstacle = prefill_library_obstacle(
             call.query.device,
             dtype=call.query.dtype,
             num_kv_heads=call.num_kv_heads,

@@ -37,7 +37,7 @@ _GATHERED_AT_ONCE = 32
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def library_prefill_obstacle(
+def prefill_library_obstacle(
     device: torch.device, *, dtype: torch.dtype, num_kv_heads: int, head_dim: int, num_seqs: int, max_context_len: int
 ) -> str | None:
     """Why the library cannot take a step that is synchronized and without a soft cap; None if it can.
