@@ -4,20 +4,30 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-// keys and values point to the first vector. While a panel is read, that of the next tile, or of what comes after it, is
+// Where the panels of a tile lie, keys first. While one is read, that of the next tile, or of what comes after it, is
 // fetched: `next`, or the panel itself where nothing follows. Blocks lie in any order, which no hardware foresees, and a
 // tile fits the second-level cache twice.
 struct TilePanels {
-  int64_t first;  // of the sequence
+  const KvLayout* layout;
+  int64_t first;  // of the sequence; -1 for those of other work
   int count;
-  int64_t key_vectors;
   bool has_gaps;  // blocks end in a panel of fewer than 16 positions
-  int64_t begin[kTilePanels];  // first position
-  int size[kTilePanels];       // positions
-  const uint8_t* keys[kTilePanels];
-  const uint8_t* values[kTilePanels];
+  const uint8_t* address[kTilePanels];
   const uint8_t* next[kTilePanels];
-  const float* scales[kTilePanels];  // int8: of keys, then of values
+
+  // int8: of keys, then of values.
+  const float* Scales(int64_t i) const { return reinterpret_cast<const float*>(address[i] + layout->scale_offset); }
+  int64_t FirstPosition(int64_t i) const {
+    const int64_t panel = first + i;
+    if (!has_gaps) return panel * kPanelPositions;
+    return panel / layout->panels_per_block * layout->shape.block_size +
+           panel % layout->panels_per_block * kPanelPositions;
+  }
+  int64_t Size(int64_t i) const {
+    if (!has_gaps) return kPanelPositions;
+    const int64_t rest = layout->shape.block_size - (first + i) % layout->panels_per_block * kPanelPositions;
+    return rest < kPanelPositions ? rest : kPanelPositions;
+  }
 };
 
 // Lanes [begin, end) of a panel.
@@ -38,11 +48,6 @@ class PanelWalk {
         in_block_(panel % call.layout.panels_per_block) {}
 
   const uint8_t* Address() const { return call_->cache + call_->layout.PanelOffset(table_[block_], kv_head_, in_block_); }
-  int64_t FirstPosition() const { return block_ * call_->layout.shape.block_size + in_block_ * kPanelPositions; }
-  int Size() const {
-    const int64_t rest = call_->layout.shape.block_size - in_block_ * kPanelPositions;
-    return static_cast<int>(rest < kPanelPositions ? rest : kPanelPositions);
-  }
   void Advance() {
     if (++in_block_ < call_->layout.panels_per_block) return;
     in_block_ = 0;
@@ -57,41 +62,61 @@ class PanelWalk {
   int64_t in_block_;
 };
 
-// What is read after a tile: panels of the same sequence and head up to `end`, then those of the next piece of work.
-struct Ahead {
-  int64_t end;
-  Upcoming upcoming;
+// Finds the panels of one tile after another: of a sequence and a KV head, `visible_end` panels of which the rows see, up
+// to panel `end`, and then those of the next piece of work.
+class TileReader {
+ public:
+  TileReader(const AttentionCall& call, const RowTile& tile, int64_t visible_end, int64_t end, const Upcoming& upcoming)
+      : call_(&call), tile_(&tile), upcoming_(&upcoming), visible_end_(visible_end), end_(end) {
+    tiles_[0].first = tiles_[1].first = -1;
+  }
+
+  int64_t visible_end() const { return visible_end_; }
+
+  // Valid until the next call.
+  const TilePanels& Read(int64_t tile_index) {
+    if (tiles_[following_].first != tile_index * kTilePanels) FindTile(tile_index, tiles_[following_]);
+    TilePanels& panels = tiles_[following_];
+    following_ = 1 - following_;
+    TilePanels& following = tiles_[following_];
+    if (end_ > panels.first + kTilePanels) {
+      FindTile(tile_index + 1, following);
+    } else {
+      following.first = -1;
+      Find(upcoming_->seq, upcoming_->kv_head, upcoming_->panels, following);
+    }
+    for (int i = 0; i < kTilePanels; ++i) panels.next[i] = i < following.count ? following.address[i] : panels.address[i];
+    return panels;
+  }
+
+ private:
+  void FindTile(int64_t tile_index, TilePanels& panels) const {
+    panels.layout = &call_->layout;
+    panels.first = tile_index * kTilePanels;
+    panels.has_gaps = call_->layout.shape.block_size % kPanelPositions != 0;
+    Find(tile_->seq, tile_->kv_head, {panels.first, visible_end_}, panels);
+  }
+
+  // The first kTilePanels of a range at most; where there are fewer, the last one stands for the rest.
+  void Find(int64_t seq, int64_t kv_head, Range range, TilePanels& panels) const {
+    const int64_t count = range.end - range.begin;
+    panels.count = static_cast<int>(count < kTilePanels ? count : kTilePanels);
+    PanelWalk walk(*call_, seq, kv_head, range.begin);
+    for (int i = 0; i < panels.count; ++i, walk.Advance()) panels.address[i] = walk.Address();
+    for (int i = panels.count; i > 0 && i < kTilePanels; ++i) panels.address[i] = panels.address[i - 1];
+  }
+
+  const AttentionCall* call_;
+  const RowTile* tile_;
+  const Upcoming* upcoming_;
+  int64_t visible_end_;
+  int64_t end_;
+  int following_ = 0;
+  TilePanels tiles_[2];
 };
 
-// The panels of a tile that the rows, whose panels end at `end`, may see.
-inline TilePanels FindPanels(const AttentionCall& call, const RowTile& tile, int64_t tile_index, int64_t end,
-                             const Ahead& after) {
-  const KvLayout& layout = call.layout;
-  TilePanels panels;
-  panels.first = tile_index * kTilePanels;
-  panels.count = static_cast<int>(end - panels.first < kTilePanels ? end - panels.first : kTilePanels);
-  panels.key_vectors = layout.key_vectors;
-  panels.has_gaps = layout.shape.block_size % kPanelPositions != 0;
-  PanelWalk walk(call, tile.seq, tile.kv_head, panels.first);
-  for (int i = 0; i < panels.count; ++i, walk.Advance()) {
-    const uint8_t* address = walk.Address();
-    panels.begin[i] = walk.FirstPosition();
-    panels.size[i] = walk.Size();
-    panels.keys[i] = panels.next[i] = address;
-    panels.values[i] = address + layout.value_offset;
-    panels.scales[i] = reinterpret_cast<const float*>(address + layout.scale_offset);
-  }
-  const int64_t ahead = after.end - panels.first - kTilePanels;
-  const Range upcoming = after.upcoming.panels;
-  if (ahead <= 0) walk = PanelWalk(call, after.upcoming.seq, after.upcoming.kv_head, upcoming.begin);
-  const int64_t num_next = ahead > 0 ? ahead : upcoming.end - upcoming.begin;
-  for (int i = 0; i < num_next && i < panels.count; ++i, walk.Advance()) panels.next[i] = walk.Address();
-  return panels;
-}
-
-inline Lanes VisibleLanes(const TilePanels& panels, int i, const Row& row) {
-  const int64_t size = panels.size[i];
-  const int64_t begin = row.begin - panels.begin[i], end = row.end - panels.begin[i];
+inline Lanes VisibleLanes(const TilePanels& panels, int64_t i, const Row& row) {
+  const int64_t size = panels.Size(i), first = panels.FirstPosition(i), begin = row.begin - first, end = row.end - first;
   return {static_cast<int>(begin < 0 ? 0 : begin < size ? begin : size),
           static_cast<int>(end < 0 ? 0 : end < size ? end : size)};
 }
@@ -108,9 +133,15 @@ inline Range VisiblePanels(const TilePanels& panels, const Row& row) {
 inline Range FullPanels(const TilePanels& panels, const Row& row, Range visible) {
   if (panels.has_gaps || visible.begin == visible.end) return {visible.begin, visible.begin};
   Range full = visible;
-  if (!VisibleLanes(panels, static_cast<int>(full.begin), row).IsFull()) ++full.begin;
-  if (full.begin < full.end && !VisibleLanes(panels, static_cast<int>(full.end - 1), row).IsFull()) --full.end;
+  if (!VisibleLanes(panels, full.begin, row).IsFull()) ++full.begin;
+  if (full.begin < full.end && !VisibleLanes(panels, full.end - 1, row).IsFull()) --full.end;
   return full;
+}
+
+// Whether a row sees all positions of some panels.
+inline bool SeesWhole(const TilePanels& panels, Range range, const Row& row) {
+  return !panels.has_gaps && row.begin <= panels.FirstPosition(range.begin) &&
+         row.end >= panels.FirstPosition(range.end);
 }
 
 // Into the second-level cache: what the first level can wait for at a time is too little for the memory's latency.

@@ -40,7 +40,7 @@ void FloatScores(const ScoreTile& at) {
   using X = typename Keys::X;
   const int64_t num_vectors = at.call.layout.key_vectors, row_bytes = QueryBytes(at.call.layout);
   const char* query = at.workspace.query + at.row * row_bytes;
-  const uint8_t* const* keys = at.panels.keys + at.panel;
+  const uint8_t* const* keys = at.panels.address + at.panel;
   const uint8_t* const* next = at.panels.next + at.panel;
   F32x16 acc[kRows][kPanels];
   UnrollPairs<kRows, kPanels>([&](auto r, auto p) HEADRACE_LAMBDA { acc[r][p] = Broadcast(0.0f); });
@@ -62,13 +62,12 @@ void FloatScores(const ScoreTile& at) {
   });
 }
 
-// The same with integers. Of the keys of the next tile every other line is asked for here, the rest beside the softmax
-// (PrefetchKeys): more at a time than memory delivers makes the product wait.
+// The same with integers.
 template <int kRows, int kPanels>
 void IntScores(const ScoreTile& at) {
   const int64_t num_vectors = at.call.layout.key_vectors, row_bytes = QueryBytes(at.call.layout);
   const auto* query = reinterpret_cast<const int8_t*>(at.workspace.query + at.row * row_bytes);
-  const uint8_t* const* keys = at.panels.keys + at.panel;
+  const uint8_t* const* keys = at.panels.address + at.panel;
   const uint8_t* const* next = at.panels.next + at.panel;
   I32x16 acc[kRows][kPanels];
   UnrollPairs<kRows, kPanels>(
@@ -76,7 +75,7 @@ void IntScores(const ScoreTile& at) {
   for (int64_t i = 0; i < num_vectors; ++i) {
     Int8Step step[kPanels];
     Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
-      if (i % 2 == 0) Prefetch(next[p] + i * kVectorBytes);
+      Prefetch(next[p] + i * kVectorBytes);
       step[p] = LoadInt8(keys[p] + i * kVectorBytes);
     });
     UnrollPairs<kRows, kPanels>([&](auto r, auto p) HEADRACE_LAMBDA {
@@ -89,7 +88,7 @@ void IntScores(const ScoreTile& at) {
     const uint8_t* next_scales = next[p] + at.call.layout.scale_offset;
     Prefetch(next_scales);
     Prefetch(next_scales + kVectorBytes);
-    const F32x16 key_scale = Load(at.panels.scales[at.panel + p]);
+    const F32x16 key_scale = Load(at.panels.Scales(at.panel + p));
     Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
       const F32x16 scale = Mul(key_scale, Broadcast(query_scale[r]));
       Store(t + r * kTilePositions + p * kPanelPositions, Mul(ToFloat(acc[r][p]), scale));

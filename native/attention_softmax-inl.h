@@ -1,4 +1,4 @@
-// From the t of a block of rows to their p over one tile, and the rows' running state.
+// The references of a block of rows over one tile, from their t, and the rows' running state.
 //
 // Rows that see the same panels are taken kSoftmaxRows at a time, so that one row's chain of operations fills the gaps in
 // another's; what is computed for a row does not depend on it.
@@ -31,11 +31,12 @@ struct SoftmaxBlock {
 // visit(panel, lanes) for each panel that row r sees only in part.
 template <class Visit>
 inline void ForEachEdge(const TilePanels& panels, const SoftmaxBlock& block, int r, const Visit& visit) {
+  if (SeesWhole(panels, block.visible, block.rows[r])) return;
   // Without gaps only the first and the last panel can be seen in part.
   const int64_t distance = block.visible.end - 1 - block.visible.begin;
   const int64_t step = panels.has_gaps || distance == 0 ? 1 : distance;
   for (int64_t i = block.visible.begin; i < block.visible.end; i += step) {
-    const Lanes lanes = VisibleLanes(panels, static_cast<int>(i), block.rows[r]);
+    const Lanes lanes = VisibleLanes(panels, i, block.rows[r]);
     if (!lanes.IsFull()) visit(i, lanes);
   }
 }
@@ -50,8 +51,8 @@ inline void HideInvisible(const TilePanels& panels, const SoftmaxBlock& block) {
   }
 }
 
-inline void ZeroPanels(float* x, Range panels) {
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) Store(x + panel * kPanelPositions, Broadcast(0.0f));
+inline void FillPanels(float value, Range panels, float* x) {
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) Store(x + panel * kPanelPositions, Broadcast(value));
 }
 
 template <int kRows>
@@ -103,9 +104,19 @@ inline bool IsWithin(const UnifiedMax& unified_max, const float* t, Range visibl
   return smallest > unified_max.least && largest < unified_max.largest;
 }
 
-// Sets m of every row for this tile, and returns what to subtract. An asynchronized row whose t leave the bounds is
-// marked by an m of NaN.
-inline void ChooseReferences(const AttentionCall& call, const SoftmaxBlock& block, float* reference) {
+// The largest t of each row.
+inline void FindLargestOfRows(const SoftmaxBlock& block, float* largest) {
+  int r = 0;
+  for (; r + kSoftmaxRows <= block.count; r += kSoftmaxRows) {
+    FindLargest<kSoftmaxRows>(block.t + r * kTilePositions, block.visible, largest + r);
+  }
+  for (; r < block.count; ++r) FindLargest<1>(block.t + r * kTilePositions, block.visible, largest + r);
+}
+
+// Sets m of every row for this tile, whose largest t are given but for asynchronized rows, and returns what to subtract.
+// An asynchronized row whose t leave the bounds is marked by an m of NaN.
+inline void ChooseReferences(const AttentionCall& call, const SoftmaxBlock& block, const float* largest,
+                             float* reference) {
   if (call.scheme == SoftmaxScheme::kAsynchronized) {
     for (int r = 0; r < block.count; ++r) {
       reference[r] = call.unified_max.value;
@@ -115,136 +126,10 @@ inline void ChooseReferences(const AttentionCall& call, const SoftmaxBlock& bloc
     return;
   }
   const float threshold = call.scheme == SoftmaxScheme::kLazy ? kLazyThreshold : 0.0f;
-  float largest[kBlockRows];
-  int r = 0;
-  for (; r + kSoftmaxRows <= block.count; r += kSoftmaxRows) {
-    FindLargest<kSoftmaxRows>(block.t + r * kTilePositions, block.visible, largest + r);
-  }
-  for (; r < block.count; ++r) FindLargest<1>(block.t + r * kTilePositions, block.visible, largest + r);
-  for (r = 0; r < block.count; ++r) {
+  for (int r = 0; r < block.count; ++r) {
     if (largest[r] > block.m[r] + threshold) RaiseReference(largest[r], block, r);
     reference[r] = Reference(block.m[r]);
   }
-}
-
-// store(r, i, e) for e = 2^(t - reference), positions i and on of row `row` + r, and their sums, of float32 before any
-// rounding.
-template <int kRows, int kDegree, class StoreProbabilities>
-HEADRACE_INLINE void Exponentials(const SoftmaxBlock& block, const float* reference, int row,
-                                  const StoreProbabilities& store) {
-  const float* t = block.t + row * kTilePositions;
-  float* sums = block.sum + row * kLanes;
-  F32x16 m[kRows], sum[kRows];
-  Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
-    m[r] = Broadcast(reference[row + r]);
-    sum[r] = Load(sums + r * kLanes);
-  });
-  const int64_t end = block.visible.end * kPanelPositions;
-  for (int64_t i = block.visible.begin * kPanelPositions; i < end; i += kPanelPositions) {
-    Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
-      const F32x16 e = Exp2<kDegree>(Sub(Load(t + r * kTilePositions + i), m[r]));
-      sum[r] = Add(sum[r], e);
-      store(r, i, e);
-    });
-  }
-  Unroll<kRows>([&](auto r) HEADRACE_LAMBDA { Store(sums + r * kLanes, sum[r]); });
-}
-
-template <int kRows>
-void Float32Probabilities(const SoftmaxBlock& block, const float* reference, int row) {
-  auto* p = reinterpret_cast<float*>(block.p) + row * kTilePositions;
-  Exponentials<kRows, 6>(block, reference, row, [=](auto r, int64_t i, const F32x16& e) HEADRACE_LAMBDA {
-    Store(p + r * kTilePositions + i, e);
-  });
-}
-
-// Four coefficients leave an error far below that of rounding to bfloat16.
-template <int kRows>
-void Bfloat16Probabilities(const SoftmaxBlock& block, const float* reference, int row) {
-  auto* p = reinterpret_cast<Bf16X*>(block.p) + row * kTilePositions;
-  Exponentials<kRows, 4>(block, reference, row, [=](auto r, int64_t i, const F32x16& e) HEADRACE_LAMBDA {
-    StoreBf16X(p + r * kTilePositions + i, e);
-  });
-}
-
-// Asks for the lines of a panel of the next tile's keys that the scores left out: where there are two groups of rows, half
-// of them beside each.
-inline void PrefetchKeys(const TilePanels& panels, int64_t panel, const SoftmaxBlock& block, int row) {
-  const int64_t num_groups = block.count > kSoftmaxRows ? 2 : 1;
-  const uint8_t* lines = panels.next[panel];
-  for (int64_t i = 1 + 2 * (row / kSoftmaxRows); i < panels.key_vectors; i += 2 * num_groups) {
-    Prefetch(lines + i * kVectorBytes);
-  }
-}
-
-// p times the values' scales, as 14 bits of the largest in the tile: upper seven, then lower seven, kSplitPanels panels
-// at a time (StoreSplit). Panels that a row does not see, among those, have p = 0.
-template <int kRows>
-void IntProbabilities(const TilePanels& panels, const SoftmaxBlock& block, const float* reference, int row) {
-  constexpr float kLargest = 16383.0f;
-  constexpr float kSmallest = 1e-34f;  // kLargest over it is finite
-  float* scaled = block.t + row * kTilePositions;
-  F32x16 max[kRows];
-  Unroll<kRows>([&](auto r) HEADRACE_LAMBDA { max[r] = Broadcast(0.0f); });
-  Exponentials<kRows, 4>(block, reference, row, [&](auto r, int64_t i, const F32x16& e) HEADRACE_LAMBDA {
-    const F32x16 x = Mul(e, Load(panels.scales[i / kPanelPositions] + kPanelPositions));
-    max[r] = Max(x, max[r]);
-    Store(scaled + r * kTilePositions + i, x);
-    if (r == 0 && row % kSoftmaxRows == 0) PrefetchKeys(panels, i / kPanelPositions, block, row);
-  });
-  const Range groups = SplitGroups(block.visible);
-  for (int r = 0; r < kRows; ++r) {
-    float* x = scaled + r * kTilePositions;
-    // 0 times the scale of a place nobody wrote need not be 0.
-    ForEachEdge(panels, block, row + r, [&](int64_t panel, Lanes lanes) {
-      float* to = x + panel * kPanelPositions;
-      Store(to, SelectLanes(lanes.begin, lanes.end, Load(to), Broadcast(0.0f)));
-    });
-    ZeroPanels(x, {groups.begin * kSplitPanels, block.visible.begin});
-    ZeroPanels(x, {block.visible.end, groups.end * kSplitPanels});
-  }
-  F32x16 inverse[kRows];
-  Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
-    const float largest = MaxLane(max[r]);
-    block.p_scale[row + r] = largest / kLargest;
-    inverse[r] = Broadcast(largest < kSmallest ? 0.0f : kLargest / largest);
-  });
-  auto* high = reinterpret_cast<uint8_t*>(block.p) + row * 2 * kTilePositions;
-  for (int64_t i = groups.begin * kSplitPositions; i < groups.end * kSplitPositions; i += kSplitPositions) {
-    Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
-      const float* x = scaled + r * kTilePositions + i;
-      F32x16 p[kSplitPanels];
-      Unroll<kSplitPanels>([&](auto j) HEADRACE_LAMBDA { p[j] = Mul(Load(x + j * kPanelPositions), inverse[r]); });
-      uint8_t* to = high + r * 2 * kTilePositions + i;
-      StoreSplit(to, to + kTilePositions, p);
-    });
-  }
-}
-
-template <int kRows>
-void Probabilities(Format format, const TilePanels& panels, const SoftmaxBlock& block, const float* reference,
-                   int row) {
-  switch (format) {
-    case Format::kFloat32:
-      return Float32Probabilities<kRows>(block, reference, row);
-    case Format::kBfloat16:
-      return Bfloat16Probabilities<kRows>(block, reference, row);
-    case Format::kInt8:
-    case Format::kInt4:
-      return IntProbabilities<kRows>(panels, block, reference, row);
-  }
-}
-
-void ComputeProbabilities(const AttentionCall& call, const TilePanels& panels, const SoftmaxBlock& block) {
-  float reference[kBlockRows];
-  HideInvisible(panels, block);
-  ChooseReferences(call, block, reference);
-  const Format format = call.layout.shape.format;
-  int r = 0;
-  for (; r + kSoftmaxRows <= block.count; r += kSoftmaxRows) {
-    Probabilities<kSoftmaxRows>(format, panels, block, reference, r);
-  }
-  for (; r < block.count; ++r) Probabilities<1>(format, panels, block, reference, r);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // The attention kernels of one target. Compiled once for each, with that target's flags.
 #include "attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "simd/simd-inl.h"
@@ -17,7 +18,11 @@
 
 #include "attention_softmax-inl.h"
 
+#include "attention_probabilities-inl.h"
+
 #include "attention_values-inl.h"
+
+#include "attention_merge-inl.h"
 
 namespace headrace {
 namespace HEADRACE_TARGET {
@@ -74,48 +79,16 @@ float FirstReference(const AttentionCall& call) {
 
 // All rows over the tiles of one split, into w.split.
 void AttendSplit(const AttentionCall& call, const RowTile& tile, const Workspace& w, int64_t split,
-                 const Ahead& after) {
+                 TileReader& reader) {
   const int num_rows = static_cast<int>(tile.rows.end - tile.rows.begin);
-  const int64_t end = VisiblePanels(call, tile).end;
   for (int i = 0; i < num_rows; ++i) w.split.m[i] = FirstReference(call);
   memset(w.split.sum, 0, num_rows * kLanes * sizeof(float));
   memset(w.split.o, 0, num_rows * OutputStride(call.layout) * sizeof(float));
-  for (int64_t t = SplitBegin(split); t < SplitBegin(split + 1) && t * kTilePanels < end; ++t) {
-    const TilePanels panels = FindPanels(call, tile, t, end, after);
+  for (int64_t t = SplitBegin(split); t < SplitBegin(split + 1) && t * kTilePanels < reader.visible_end(); ++t) {
+    const TilePanels& panels = reader.Read(t);
     for (int first = 0; first < num_rows; first += kBlockRows) {
       AttendBlock(call, w, panels, first, num_rows - first < kBlockRows ? num_rows - first : kBlockRows);
     }
-  }
-}
-
-bool SeesSplit(const Row& row, int64_t split) {
-  return row.panels.begin < SplitBegin(split + 1) * kTilePanels && SplitBegin(split) * kTilePanels < row.panels.end;
-}
-
-// Adds a split's result to the row's; the first one is taken as it is.
-void MergeSplit(const AttentionCall& call, const Workspace& w, int i, bool is_first, float m, float sum,
-                const float* o) {
-  const int64_t o_stride = OutputStride(call.layout);
-  float* total = w.total.o + i * o_stride;
-  if (is_first) {
-    w.total.m[i] = m;
-    w.total.sum[i] = sum;
-    memcpy(total, o, o_stride * sizeof(float));
-    return;
-  }
-  float scale_total = 1, scale_split = 1;
-  if (call.scheme == SoftmaxScheme::kAsynchronized) {
-    w.total.m[i] += m;  // NaN where either is marked
-  } else {
-    const float larger = m > w.total.m[i] ? m : w.total.m[i];
-    scale_total = Exp2Of(w.total.m[i] - Reference(larger));
-    scale_split = Exp2Of(m - Reference(larger));
-    w.total.m[i] = larger;
-  }
-  w.total.sum[i] = w.total.sum[i] * scale_total + sum * scale_split;
-  for (int64_t d = 0; d < o_stride; d += kLanes) {
-    const F32x16 scaled = Mul(Load(total + d), Broadcast(scale_total));
-    Store(total + d, MulAdd(Load(o + d), Broadcast(scale_split), scaled));
   }
 }
 
@@ -211,24 +184,18 @@ void Finish(const AttentionCall& call, const RowTile& tile, const Workspace& w) 
   }
 }
 
-void MergeSplits(const AttentionCall& call, const RowTile& tile, const Workspace& w, int64_t split, bool* is_merged) {
-  const int num_rows = static_cast<int>(tile.rows.end - tile.rows.begin);
-  for (int i = 0; i < num_rows; ++i) {
-    if (!SeesSplit(w.rows[i], split)) continue;
-    MergeSplit(call, w, i, !is_merged[i], w.split.m[i], SumLanes(Load(w.split.sum + i * kLanes)),
-               w.split.o + i * OutputStride(call.layout));
-    is_merged[i] = true;
-  }
-}
-
 void Attend(const AttentionCall& call, const RowTile& tile, const Upcoming& upcoming, const Workspace& w) {
   PrepareRows(call, tile, w);
   bool is_merged[kTileRows] = {};
+  std::fill_n(w.total.m, tile.rows.end - tile.rows.begin, -kInfinity);
   const Range splits = VisibleSplits(call, tile);
-  const Ahead after = {VisiblePanels(call, tile).end, upcoming};
+  const int64_t end = VisiblePanels(call, tile).end;
+  TileReader reader(call, tile, end, end, upcoming);
   for (int64_t split = splits.begin; split < splits.end; ++split) {
-    AttendSplit(call, tile, w, split, after);
-    MergeSplits(call, tile, w, split, is_merged);
+    AttendSplit(call, tile, w, split, reader);
+    float sums[kTileRows];
+    SumRows(w, tile.rows.end - tile.rows.begin, sums);
+    MergeSplit(call, tile, w, split, w.split.m, sums, w.split.o, is_merged);
   }
   Finish(call, tile, w);
 }
@@ -248,10 +215,10 @@ void AttendSplits(const AttentionCall& call, const RowTile& tile, Range splits, 
   PrepareRows(call, tile, w);
   const int64_t num_rows = tile.rows.end - tile.rows.begin, o_stride = OutputStride(call.layout);
   const int64_t visible = VisiblePanels(call, tile).end, mine = SplitBegin(splits.end) * kTilePanels;
-  const Ahead after = {mine < visible ? mine : visible, upcoming};
+  TileReader reader(call, tile, visible, mine < visible ? mine : visible, upcoming);
   for (int64_t split = splits.begin; split < splits.end; ++split, partials += PartialFloats(call.layout, num_rows)) {
-    AttendSplit(call, tile, w, split, after);
-    for (int64_t i = 0; i < num_rows; ++i) partials[num_rows + i] = SumLanes(Load(w.split.sum + i * kLanes));
+    AttendSplit(call, tile, w, split, reader);
+    SumRows(w, num_rows, partials + num_rows);
     memcpy(partials, w.split.m, num_rows * sizeof(float));
     memcpy(partials + 2 * num_rows, w.split.o, num_rows * o_stride * sizeof(float));
   }
@@ -259,18 +226,13 @@ void AttendSplits(const AttentionCall& call, const RowTile& tile, Range splits, 
 
 void Merge(const AttentionCall& call, const RowTile& tile, const float* partials, char* workspace) {
   const Workspace w = WorkspaceIn(call, workspace);
-  const int num_rows = static_cast<int>(tile.rows.end - tile.rows.begin);
-  const int64_t o_stride = OutputStride(call.layout);
+  const int64_t num_rows = tile.rows.end - tile.rows.begin;
   bool is_merged[kTileRows] = {};
+  std::fill_n(w.total.m, num_rows, -kInfinity);
   FindRows(call, tile, w);
   const Range splits = VisibleSplits(call, tile);
   for (int64_t split = splits.begin; split < splits.end; ++split, partials += PartialFloats(call.layout, num_rows)) {
-    for (int i = 0; i < num_rows; ++i) {
-      if (!SeesSplit(w.rows[i], split)) continue;
-      const float* o = partials + 2 * num_rows + i * o_stride;
-      MergeSplit(call, w, i, !is_merged[i], partials[i], partials[num_rows + i], o);
-      is_merged[i] = true;
-    }
+    MergeSplit(call, tile, w, split, partials, partials + num_rows, partials + 2 * num_rows, is_merged);
   }
   Finish(call, tile, w);
 }

@@ -45,17 +45,18 @@ template <class Values, int kRows, int kChunks>
 void FloatProducts(const ValueTile& at) {
   using X = typename Values::X;
   constexpr int kSteps = kPanelPositions / Values::kPositions;
-  const int64_t o_stride = OutputStride(at.call.layout), offset = at.chunk * kSteps * kVectorBytes;
+  const int64_t o_stride = OutputStride(at.call.layout);
+  const int64_t offset = at.call.layout.value_offset + at.chunk * kSteps * kVectorBytes;
   float* o = at.o + at.chunk * kLanes;
   F32x16 acc[kRows][kChunks];
   UnrollPairs<kRows, kChunks>(
       [&](auto r, auto c) HEADRACE_LAMBDA { acc[r][c] = Load(o + r * o_stride + c * kLanes); });
   const X* p = reinterpret_cast<const X*>(at.p) + at.range.begin * kPanelPositions;
-  const uint8_t* const* end = at.panels.values + at.range.end;
+  const uint8_t* const* end = at.panels.address + at.range.end;
   const uint8_t* const* next = at.panels.next + at.range.begin;
-  for (const uint8_t* const* panel = at.panels.values + at.range.begin; panel < end; ++panel) {
+  for (const uint8_t* const* panel = at.panels.address + at.range.begin; panel < end; ++panel) {
     const uint8_t* v = *panel + offset;
-    const uint8_t* ahead = *next++ + at.call.layout.value_offset + offset;
+    const uint8_t* ahead = *next++ + offset;
     for (int i = 0; i < kSteps; ++i) {
       typename Values::Step step[kChunks];
       Unroll<kChunks>([&](auto c) HEADRACE_LAMBDA {
@@ -78,7 +79,8 @@ void FloatProductsOf(const ValueTile& at, Lanes lanes) {
   using X = typename Values::X;
   constexpr int kSteps = kPanelPositions / Values::kPositions;
   const int64_t o_stride = OutputStride(at.call.layout);
-  const uint8_t* v = at.panels.values[at.range.begin] + at.chunk * kSteps * kVectorBytes;
+  const uint8_t* v = at.panels.address[at.range.begin] + at.call.layout.value_offset;
+  v += at.chunk * kSteps * kVectorBytes;
   const X* p = reinterpret_cast<const X*>(at.p) + at.range.begin * kPanelPositions;
   float* o = at.o + at.chunk * kLanes;
   F32x16 acc[kRows][kChunks];
@@ -101,12 +103,13 @@ void FloatProductsOf(const ValueTile& at, Lanes lanes) {
 template <int kRows, int kChunks>
 void IntProducts(const ValueTile& at, const float* p_scale) {
   constexpr int kSteps = kPanelPositions / VectorColumns(Format::kInt8);
-  const int64_t o_stride = OutputStride(at.call.layout), offset = at.chunk * kSteps * kVectorBytes;
+  const int64_t o_stride = OutputStride(at.call.layout);
+  const int64_t offset = at.call.layout.value_offset + at.chunk * kSteps * kVectorBytes;
   I32x16 high[kRows][kChunks], low[kRows][kChunks];
   UnrollPairs<kRows, kChunks>([&](auto r, auto c) HEADRACE_LAMBDA { high[r][c] = low[r][c] = BroadcastInt(0); });
   for (int64_t panel = at.range.begin; panel < at.range.end; ++panel) {
-    const uint8_t* v = at.panels.values[panel] + offset;
-    const uint8_t* ahead = at.panels.next[panel] + at.call.layout.value_offset + offset;
+    const uint8_t* v = at.panels.address[panel] + offset;
+    const uint8_t* ahead = at.panels.next[panel] + offset;
     const auto* p = reinterpret_cast<const uint8_t*>(at.p) + panel / kSplitPanels * kSplitPositions;
     p += panel % kSplitPanels * 4;
     for (int i = 0; i < kSteps; ++i) {
@@ -201,7 +204,7 @@ void AlikePanels(const AttentionCall& call, const TilePanels& panels, const Bloc
                  Range range) {
   int64_t begin = range.begin;  // of whole panels not yet computed
   for (int64_t panel = range.begin; panel < range.end; ++panel) {
-    const Lanes lanes = VisibleLanes(panels, static_cast<int>(panel), row);
+    const Lanes lanes = VisibleLanes(panels, panel, row);
     if (lanes.IsFull()) continue;
     WholePanels<Values>(call, panels, rows, {begin, panel});
     PartialPanel<Values>(call, panels, rows, panel, lanes);
@@ -259,6 +262,7 @@ void IntValues(const AttentionCall& call, const TilePanels& panels, const BlockR
   const Range groups = SplitGroups(all);
   for (int r = 0; r < block.count; ++r) {
     const Range seen = SplitGroups(visible[r]);
+    if (seen.begin == groups.begin && seen.end == groups.end) continue;
     for (char* half = p + r * 2 * kTilePositions; half < p + (r + 1) * 2 * kTilePositions; half += kTilePositions) {
       memset(half + groups.begin * kSplitPositions, 0, (seen.begin - groups.begin) * kSplitPositions);
       memset(half + seen.end * kSplitPositions, 0, (groups.end - seen.end) * kSplitPositions);

@@ -338,7 +338,7 @@ int Main() {
   CheckNorm();
   CheckActivation();
   CheckMixture();
-  // Of values of size 1. Queries and probabilities may be rounded to bfloat16, or to integers of 8 and of 14 bits.
+  // Of values of size 1. Queries and probabilities may be rounded to bfloat16, or to integers of 8 and of 14 bits or more.
   for (const int64_t window : {int64_t{100}, INT64_MAX}) {
     CheckAttention(Format::kFloat32, window, 1e-5, "attention over float32");
     CheckAttention(Format::kBfloat16, window, 0.02, "attention over bfloat16");

@@ -19,6 +19,7 @@ constexpr int kIntRowsAtOnce = 2;
 constexpr bool kKeepsGroup = false;
 // int8 weights become signed below, so that nothing needs to be taken off again.
 constexpr int kInt8Offset = 0;
+constexpr int kDigitBits = 7;  // sums of two products have 16 bits
 constexpr int kInt4Offset = 8;
 
 struct F32x16 {
@@ -275,7 +276,7 @@ inline I32x16 AddInt(const I32x16& a, const I32x16& b) {
   return {{_mm256_add_epi32(a.half[0], b.half[0]), _mm256_add_epi32(a.half[1], b.half[1])}};
 }
 inline I32x16 Join(const I32x16& high, const I32x16& low) {
-  return AddInt({{_mm256_slli_epi32(high.half[0], 7), _mm256_slli_epi32(high.half[1], 7)}}, low);
+  return AddInt({{_mm256_slli_epi32(high.half[0], kDigitBits), _mm256_slli_epi32(high.half[1], kDigitBits)}}, low);
 }
 // Four vectors of nearest whole numbers, which must be in [0, 2^14), as their upper and lower seven bits: lanes 4 i to
 // 4 i + 3 of vector j go to bytes 16 i + 4 j and on, where DotSigned wants four consecutive ones.

@@ -5,6 +5,7 @@
 //   Bf16Step, Int8Step, ...    64 bytes of packed weights (packed_matrix.h), unpacked as far as all rows of x share it
 //   Bf16X                      how prepared activations hold bfloat16: as pairs, or expanded to float32
 //   kInt8Offset, kInt4Offset   added to stored weights by Dot...: sums start at -offset * sum(x), and come out exact
+//   kDigitBits                 of the unsigned bytes that DotSigned multiplies
 //   kFloatRows, kFloatPanels, kIntRows
 //                              the largest tiles whose accumulators stay in registers
 //   kKeepsGroup                whether a group's unpacked weights stay in registers too, for kIntRowsAtOnce rows after
@@ -28,6 +29,7 @@ constexpr int kIntRows = 16;
 constexpr int kIntRowsAtOnce = 5;  // as many chains of dot products as hide an instruction's latency
 constexpr bool kKeepsGroup = true;
 constexpr int kInt8Offset = 128;
+constexpr int kDigitBits = 8;
 constexpr int kInt4Offset = 8;
 
 using F32x16 = __m512;
@@ -211,7 +213,7 @@ inline Bf16Step LoadBf16Masked(const void* from, uint32_t mask) {
 
 #endif
 
-// Signed bytes, four consecutive ones for each lane, times unsigned ones below 128.
+// Signed bytes, four consecutive ones for each lane, times unsigned ones below 2^kDigitBits.
 using SignedStep = __m512i;
 inline SignedStep LoadSigned(const uint8_t* from) { return _mm512_loadu_si512(from); }
 inline I32x16 DotSigned(I32x16 acc, SignedStep v, const uint8_t* p) {
@@ -219,16 +221,16 @@ inline I32x16 DotSigned(I32x16 acc, SignedStep v, const uint8_t* p) {
   memcpy(&four, p, sizeof four);
   return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(four), v);
 }
-// 128 * high + low.
-inline I32x16 Join(I32x16 high, I32x16 low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }
+// 2^kDigitBits * high + low.
+inline I32x16 Join(I32x16 high, I32x16 low) { return _mm512_add_epi32(_mm512_slli_epi32(high, kDigitBits), low); }
 inline I32x16 AddInt(I32x16 a, I32x16 b) { return _mm512_add_epi32(a, b); }
-// Four vectors of nearest whole numbers, which must be in [0, 2^14), as their upper and lower seven bits: lanes 4 i to
-// 4 i + 3 of vector j go to bytes 16 i + 4 j and on, where DotSigned wants four consecutive ones.
+// Four vectors of nearest whole numbers, which must be in [0, 2^16), as their upper and lower digit: lanes 4 i to 4 i + 3
+// of vector j go to bytes 16 i + 4 j and on, where DotSigned wants four consecutive ones.
 inline void StoreSplit(uint8_t* high, uint8_t* low, const F32x16 (&a)[4]) {
-  const __m512i first = _mm512_packs_epi32(_mm512_cvtps_epi32(a[0]), _mm512_cvtps_epi32(a[1]));
-  const __m512i second = _mm512_packs_epi32(_mm512_cvtps_epi32(a[2]), _mm512_cvtps_epi32(a[3]));
-  const __m512i bits = _mm512_set1_epi16(127);
-  _mm512_storeu_si512(high, _mm512_packus_epi16(_mm512_srli_epi16(first, 7), _mm512_srli_epi16(second, 7)));
+  const __m512i first = _mm512_packus_epi32(_mm512_cvtps_epi32(a[0]), _mm512_cvtps_epi32(a[1]));
+  const __m512i second = _mm512_packus_epi32(_mm512_cvtps_epi32(a[2]), _mm512_cvtps_epi32(a[3]));
+  const __m512i bits = _mm512_set1_epi16(255);
+  _mm512_storeu_si512(high, _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8)));
   _mm512_storeu_si512(low, _mm512_packus_epi16(_mm512_and_si512(first, bits), _mm512_and_si512(second, bits)));
 }
 

@@ -15,6 +15,7 @@ constexpr int kIntRows = 2;
 constexpr int kIntRowsAtOnce = 2;
 constexpr bool kKeepsGroup = false;
 constexpr int kInt8Offset = 128;
+constexpr int kDigitBits = 8;
 constexpr int kInt4Offset = 8;
 
 struct F32x16 {
@@ -233,7 +234,7 @@ inline I32x16 AddInt(const I32x16& a, const I32x16& b) {
 }
 inline I32x16 Join(const I32x16& high, const I32x16& low) {
   I32x16 out;
-  for (int i = 0; i < 16; ++i) out.lane[i] = 128 * high.lane[i] + low.lane[i];
+  for (int i = 0; i < 16; ++i) out.lane[i] = high.lane[i] * (1 << kDigitBits) + low.lane[i];
   return out;
 }
 inline void StoreSplit(uint8_t* high, uint8_t* low, const F32x16 (&a)[4]) {
@@ -241,8 +242,8 @@ inline void StoreSplit(uint8_t* high, uint8_t* low, const F32x16 (&a)[4]) {
     for (int i = 0; i < 16; ++i) {
       const uint32_t whole = Bits(a[j].lane[i] + kRoundingShift) - Bits(kRoundingShift);
       const int place = i / 4 * 16 + 4 * j + i % 4;
-      high[place] = static_cast<uint8_t>(whole >> 7 & 127);
-      low[place] = static_cast<uint8_t>(whole & 127);
+      high[place] = static_cast<uint8_t>(whole >> kDigitBits & 255);
+      low[place] = static_cast<uint8_t>(whole & 255);
     }
   }
 }

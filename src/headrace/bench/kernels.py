@@ -221,7 +221,7 @@ def measure_attention(
     measured anew.
 
     A causal prefill of n tokens is counted as 4 * head_dim * num_heads * n (n + 1) / 2 operations. With an int8 cache
-    probabilities have 14 bits, so that each multiplication by a value is two of int8.
+    probabilities have two digits, so that each multiplication by a value is two of int8.
     """
     for cache_format in formats:
         for context_len, num_new in lengths:
