@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := pyproject.toml CMakeLists.txt $(wildcard native/* native/*/*)
-INSTALL = @echo "Setting up $(VENV) and compiling the kernels, which takes some minutes on 2 cores ..."; \
-	$(BIN)/python -m pip install --quiet --editable
+INSTALL = @$(BIN)/python -m scripts.setup_venv
 
 .PHONY: demo test check bench clean
 
