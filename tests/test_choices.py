@@ -33,6 +33,19 @@ def test_ranges_are_what_every_number_of_rows_gets(one, other):
         assert arm is inflections.arm(num_rows)
 
 
+@pytest.mark.parametrize(
+    ("flat_gemm_from", "gemm_from", "text"),
+    [
+        (2, 96, "GEMV below M = 2, flat GEMM below M = 96, then GEMM"),
+        (1, 8, "flat GEMM below M = 8, then GEMM"),
+        (2, 2, "GEMV below M = 2, then GEMM"),
+        (1, 1, "GEMM for every M"),
+    ],
+)
+def test_people_are_told_of_what_is_used(flat_gemm_from, gemm_from, text):
+    assert str(Inflections(flat_gemm_from=flat_gemm_from, gemm_from=gemm_from)) == text
+
+
 @pytest.mark.skipif(not HAS_NATIVE, reason="plain torch has one implementation")
 class TestDataflow:
     def test_every_shape_of_the_model_with_its_layers(self, model):

@@ -19,6 +19,7 @@ from tiny_model import write_tiny_model
 
 import headrace
 from headrace.cli.conversation import Conversation
+from headrace.cli.info import _kernels_text
 from headrace.cli.interrupt import deferred_interrupt
 from headrace.cli.main import COMMANDS, main
 from headrace.cli.options import parse_bytes
@@ -474,6 +475,18 @@ class TestInfo:
         found = json.loads(out)["model"]
         assert found["weight_bytes"] == llm.engine.model.weight_bytes
         assert found["blocks"] == llm.engine.model.plan.num_blocks
+
+    def test_ops_that_run_alike_share_a_line(self, run, monkeypatch):
+        kernels = json.loads(run("info", "--json", "--device", "cpu")[1])["kernels"]
+        reason = kernels[0]["reason"]
+        assert {kernel["reason"] for kernel in kernels} == {reason}
+        assert (
+            f"kernels\n  all {len(kernels)} ops  {kernels[0]['implementation']}  {reason}\n"
+            in run("info", "--device", "cpu")[1]
+        )
+        kernels[3]["reason"] = "asked for"
+        shown = _kernels_text(kernels)
+        assert shown == [kernels[3], kernels[0] | {"op": f"the other {len(kernels) - 1} ops"}]
 
     def test_text_is_plain_without_a_terminal(self, run):
         code, out, _ = run("info")

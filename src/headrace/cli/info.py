@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,8 +51,20 @@ def run(args: argparse.Namespace) -> int:
         facts["model"] = model_info(config, kernels)
         if dataflow := dataflow_info(config, kernels):
             facts["dataflow"] = dataflow
-    print(json.dumps(facts, allow_nan=False) if args.json else "\n".join(_text(facts)))
+    if args.json:
+        print(json.dumps(facts, allow_nan=False))
+    else:
+        print("\n".join(_text(facts | {"kernels": _kernels_text(facts["kernels"])})))
     return 0
+
+
+def _kernels_text(kernels: list[dict[str, str]]) -> list[dict[str, str]]:
+    """One row for all ops that most have in common: two dozen equal lines hide the one that differs."""
+    reasons = Counter((kernel["implementation"], kernel["reason"]) for kernel in kernels)
+    [((implementation, reason), number)] = reasons.most_common(1)
+    others = [kernel for kernel in kernels if (kernel["implementation"], kernel["reason"]) != (implementation, reason)]
+    name = f"{'the other' if others else 'all'} {number} ops"
+    return [*others, {"op": name, "implementation": implementation, "reason": reason}]
 
 
 def _text(facts: dict[str, Any]) -> Iterator[str]:

@@ -61,7 +61,14 @@ class Inflections:
         ]
 
     def __str__(self) -> str:
-        return f"GEMV below M = {self.flat_gemm_from}, flat GEMM below {self.gemm_from}, then GEMM"
+        *bounded, (last, _, _) = self.ranges()
+        if not bounded:
+            return f"{_NAMES[last]} for every M"
+        below = ", ".join(f"{_NAMES[arm]} below M = {until + 1}" for arm, _, until in bounded if until is not None)
+        return f"{below}, then {_NAMES[last]}"
+
+
+_NAMES = {LinearArm.GEMV: "GEMV", LinearArm.FLAT_GEMM: "flat GEMM", LinearArm.GEMM: "GEMM"}
 
 
 @dataclass(frozen=True, kw_only=True)
