@@ -179,6 +179,10 @@ class TestLoading:
         ([USER, "hello"], r"messages\[1\] is a str"),
         ([USER, {"content": "x"}], r"messages\[1\] has the role None"),
         ([{"role": 5, "content": "x"}], r"messages\[0\] has the role 5"),
+        (
+            [USER, {"role": "usr", "content": "x"}],
+            r"messages\[1\] has the role 'usr'; allowed: system, user, assistant",
+        ),
         ([USER, USER, {"role": "user"}], r"messages\[2\] has no content"),
         ([{"role": "user", "content": 5}], r"messages\[0\]\.content is a int"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"content\[0\] is of type 'image_url'"),
@@ -189,6 +193,18 @@ class TestLoading:
 def test_malformed_messages_are_named(messages, expected):
     with pytest.raises(RequestError, match=expected):
         ChatTemplate(CHATML, TOKENS).render(messages)
+
+
+@pytest.mark.parametrize("quote", "'\"")
+def test_roles_of_the_template_are_allowed(quote):
+    source = f"{{% if messages[0].role == {quote}usr{quote} %}}yes{{% endif %}}"
+    assert ChatTemplate(source, {}).render([{"role": "usr", "content": "x"}]) == "yes"
+
+
+def test_a_developer_is_the_system_unless_the_template_knows_better():
+    message = {"role": "developer", "content": "x"}
+    assert ChatTemplate("{{ messages[0].role }}", {}).render([message]) == "system"
+    assert ChatTemplate("{{ messages[0].role }}{# 'developer' #}", {}).render([message]) == "developer"
 
 
 def test_the_template_may_refuse():

@@ -99,28 +99,52 @@ def test_echo_repeats_the_prompt_and_scores_it(client: openai.OpenAI, llm: LLM) 
 
 
 @pytest.mark.parametrize(
-    ("settings", "param"),
+    ("settings", "param", "words"),
     [
-        ({"temperature": -1}, "temperature"),
-        ({"extra_body": {"no_such_field": 1}}, "no_such_field"),
-        ({"extra_body": {"suffix": "x"}}, "suffix"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"extra_body": {"logit_bias": {"x": 1}}}, "logit_bias"),
+        ({"temperature": -1}, "temperature", "temperature is -1; it should be greater than or equal to 0"),
+        ({"temperature": "hot"}, "temperature", "temperature is 'hot'; it should be a valid number"),
+        ({"max_tokens": -1}, "max_tokens", "max_tokens is -1; it should be greater than or equal to 0"),
+        ({"stream": []}, "stream", "stream is a list; it should be a valid boolean"),
+        ({"extra_body": {"no_such_field": 1}}, "no_such_field", "no_such_field"),
+        ({"extra_body": {"suffix": "x"}}, "suffix", "suffix"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream_options"),
+        ({"extra_body": {"logit_bias": {"x": 1}}}, "logit_bias", "logit_bias"),
+        ({"extra_body": {"logit_bias": {"999999": 1}}}, "logit_bias", "logit_bias names token 999999"),
+        ({"prompt": [1, 999999]}, "prompt", "prompt token 999999 is not in the vocabulary"),
+        ({"prompt": [5] * 5000}, "prompt", "the prompt has 5000 tokens"),
     ],
 )
-def test_a_wrong_field_is_named(client: openai.OpenAI, settings: dict, param: str | None) -> None:
+def test_a_wrong_field_is_named(client: openai.OpenAI, settings: dict, param: str, words: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(model="demo", prompt="Hello", **settings)
+        client.completions.create(**{"model": "demo", "prompt": "Hello", **settings})
     assert refused.value.param == param
-    if param:
-        assert param in refused.value.message
+    assert words in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        ("/completions", b"", None, "the body is empty; send a JSON object"),
+        ("/completions", b"[]", None, "the body is a list; it should be"),
+        ("/chat/completions", b"{}", "messages", "messages is missing; send it"),
+        ("/chat/completions", b'{"messages": [{"role": "usr", "content": "x"}]}', "messages", "the role 'usr'"),
+        ("/responses", b'{"input": [{"role": "user", "content": "' + b"x " * 2000 + b'"}]}', "input", "the prompt has"),
+    ],
+)
+def test_a_wrong_body_is_explained(
+    client: openai.OpenAI, path: str, body: bytes, param: str | None, words: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.post(path, content=body, cast_to=object, options={"headers": {"Content-Type": "application/json"}})
+    assert refused.value.param == param
+    assert words in refused.value.message
 
 
 def test_a_field_of_several_types_is_explained_once(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="demo", prompt=[1, "two"])
     assert refused.value.param == "prompt"
-    assert refused.value.message.endswith("prompt: Input should be a valid string, or a valid integer, or a valid list")
+    assert refused.value.message.endswith("prompt should be a valid string, or a valid integer, or a valid list")
 
 
 def test_more_tokens_than_there_is_room_for_are_refused_not_cut(client: openai.OpenAI) -> None:
@@ -173,8 +197,10 @@ def test_a_prompt_that_never_fits_is_refused_alone(client: openai.OpenAI) -> Non
         ("POST", "/v1/completions", {}, 400, "Content-Type is ''; .*application/json"),
         ("POST", "/v1/completions", {"Content-Type": "application/x-www-form-urlencoded"}, 400, "www-form.*json"),
         ("POST", "/v1/completions", {"Content-Type": "application/json; charset=utf-8"}, 200, "text_completion"),
-        ("POST", "/chat/completions", {}, 404, "no POST /chat/completions here; .* /v1"),
-        ("GET", "/v1/completions", {}, 405, "no GET /v1/completions here"),
+        ("POST", "/chat/completions", {}, 404, "no POST /chat/completions here; did you mean /v1/chat/completions"),
+        ("POST", "/v1/chat/completion", {}, 404, "did you mean /v1/chat/completions"),
+        ("POST", "/v1/moderations", {}, 404, "here; GET /openapi.json lists what there is"),
+        ("GET", "/v1/completions", {}, 405, "/v1/completions takes POST, not GET"),
     ],
 )
 def test_what_curl_is_told(

@@ -52,7 +52,9 @@ class BackendUnavailable(KernelError):
 class RequestError(HeadraceError):
     """param: the field at fault, where it is known."""
 
-    param: str | None = None
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ContextLengthError(RequestError):

@@ -12,9 +12,8 @@ def refusal(name: str, given: object, allowed: str, *, param: str | None = None)
     """
     name: a field, or what it is of one; then param is the field.
     """
-    error = RequestError(f"{name} is {shown(given)}; allowed: {allowed}")
-    error.param = param or (name if name.isidentifier() else None)
-    return error
+    param = param or (name if name.isidentifier() else None)
+    return RequestError(f"{name} is {shown(given)}; allowed: {allowed}", param=param)
 
 
 def shown(given: object) -> str:

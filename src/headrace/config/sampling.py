@@ -117,7 +117,8 @@ class SamplingParams:
         for name, token_ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
             largest = max(token_ids, default=0)
             if largest >= vocab_size:
-                raise RequestError(f"{name} names token {largest}; this model's token ids are 0 to {vocab_size - 1}")
+                message = f"{name} names token {largest}; this model's token ids are 0 to {vocab_size - 1}"
+                raise RequestError(message, param=name)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data, fit for JSON: the settings that differ from their defaults. `from_mapping` reads it back."""

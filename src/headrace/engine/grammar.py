@@ -38,6 +38,14 @@ _IN_OTHER_WORDS = {
     "coerce_one_of": "options of oneOf that may be true together cannot be told apart; say anyOf where that will do",
 }
 
+_KINDS = {
+    "json": "the JSON schema",
+    "json_object": "a JSON object",
+    "regex": "the regular expression",
+    "choice": "the list of choices",
+    "grammar": "the grammar",
+}
+
 
 class GrammarCompiler:
     """From the form asked for to a grammar over one model's tokens. Any thread may call it.
@@ -62,25 +70,25 @@ class GrammarCompiler:
         try:
             source = grammar_source(form)
         except RecursionError:
-            raise _refused("it is nested too deeply") from None
+            raise _refused(form, "it is nested too deeply") from None
         except ValueError as error:
-            raise _refused(str(error)) from None
+            raise _refused(form, str(error)) from None
         with self._lock:
             vocabulary = self._vocabulary
         matcher = llguidance.LLMatcher(vocabulary.ll_tokenizer, source, log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            raise _refused(matcher.get_error())
+            raise _refused(form, matcher.get_error())
         warnings = matcher.get_grammar_warnings()
         # A grammar may say of its own schemas that what cannot be enforced is to be read past.
         if warnings and form.grammar is None:
-            raise _refused(warnings[0])
+            raise _refused(form, warnings[0])
         try:
             start = GrammarMatcher(matcher, vocabulary)
             start.fork(TimeBudget()).probe()
         except RequestError as error:
-            raise _refused(str(error)) from None
+            raise _refused(form, str(error)) from None
         if start.is_complete:
-            raise _refused("it allows no output but an empty one")
+            raise _refused(form, "it allows no output but an empty one")
         return Grammar(start)
 
     @cached_property
@@ -204,8 +212,10 @@ def words_of(token_ids: Iterable[int], num_words: int) -> Words:
     return np.packbits(bits, bitorder="little").view(np.uint32)
 
 
-def _refused(reason: str) -> RequestError:
-    return RequestError(f"structured_outputs cannot be compiled: {_in_one_line(reason)}; change what is asked for")
+def _refused(form: StructuredOutputs, reason: str) -> RequestError:
+    """Named by its kind: clients and commands have fields and options of many names for it."""
+    [kind] = form.to_mapping()
+    return RequestError(f"{_KINDS[kind]} cannot be compiled: {_in_one_line(reason)}; change what is asked for")
 
 
 def _stopped(matcher: llguidance.LLMatcher) -> RequestError:

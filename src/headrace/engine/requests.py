@@ -31,7 +31,8 @@ def checked_token_ids(
     if outside:
         raise RequestError(f"prompt token {outside[0]} is not in the vocabulary; allowed: 0 to {vocab_size - 1}")
     if params.stop and not has_tokenizer:
-        raise RequestError("stop strings need a tokenizer, and this model folder has none; use stop_token_ids")
+        message = "stop strings need a tokenizer, and this model folder has none; use stop_token_ids"
+        raise RequestError(message, param="stop")
     params.check_against_vocab(vocab_size)
     return token_ids
 

@@ -1,9 +1,11 @@
 """The application: routes, and what every request passes on its way to them."""
 
 import logging
+from difflib import get_close_matches
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
@@ -89,10 +91,21 @@ async def _answer_http_error(request: Request, error: Exception) -> JSONResponse
     assert isinstance(error, HTTPException)
     message = str(error.detail)
     if error.status_code in (404, 405):
-        message = f"there is no {request.method} {request.url.path[:200]} here; OpenAI's paths begin with /v1"
+        message = _explain_route(request, error)
     kind = getattr(error, "kind", "invalid_request_error")
     body = error_object(message, kind, code=getattr(error, "code", None))
     return JSONResponse(body, error.status_code, dict(error.headers or {}))
+
+
+def _explain_route(request: Request, error: HTTPException) -> str:
+    """What there is instead of a path, or of its method."""
+    path = request.url.path[:200]
+    if error.status_code == 405:
+        return f"{path} takes {(error.headers or {}).get('Allow', 'another method')}, not {request.method}"
+    known = {route.path for router in _ROUTERS for route in router.routes if isinstance(route, APIRoute)}
+    close = [f"/v1{path}"] if f"/v1{path}" in known else get_close_matches(path, known, n=1, cutoff=0.85)
+    hint = f"did you mean {close[0]}?" if close else "GET /openapi.json lists what there is"
+    return f"there is no {request.method} {path} here; {hint}"
 
 
 async def _answer_unforeseen(request: Request, error: Exception) -> JSONResponse:

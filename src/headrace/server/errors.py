@@ -3,14 +3,20 @@
 An error object is {"error": {"message", "type", "param", "code"}}; `param` names the field that is at fault.
 """
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from headrace.config.refusals import shown
 from headrace.errors import ContextLengthError, EngineStopped, HeadraceError, RequestError
 
 _FIELD_NAME = re.compile(r"(?!(str|int|float|bool|dict)$)\w+")
 """pydantic puts the types of a union between the names: `str`, `list[str]`, `constrained-int`."""
+
+
+_WANTED = "Input should be "
 
 
 class ServerError(HeadraceError):
@@ -55,8 +61,17 @@ class InvalidParameter(RequestError):
     """A request's fault, in a field that can be named."""
 
     def __init__(self, param: str, message: str) -> None:
-        super().__init__(message)
-        self.param = param
+        super().__init__(message, param=param)
+
+
+@contextmanager
+def blaming(param: str) -> Iterator[None]:
+    """What is a request's fault in here, and names no field, is this one's."""
+    try:
+        yield
+    except RequestError as error:
+        error.param = error.param or param
+        raise
 
 
 def error_object(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -108,11 +123,18 @@ def explain_validation(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | 
     if first.get("type") == "json_invalid":
         reason = (first.get("ctx") or {}).get("error", "it cannot be parsed")
         return f"the body is not valid JSON: {reason}", None
-    # A field of several types has an error for each of them.
-    reasons = dict.fromkeys(_reason(error) for error in errors if _field(error) == _field(first))
-    shortened = [reason.removeprefix("Input should be ") for reason in reasons]
-    reason = ", or ".join([next(iter(reasons)), *shortened[1:]])
-    return (f"{param}: {reason}" if param else reason), param
+    what = param or "the body"
+    if first.get("type") == "missing":
+        return (f"{param} is missing; send it" if param else "the body is empty; send a JSON object"), param
+    # A field of several types has an error for each of them, of the field or of an item that it may have.
+    of_field = [error for error in errors if _field(error) == _field(first)]
+    reasons = dict.fromkeys(map(_reason, of_field))
+    wanted = [reason.removeprefix(_WANTED) for reason in reasons if reason.startswith(_WANTED)]
+    if len(wanted) < len(reasons):
+        return f"{what}: {', or '.join(reasons)}", param
+    given = {_given(error.get("input")) for error in of_field}
+    is_given = f"{what} is {given.pop()}; it" if len(given) == 1 else what
+    return f"{is_given} should be {', or '.join(wanted)}", param
 
 
 def _field(error: Mapping[str, Any]) -> list[str]:
@@ -124,6 +146,13 @@ def _field(error: Mapping[str, Any]) -> list[str]:
         if part not in ("body", "query"):
             field.append(str(part))
     return field
+
+
+def _given(value: Any) -> str:
+    """Of a list or an object only that it is one: the reason lies in it as a whole."""
+    if isinstance(value, list | dict):
+        return "an object" if isinstance(value, dict) else "a list"
+    return json.dumps(value) if value is None or isinstance(value, bool) else shown(value)
 
 
 def _reason(error: Mapping[str, Any]) -> str:

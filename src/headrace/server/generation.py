@@ -16,7 +16,7 @@ from headrace.engine.grammar import Grammar
 from headrace.engine.outputs import CompletionOutput, RequestOutput, RequestUpdate
 from headrace.errors import RequestError
 from headrace.server.context import ServerContext
-from headrace.server.errors import ServerError
+from headrace.server.errors import ServerError, blaming
 from headrace.server.holdings import holdings_of
 from headrace.server.logprob_memory import logprob_bytes
 from headrace.server.prompts import EncodedPrompt
@@ -44,7 +44,8 @@ async def submit_all(
     engine = context.engine
     grammar = await _compile(context, params, form_field)
     for prompt in prompts:
-        engine.check(prompt.token_ids, params)
+        with blaming(prompt.field):
+            engine.check(prompt.token_ids, params)
     num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     num_logprob_bytes = sum(logprob_bytes(len(prompt.token_ids), params) for prompt in prompts)
     admission, now_s = engine.admission, time.monotonic()

@@ -7,16 +7,17 @@ from typing import Any, NamedTuple
 from headrace.engine.load import LoadedModel
 from headrace.errors import ContextLengthError, RequestError
 from headrace.server.context import ServerContext
-from headrace.server.errors import InvalidParameter
+from headrace.server.errors import InvalidParameter, blaming
 from headrace.server.protocol.completions import MAX_PROMPTS
 from headrace.tokenizer import Tokenizer
 
 
 class EncodedPrompt(NamedTuple):
-    """text: None where token ids were sent."""
+    """text: None where token ids were sent. field: of the request that it came in."""
 
     token_ids: list[int]
     text: str | None
+    field: str
 
 
 async def encode_prompts(
@@ -38,7 +39,7 @@ async def encode_prompts(
     prompts = _as_list(prompt, field)
     if len(prompts) > max_prompts:
         raise InvalidParameter(field, f"{field} is a list of {len(prompts)}; send at most {max_prompts} at once")
-    encode = partial(_encode_all, context.model, prompts, add_special_tokens, truncate_prompt_tokens)
+    encode = partial(_encode_all, context.model, prompts, field, add_special_tokens, truncate_prompt_tokens)
     return await context.text_threads.run(encode)
 
 
@@ -50,8 +51,11 @@ async def encode_chat(
     add_generation_prompt: bool = True,
     template_variables: Mapping[str, Any] | None = None,
     truncate_prompt_tokens: int | None = None,
+    field: str = "messages",
 ) -> EncodedPrompt:
     """A conversation through the model's chat template.
+
+    field: that it was sent in.
 
     Raises:
         RequestError: the model has no template, or it refuses the messages.
@@ -64,8 +68,10 @@ async def encode_chat(
         add_generation_prompt,
         dict(template_variables or {}),
         truncate_prompt_tokens,
+        field,
     )
-    return await context.text_threads.run(render)
+    with blaming(field):
+        return await context.text_threads.run(render)
 
 
 def output_room(
@@ -85,12 +91,11 @@ def output_room(
     if given is None:
         return room if default is None else min(default, room)
     if given > room and longest < max_num_tokens:
-        error = ContextLengthError(
+        raise ContextLengthError(
             f"{param} is {given} after a prompt of {longest} tokens, but both together may have {max_num_tokens}; ask "
-            f"for at most {room}, or leave {param} out"
+            f"for at most {room}, or leave {param} out",
+            param=param,
         )
-        error.param = param
-        raise error
     return given
 
 
@@ -113,15 +118,19 @@ def _as_list(prompt: Any, field: str) -> list[str | list[int]]:
 
 
 def _encode_all(
-    model: LoadedModel, prompts: list[str | list[int]], add_special_tokens: bool, truncate_prompt_tokens: int | None
+    model: LoadedModel,
+    prompts: list[str | list[int]],
+    field: str,
+    add_special_tokens: bool,
+    truncate_prompt_tokens: int | None,
 ) -> list[EncodedPrompt]:
     encoded = []
     for prompt in prompts:
         if isinstance(prompt, str):
             ids = tokenizer_of(model).encode(prompt, add_special_tokens=add_special_tokens)
-            encoded.append(EncodedPrompt(_last(ids, truncate_prompt_tokens), prompt))
+            encoded.append(EncodedPrompt(_last(ids, truncate_prompt_tokens), prompt, field))
         else:
-            encoded.append(EncodedPrompt(_last(prompt, truncate_prompt_tokens), None))
+            encoded.append(EncodedPrompt(_last(prompt, truncate_prompt_tokens), None, field))
     return encoded
 
 
@@ -132,6 +141,7 @@ def _render(
     add_generation_prompt: bool,
     variables: dict[str, Any],
     truncate_prompt_tokens: int | None,
+    field: str,
 ) -> EncodedPrompt:
     tokenizer = tokenizer_of(model)
     assert model.chat_template is not None, "a model with a tokenizer has one, if only to say that it is empty"
@@ -139,7 +149,7 @@ def _render(
     if reserved:
         raise InvalidParameter("chat_template_kwargs", f"'{min(reserved)}' is a field of its own; send it there")
     text = model.chat_template.render(messages, tools, add_generation_prompt, **variables)
-    return EncodedPrompt(_last(tokenizer.encode(text, add_special_tokens=False), truncate_prompt_tokens), text)
+    return EncodedPrompt(_last(tokenizer.encode(text, add_special_tokens=False), truncate_prompt_tokens), text, field)
 
 
 def _last(token_ids: list[int], count: int | None) -> list[int]:

@@ -6,11 +6,14 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from headrace.config.refusals import shown
 from headrace.errors import CheckpointError, RequestError, nearest_name
 from headrace.tokenizer.chat_sandbox import BudgetError, ChatEnvironment
 from headrace.tokenizer.tokenizer_files import TokenizerConfig, read_json_object
 
 _DEFAULT, _TOOL_USE = "default", "tool_use"
+_ROLES = ("system", "user", "assistant", "tool")
+"""Allowed with every template: many write whatever role there is, and name none."""
 
 
 class ChatTemplate:
@@ -61,22 +64,23 @@ class ChatTemplate:
     ) -> str:
         """The prompt's text, special tokens included: encode it with `add_special_tokens=False`.
 
-        Content given as a list of text parts is joined by newlines. `extra` are further variables of the template.
+        Content given as a list of text parts is joined by newlines. A developer's messages are the system's, unless the
+        template names developers. `extra` are further variables of the template.
 
         Raises:
             RequestError: no template, a malformed message (its index is named), the template's own refusal, or a
                 template that fails or exceeds its budget.
         """
-        template = self._choose(has_tools=bool(tools))
+        name = self._choose(has_tools=bool(tools))
         variables = self._special_tokens | {
-            "messages": check_messages(messages),
+            "messages": check_messages(messages, self._sources[name]),
             "tools": list(tools) if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
             with self._environment.budget():
-                text: str = template.render(variables | extra)
+                text: str = self._templates[name].render(variables | extra)
         except BudgetError as error:
             raise RequestError(f"the chat template was stopped: {error}; send fewer or shorter messages") from error
         except TemplateError as error:
@@ -96,16 +100,16 @@ class ChatTemplate:
                 "give it a correct chat_template.jinja"
             ) from error
 
-    def _choose(self, has_tools: bool) -> Any:
+    def _choose(self, has_tools: bool) -> str:
         if not self._templates:
             raise RequestError(
                 "this model has no chat template; use plain completion, or put a chat_template.jinja into its folder"
             )
         if has_tools and _TOOL_USE in self._templates:
-            return self._templates[_TOOL_USE]
+            return _TOOL_USE
         if _DEFAULT not in self._templates:
             raise RequestError(f"this model has no chat template for this: {nearest_name(_DEFAULT, self._templates)}")
-        return self._templates[_DEFAULT]
+        return _DEFAULT
 
 
 def _read_template(file: Path) -> str:
@@ -115,8 +119,8 @@ def _read_template(file: Path) -> str:
         raise CheckpointError(f"{file} cannot be read as UTF-8 text: {error}") from None
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of the messages, content as text.
+def check_messages(messages: Sequence[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:
+    """Copies of the messages, content as text, for a template of this source.
 
     Raises:
         RequestError: says which message is wrong, and what it must be.
@@ -127,10 +131,10 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         )
     if not messages:
         raise RequestError("messages is empty; a chat needs at least one message")
-    return [_check_message(index, message) for index, message in enumerate(messages)]
+    return [_check_message(index, message, source) for index, message in enumerate(messages)]
 
 
-def _check_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+def _check_message(index: int, message: Mapping[str, Any], source: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(
             f"messages[{index}] is a {type(message).__name__}; it must be an object with role and content"
@@ -141,7 +145,19 @@ def _check_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
         raise RequestError(f"messages[{index}] has no content; give a string, or tool_calls")
-    return {**message, "content": _content_text(index, content)}
+    return {**message, "role": _known_role(index, role, source), "content": _content_text(index, content)}
+
+
+def _known_role(index: int, role: str, source: str) -> str:
+    """A misspelt role would otherwise be written into the prompt, and change the answer."""
+    if role in _ROLES or f"'{role}'" in source or f'"{role}"' in source:
+        return role
+    if role == "developer":
+        return "system"
+    raise RequestError(
+        f"messages[{index}] has the role {shown(role)}; allowed: {', '.join(_ROLES)}, developer, and others that this "
+        "model's chat template names"
+    )
 
 
 def _content_text(index: int, content: Any) -> str | None:

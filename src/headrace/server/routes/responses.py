@@ -50,7 +50,7 @@ async def create_response(body: ResponsesRequest, request: Request, context: Con
             "them, or set tool_choice to 'none'",
         )
     messages = make_messages(body.input, body.instructions)
-    prompt = await encode_chat(context, messages, tools=plan.template_tools)
+    prompt = await encode_chat(context, messages, tools=plan.template_tools, field="input")
     params = plan.apply(_params(body, context, prompt, form))
     answer = Answer(body, f"resp_{request_id_of(request)}", context.model_name, params, plan)
     form_field = "tools" if form is None else "text.format"
