@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 from fake_hub import FakeHub, FakeRepo, run_fake_hub
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from headrace.demo_model import demo_model_path
 from headrace.errors import CheckpointError
 from headrace.models import hub as hub_module
 from headrace.models import hub_download
-from headrace.models.hub import missing_files
+from headrace.models.hub import download_config, missing_files
 from headrace.models.hub_download import Repo, RepoFile, select_files
 from headrace.models.model_folder import is_hub_id, resolve_model_folder
 
@@ -205,6 +206,20 @@ def test_a_disk_that_fills_up_is_one_line(monkeypatch):
     monkeypatch.setattr(hub_module, "list_repo", list_repo)
     with pytest.raises(CheckpointError, match="is full while downloading 'test/x'; free some space"):
         resolve_model_folder("test/x", None, False)
+
+
+def test_a_configuration_is_not_asked_for_again_and_again_without_a_network(monkeypatch):
+    def list_repo(*_):
+        raise hub_download.HTTP_ERROR("no route")
+
+    def download(repo_id, filename, *, revision, local_files_only):
+        assert local_files_only
+        raise LocalEntryNotFoundError("no copy")
+
+    monkeypatch.setattr(hub_module, "list_repo", list_repo)
+    monkeypatch.setattr(hub_module, "hf_hub_download", download)
+    with pytest.raises(CheckpointError, match=r"config.json of 'test/x' is not in .*no route.*; check the network"):
+        download_config("test/x", None)
 
 
 def test_a_folder_is_used_as_it_is(tmp_path):

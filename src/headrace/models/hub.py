@@ -31,17 +31,15 @@ def download_config(repo_id: str, revision: str | None) -> Path:
         CheckpointError: no such repository, revision or file, no access, no network, no space.
     """
     try:
+        list_repo(repo_id, revision)  # fails at once, where a download without a network tries for half a minute
         return Path(hf_hub_download(repo_id, "config.json", revision=revision))
     except HFValidationError as error:
         raise CheckpointError(f"'{repo_id}' is not a hub id ({_one_line(error)}) and no such path exists") from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"the config.json of '{repo_id}'{_at(revision)} is not in {constants.HF_HUB_CACHE}, and "
-            f"{constants.ENDPOINT} cannot be reached; check the network and HF_HUB_OFFLINE"
-        ) from error
-    except EntryNotFoundError as error:
-        raise CheckpointError(f"'{repo_id}'{_at(revision)} has no config.json; it is no model") from error
     except (OSError, HTTP_ERROR) as error:
+        if _is_unreachable(error):
+            return _cached_config(repo_id, revision, error)
+        if isinstance(error, EntryNotFoundError):
+            raise CheckpointError(f"'{repo_id}'{_at(revision)} has no config.json; it is no model") from error
         raise CheckpointError(_explain(error, repo_id, revision)) from error
 
 
@@ -95,17 +93,27 @@ def _explain(error: Exception, model: str, revision: str | None) -> str:
     return f"cannot download '{model}' into {constants.HF_HUB_CACHE}: {_one_line(error)}"
 
 
+def _cached_config(repo_id: str, revision: str | None, cause: Exception) -> Path:
+    """
+    Raises:
+        CheckpointError: no earlier download brought it; says why the hub was not asked.
+    """
+    try:
+        return Path(hf_hub_download(repo_id, "config.json", revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        why, advice = _why_not_asked(cause)
+        raise CheckpointError(
+            f"the config.json of '{repo_id}'{_at(revision)} is not in {constants.HF_HUB_CACHE}, and {why}; {advice}"
+        ) from cause
+
+
 def _cached_snapshot(model: str, revision: str | None, cause: Exception) -> Path:
     """A complete snapshot from an earlier download.
 
     Raises:
         CheckpointError: there is none; says why the hub was not asked.
     """
-    if isinstance(cause, OfflineModeIsEnabled):
-        why, advice = "HF_HUB_OFFLINE is set", "unset it once to download"
-    else:
-        why = f"{constants.ENDPOINT} cannot be reached or the connection broke ({_one_line(cause)})"
-        advice = "check the network and run again (a transfer goes on where it stopped)"
+    why, advice = _why_not_asked(cause)
     try:
         folder = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns="config.json"))
         missing = missing_files(folder)
@@ -119,6 +127,16 @@ def _cached_snapshot(model: str, revision: str | None, cause: Exception) -> Path
             f"({', '.join(missing[:3])} missing), and {why}; {advice}"
         ) from cause
     return folder
+
+
+def _why_not_asked(cause: Exception) -> tuple[str, str]:
+    """And what to do about it."""
+    if isinstance(cause, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set", "unset it once to download"
+    return (
+        f"{constants.ENDPOINT} cannot be reached or the connection broke ({_one_line(cause)})",
+        "check the network and run again (a transfer goes on where it stopped)",
+    )
 
 
 def missing_files(folder: Path) -> list[str]:
