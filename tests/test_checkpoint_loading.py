@@ -269,6 +269,7 @@ def test_unreadable_config_is_refused(folder, content, message):
     [
         ("LlamaForCausualLM", "did you mean 'LlamaForCausalLM'"),
         ("Qwen3MoEForCausalLM", "did you mean 'Qwen3MoeForCausalLM'"),
+        ("FalconForCausalLM", "known: ChatGLMForConditionalGeneration, ChatGLMModel, "),
         ("Zzz", "known: ChatGLMForConditionalGeneration, ChatGLMModel, "),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,7 +78,8 @@ def stdin(monkeypatch):
 class TestMain:
     def test_help_of_every_command_answers_without_torch(self):
         """Importing torch takes seconds; nobody waits that long to read help or an error."""
-        calls = [["--help"], ["--version"], ["generate", "--nope"], *([*name.split(), "--help"] for name in COMMANDS)]
+        mistakes = [["generate", "--nope"], ["generate", "x", "--model", "/no/such/folder"]]
+        calls = [["--help"], ["--version"], *mistakes, *([*name.split(), "--help"] for name in COMMANDS)]
         script = (
             "import sys; from headrace.cli.main import main\n"
             f"codes = [main(argv) for argv in {calls!r}]\n"
@@ -85,7 +87,7 @@ class TestMain:
             "print(codes)"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        assert done.stdout.splitlines()[-1] == str([0, 0, 2] + [0] * len(COMMANDS))
+        assert done.stdout.splitlines()[-1] == str([0, 0, 2, 2] + [0] * len(COMMANDS))
 
     def test_help_lists_every_command(self, run):
         code, out, _ = run("--help")
@@ -331,6 +333,15 @@ class TestGenerate:
 
 
 class TestChat:
+    def test_a_model_without_a_template_is_refused_before_it_is_loaded(self, refused, model, tmp_path, monkeypatch):
+        folder = shutil.copytree(model, tmp_path / "plain")
+        config = folder / "tokenizer_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": None}))
+        monkeypatch.setattr("headrace.LLM", None)
+        assert "has no chat template; complete plain text with `headrace generate --raw`" in refused(
+            "chat", "--model", folder
+        )
+
     def test_answers_each_line_of_a_pipe(self, run, model, llm, stdin):
         params = llm.default_sampling_params(max_tokens=4)
         first = llm.chat([{"role": "user", "content": "hello"}], params)[0].outputs[0].text

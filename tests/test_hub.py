@@ -232,6 +232,19 @@ def test_what_looks_like_a_path_must_exist(name):
         resolve_model_folder(name, None, False)
 
 
+def test_gguf_is_refused_with_what_there_is_instead(tmp_path):
+    (tmp_path / "model-q4_0.gguf").touch()
+    for model in (tmp_path, tmp_path / "model-q4_0.gguf"):
+        with pytest.raises(CheckpointError, match=r"GGUF is not read: give .* the original model.* --quantize int4"):
+            resolve_model_folder(str(model), None, False)
+    (tmp_path / "config.json").touch()
+    assert resolve_model_folder(str(tmp_path), None, False) == tmp_path
+
+
+def test_the_shipped_model_has_a_name():
+    assert resolve_model_folder("demo", None, False) == demo_model_path()
+
+
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match="is a file"):

@@ -77,8 +77,8 @@ class EngineStopped(HeadraceError):
     pass
 
 
-def nearest_name(given: str, allowed: Iterable[str]) -> str:
-    """A hint for an unknown name: the closest allowed one if any is close, else all of them."""
+def nearest_name(given: str, allowed: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """A hint for an unknown name: the closest allowed one if any is close (see difflib), else all of them."""
     names = sorted(allowed)
-    close = get_close_matches(given, names, n=1)
+    close = get_close_matches(given, names, n=1, cutoff=cutoff)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"

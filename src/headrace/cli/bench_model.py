@@ -4,9 +4,10 @@ import argparse
 import json
 
 from headrace.cli.bench_options import ProtocolDefaults, add_protocol_options, check_positive, resolve_settings
-from headrace.cli.options import DEMO, add_model_options, make_llm, parallel_config
+from headrace.cli.options import add_model_options, make_llm, parallel_config
 from headrace.cli.progress_line import progress_line
 from headrace.cli.terminal import is_watched
+from headrace.demo_model import DEMO
 
 _DEFAULTS = ProtocolDefaults(
     prefill_tokens=(512,), decode_tokens=48, context_lens=(512,), batch_sizes=(1, 4, 8, 16, 32), rounds=3

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.cli.bench_options import check_left_out
 from headrace.cli.environment import machine, versions
-from headrace.cli.options import DEMO, add_model_options, engine_config
+from headrace.cli.options import add_model_options, engine_config
 from headrace.cli.progress_line import progress_line
 from headrace.cli.terminal import aligned, format_bytes
 from headrace.cli.text_input import read_texts
 from headrace.config import LoadConfig
+from headrace.demo_model import DEMO
 
 if TYPE_CHECKING:
     from headrace.bench.quality import FormatQuality

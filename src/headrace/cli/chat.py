@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headrace.cli.conversation import Conversation, Message
@@ -11,7 +12,8 @@ from headrace.cli.options import add_model_options, add_sampling_options, make_l
 from headrace.cli.results import summary_line
 from headrace.cli.terminal import is_watched, note
 from headrace.cli.text_input import check_text
-from headrace.errors import RequestError, nearest_name
+from headrace.demo_model import DEMO
+from headrace.errors import ConfigError, RequestError, nearest_name
 
 if TYPE_CHECKING:
     from headrace.config import SamplingParams
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     changes = sampling_changes(args)
     system = None if args.system is None else check_text(args.system, "--system")
+    _check_has_template(args.model)
     llm = make_llm(args, show_progress=is_watched())
     chat = Chat(llm, llm.default_sampling_params(**changes), Conversation(system))
     chat.check_template()
@@ -53,6 +56,20 @@ def run(args: argparse.Namespace) -> int:
         # At the prompt this is a way to leave, not an accident.
         print()
     return 0
+
+
+def _check_has_template(model: str | None) -> None:
+    """Before minutes of loading. What comes from the hub is checked when it is here."""
+    if model in (None, DEMO) or not Path(model).expanduser().is_dir():
+        return
+    # Its libraries take a tenth of a second to import, which --help would wait for.
+    from headrace.tokenizer import ChatTemplate
+
+    if not ChatTemplate.from_folder(Path(model).expanduser()).is_available:
+        raise ConfigError(
+            f"{model} has no chat template; complete plain text with `headrace generate --raw`, or put a "
+            "chat_template.jinja into the folder"
+        )
 
 
 class Chat:

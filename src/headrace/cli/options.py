@@ -25,13 +25,10 @@ from headrace.config import (
     Transport,
 )
 from headrace.config.engine import GPU_MEMORY_FRACTION, HOST_MEMORY_FRACTION, SERVING_STEP_S
-from headrace.demo_model import demo_model_path
+from headrace.demo_model import DEMO, demo_model_path
 
 if TYPE_CHECKING:
     from headrace.engine.llm import LLM
-
-DEMO = "demo"
-"""Names the shipped model; a folder called demo is ./demo."""
 
 _BYTE_UNITS = {"": 1, "B": 1}
 _BYTE_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
@@ -304,8 +301,12 @@ def parallel_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def make_llm(args: argparse.Namespace, *, show_progress: bool, require_tokenizer: bool = True) -> "LLM":
     """Load the model that the options name."""
+    # Families take some 30 ms to import, which --help would wait for; torch takes seconds, which a misspelt name would.
+    from headrace.models.config_file import check_local_model
+
+    check_local_model(name := _model_name(args))
     return headrace.LLM(
-        _model_name(args),
+        name,
         revision=args.revision,
         dtype=args.dtype,
         quantize=args.quantize,

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headrace.cli.options import DEMO, add_model_options, add_step_time_option, engine_config, parse_bytes
+from headrace.cli.options import add_model_options, add_step_time_option, engine_config, parse_bytes
 from headrace.cli.terminal import is_watched
 from headrace.config.launched import launched_from
 from headrace.config.observability import LogFormat, ObservabilityConfig
 from headrace.config.server import TOOL_FORMATS, ServerConfig
+from headrace.demo_model import DEMO
 
 if TYPE_CHECKING:
     from headrace.engine.engine import Engine

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["demo_model_path"]
+__all__ = ["DEMO", "demo_model_path"]
+
+DEMO = "demo"
+"""Names the model wherever a folder or a hub id does; a folder called demo is ./demo."""
 
 
 def demo_model_path() -> Path:

@@ -45,7 +45,8 @@ class LLM:
         for output in llm.generate(["Hello"], SamplingParams(temperature=0, max_tokens=32)):
             print(output.outputs[0].text)
 
-    model: a folder or a hub id. dtype: "auto", "float32" or "bfloat16". quantize: None, "int8" or "int4".
+    model: a folder, a hub id, or "demo", the one inside the package. dtype: "auto", "float32" or "bfloat16".
+    quantize: None, "int8" or "int4".
     device: "auto" (a GPU if there is one), "cpu", "cuda", or "cuda:1" for one GPU of several.
     settings: any field of `CacheConfig`, `SchedulerConfig` or `ParallelConfig`, `num_threads`, `dataflow` ("measured",
         "default"), `softmax` ("auto", "measured", "synchronized", "asynchronized", "lazy"), `graphs` and

@@ -23,6 +23,7 @@ from headrace.engine.tune import LinearWeights
 from headrace.engine.tune_mixture import ModelMixtures
 from headrace.errors import CheckpointError
 from headrace.kernels import Kernels
+from headrace.models.config_file import read_config_file
 from headrace.models.json_file import read_json
 from headrace.models.loading import WeightFormats
 from headrace.models.model_folder import resolve_model_folder
@@ -140,6 +141,7 @@ class _ModelFiles:
     def read(cls, config: EngineConfig) -> "_ModelFiles":
         load = config.load
         folder = resolve_model_folder(load.model, load.revision, load.show_progress)
+        read_config_file(str(folder))  # a folder that is no model is refused for that, not for its tokenizer
         tokenizer, tokenizer_error = _load_tokenizer(folder, is_required=load.require_tokenizer)
         return cls(
             folder=folder,

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from headrace.config import Dtype, ModelConfig
+from headrace.demo_model import DEMO, demo_model_path
 from headrace.errors import CheckpointError, ConfigError
 from headrace.models.families import read_model_config
 from headrace.models.json_file import read_json
+from headrace.models.model_folder import is_hub_id, resolve_model_folder
 
 _ACTIVATION_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -51,15 +53,24 @@ def read_config_file(model: str, revision: str | None = None) -> ConfigFile:
         raise CheckpointError(f"{file}: {error}") from None
 
 
+def check_local_model(model: str) -> None:
+    """Refuse a folder that holds no model before torch is imported for it; a hub id is left to the hub.
+
+    Raises:
+        CheckpointError: no such folder, or no config.json that Headrace can use; says why.
+    """
+    if Path(model).expanduser().exists() or not is_hub_id(model):
+        read_config_file(str(resolve_model_folder(model, None, show_progress=False)))
+
+
 def _find(model: str, revision: str | None) -> Path:
-    path = Path(model).expanduser()
+    path = demo_model_path() if model == DEMO else Path(model).expanduser()
     if path.is_dir():
         return path / "config.json"
     if path.exists():
         return path
     # Looking at the hub takes its library half a second to import.
     from headrace.models.hub import download_config
-    from headrace.models.model_folder import is_hub_id
 
     if not is_hub_id(model):
         raise CheckpointError(

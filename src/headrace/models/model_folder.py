@@ -2,18 +2,31 @@
 
 from pathlib import Path
 
+from headrace.demo_model import DEMO, demo_model_path
 from headrace.errors import CheckpointError
+
+_NO_GGUF = (
+    "GGUF is not read: give the folder or hub id of the original model, with safetensors, and --quantize int4 or int8 "
+    "for weights of that size"
+)
 
 
 def resolve_model_folder(model: str, revision: str | None, show_progress: bool) -> Path:
-    """The folder of a model: `model` itself if it is one, else the hub's snapshot, see `hub.download_model`.
+    """The folder of a model: `model` itself if it is one, the shipped model's for "demo", else the hub's snapshot, see
+    `hub.download_model`.
 
     Raises:
         CheckpointError: no such folder, repository or revision, no access, no network, no space, no safetensors.
     """
+    if model == DEMO:
+        return demo_model_path()
     folder = Path(model).expanduser()
     if folder.is_dir():
+        if not (folder / "config.json").exists() and any(folder.glob("*.gguf")):
+            raise CheckpointError(f"{model} has no config.json, only GGUF; {_NO_GGUF}")
         return folder
+    if folder.exists() and folder.suffix == ".gguf":
+        raise CheckpointError(f"'{model}': {_NO_GGUF}")
     if folder.exists():
         raise CheckpointError(f"'{model}' is a file; give the folder that holds config.json and the safetensors files")
     if not is_hub_id(model):

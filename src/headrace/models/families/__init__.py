@@ -34,7 +34,7 @@ def find_family(architecture: str) -> Family:
         CheckpointError: an architecture Headrace does not know; names the nearest one, or all.
     """
     if architecture not in _BY_ARCHITECTURE:
-        hint = nearest_name(architecture, _BY_ARCHITECTURE)
+        hint = nearest_name(architecture, _BY_ARCHITECTURE, cutoff=0.9)  # most of any name is ForCausalLM
         raise CheckpointError(f"architecture '{architecture}' is not supported; {hint}")
     return _BY_ARCHITECTURE[architecture]
 
