@@ -1,6 +1,7 @@
 """`headrace volume`: what it prints, what it refuses, and that it needs neither weights nor torch."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from test_volume import (
 )
 
 from headrace.cli.main import main
+from headrace.cli.volume_lines import volume_lines
 from headrace.cli.volume_plot import curves_by_length, curves_by_ranks
 from headrace.cli.volume_report import VolumeReport
 from headrace.config import Dtype, KvSharding, ParallelConfig
@@ -266,14 +268,14 @@ class TestCounted:
         assert compared.to_json()["differences"] == []
         accounts = compared.to_json()["accounts"]
         assert accounts["counted"] == accounts["headrace"]
-        assert list(compared.lines())[-1] == "Counted equals predicted to the byte, on every rank."
+        assert list(volume_lines(compared))[-1] == "Counted equals predicted to the byte, on every rank."
 
     def test_every_difference_is_named_with_its_rank(self):
         parallel = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
         ranks = self.counted(**parallel)
         ranks[3] = [replace(ranks[3][0], wire_bytes=ranks[3][0].wire_bytes + 1), *ranks[3][1:-1]]
         lines = report(counted=ranks, **parallel).differences()
-        assert lines == list(report(counted=ranks, **parallel).lines())[-len(lines) :]
+        assert lines == list(volume_lines(report(counted=ranks, **parallel)))[-len(lines) :]
         assert len(lines) == 4
         assert all(line.startswith("rank 3: ") for line in lines)
         assert sum("wire_bytes is" in line for line in lines) == 2
@@ -339,6 +341,9 @@ class TestPlot:
             "PP, literal": [2, 4],
             "PP, Headrace": [2, 4],
         }
+        both = report(tensor_parallel_size=2, pipeline_parallel_size=2)
+        assert curves_by_length(both, 4)["TP 2 x PP 2, Headrace"][128] == both.accounts()[2].total_wire_bytes
+        assert "TP 4 x PP 1, Headrace" not in curves_by_length(report(tensor_parallel_size=4), 4)
         by_length = curves_by_length(report(), 4)
         assert by_length["PP, literal"][128] == 12_533_760 == 2 * by_length["PP, Headrace"][128]
         assert by_length["TP, literal"][128] == 814_694_400 + 3 * 8_208_384
@@ -348,6 +353,15 @@ class TestDocs:
     """Figures in docs/communication.md are those of the formulas."""
 
     TEXT = (Path(__file__).resolve().parent.parent / "docs" / "communication.md").read_text(encoding="utf-8")
+
+    def test_example(self, volume, capsys):
+        example = re.search(r"```python\n(.*?)```", self.TEXT, re.DOTALL)
+        exec(compile(example[1], "communication.md", "exec"), {})
+        *_, wire, published = capsys.readouterr().out.splitlines()
+        found = json.loads(volume("--model", "demo", "--tp", 2, "--json")[1])
+        assert wire == f"{found['accounts']['headrace']['total_wire_bytes']['all']} bytes on all wires"
+        assert published == f"{found['published']['v_tp']['total_bytes']} as published"
+
     NAMES: ClassVar = {"8B": "Llama-3.1-8B", "3B": "Llama-3.2-3B", "13B": "Llama-2-13B"}
 
     @pytest.mark.parametrize(("name", "t", "prefill", "decode", "shard", "total", "sums", "logits"), TENSOR_PARALLEL)

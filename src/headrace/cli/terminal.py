@@ -43,6 +43,10 @@ def aligned(rows: Sequence[Sequence[str]], *, num_left: int = 1) -> list[str]:
     ]
 
 
+def plural(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def format_ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.{_digits(seconds * 1e3)}f} ms"
 

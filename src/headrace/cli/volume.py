@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from headrace.cli.volume_lines import volume_lines
     from headrace.cli.volume_report import VolumeReport
 
     if args.plot is not None:
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         from headrace.cli.volume_plot import plot
 
         plot(report, args.plot)
-    print(json.dumps(report.to_json()) if args.json else "\n".join(report.lines()))
+    print(json.dumps(report.to_json()) if args.json else "\n".join(volume_lines(report)))
     return 0
 
 

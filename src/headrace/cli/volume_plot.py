@@ -20,7 +20,8 @@ Curves = dict[str, dict[int, int]]
 
 def plot(report: VolumeReport, file: Path) -> None:
     """Tensor and pipeline parallelism, each by the letter and by Headrace: over the length of the prompt, for as many
-    ranks as the layout has (2 if it has one), and over the number of ranks. Both axes are logarithmic."""
+    ranks as the layout has (2 if it has one) and beside the layout itself if it is both, and over the number of ranks.
+    Both axes are logarithmic."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -35,6 +36,7 @@ def plot(report: VolumeReport, file: Path) -> None:
         by_length.plot(list(points), list(points.values()), _style(label), marker=".", label=label)
     for label, points in curves_by_ranks(report).items():
         by_ranks.plot(list(points), list(points.values()), _style(label), marker="o", label=label)
+    figure.suptitle(f"{report.model_name}, {report.dtype}")
     for panel in (by_length, by_ranks):
         panel.set(xscale="log", yscale="log", ylabel="bytes on all wires")
         panel.legend()
@@ -44,11 +46,16 @@ def plot(report: VolumeReport, file: Path) -> None:
 
 
 def curves_by_length(report: VolumeReport, num_ranks: int) -> Curves:
-    """By name; a layout that does not fit the model is left out."""
+    """By name; a layout that does not fit the model is left out, and one of both kinds has curves of its own."""
+    parallel = report.layout.parallel
+    layouts = list(_layouts(report.layout, num_ranks))
+    if parallel.tensor_parallel_size > 1 and parallel.pipeline_parallel_size > 1:
+        both = f"TP {parallel.tensor_parallel_size} x PP {parallel.pipeline_parallel_size}"
+        layouts += [(f"{both}, literal", literal(report.layout)), (f"{both}, Headrace", report.layout)]
     requests = [replace(report.request, prompt_tokens=num_tokens) for num_tokens in _PROMPT_TOKENS]
     return {
         label: {request.prompt_tokens: _total(report, layout, request) for request in requests}
-        for label, layout in _layouts(report.layout, num_ranks)
+        for label, layout in layouts
     }
 
 
@@ -79,4 +86,5 @@ def _total(report: VolumeReport, layout: Layout, request: RequestShape) -> int:
 
 
 def _style(label: str) -> str:
-    return ("C0" if label.startswith("TP") else "C1") + ("--" if label.endswith("literal") else "-")
+    layout, _, engine = label.partition(", ")
+    return {"TP": "C0", "PP": "C1"}.get(layout, "C2") + ("--" if engine == "literal" else "-")

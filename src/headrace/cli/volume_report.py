@@ -1,11 +1,10 @@
-"""What `headrace volume` says, as lines and as JSON."""
+"""What `headrace volume` compares, and its JSON."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from headrace.cli.terminal import aligned
 from headrace.config import ParallelConfig
 from headrace.costs.exchanges import LITERAL_RULES, LITERAL_TO_ALL_RULES, Layout
 from headrace.costs.published import (
@@ -15,11 +14,9 @@ from headrace.costs.published import (
     published_tensor_parallel,
 )
 from headrace.costs.sites import Phase
-from headrace.costs.steps import ForwardPass, RequestShape, request_run
+from headrace.costs.steps import RequestShape
 from headrace.costs.summary import SummaryRow, summarize, wire_bytes_by_phase
 from headrace.costs.volume import Counted, differences, predict_request
-
-_HEADER = ("phase", "exchange", "at", "algorithm", "calls", "payload/rank", "wire/rank", "total wire")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,25 +76,8 @@ class VolumeReport:
             for line in differences(mine, its)
         ]
 
-    def lines(self) -> Iterator[str]:
-        by_the_letter, _, headrace, *counted = accounts = self.accounts()
-        yield from self._facts()
-        yield from ("", "As published (arXiv:2507.14392)")
-        yield from self._published()
-        yield from ("", "An engine that follows the formulas to the letter (ring all-reduce, logits to the root)")
-        yield from self._table(by_the_letter)
-        yield from ("", "Headrace")
-        yield from self._table(headrace)
-        for account in counted:
-            yield from ("", "Headrace, counted")
-            yield from self._table(account)
-        yield from ("", "All ranks together, bytes")
-        yield from _totals(accounts)
-        if self.counted is not None:
-            yield from ("", *(self.differences() or ["Counted equals predicted to the byte, on every rank."]))
-
     def to_json(self) -> dict[str, Any]:
-        tensor, pipeline = self._tensor_parallel(), self._pipeline_parallel()
+        tensor, pipeline = self.tensor_parallel(), self.pipeline_parallel()
         model, parallel = self.layout.model, self.layout.parallel
         return {
             "model": self.model_name,
@@ -136,103 +116,24 @@ class VolumeReport:
     def _account_to_json(self, account: Account) -> dict[str, Any]:
         by_phase = wire_bytes_by_phase(account.ranks)
         return {
-            "rows": [asdict(row) | {"phase": row.phase.value} for row in self._summary(account)],
+            "rows": [asdict(row) | {"phase": row.phase.value} for row in self.summary(account)],
             "wire_bytes_of_ranks": [sum(row.wire_bytes for row in rows) for rows in account.ranks],
             "total_payload_bytes": account.total_payload_bytes,
             "total_wire_bytes": {phase.value: by_phase[phase] for phase in Phase} | {"all": sum(by_phase.values())},
         }
 
-    def _summary(self, account: Account) -> list[SummaryRow]:
+    def summary(self, account: Account) -> list[SummaryRow]:
         return summarize(account.ranks, self.layout.callers)
 
-    def _tensor_parallel(self) -> TensorParallelVolume:
+    def tensor_parallel(self) -> TensorParallelVolume:
         layout = self.layout
         size = layout.parallel.tensor_parallel_size
         return published_tensor_parallel(layout.model, size, self.request, layout.activation_bytes)
 
-    def _pipeline_parallel(self) -> PipelineParallelVolume:
+    def pipeline_parallel(self) -> PipelineParallelVolume:
         layout = self.layout
         size = layout.parallel.pipeline_parallel_size
         return published_pipeline_parallel(layout.model, size, self.request, layout.activation_bytes)
-
-    def _facts(self) -> Iterator[str]:
-        layout, request = self.layout, self.request
-        model, parallel = layout.model, layout.parallel
-        run = request_run(request, self.max_num_batched_tokens, parallel.pipeline_parallel_size)
-        steps = {
-            phase: sum(times for event, times in run.items() if isinstance(event, ForwardPass) and event.phase is phase)
-            for phase in Phase
-        }
-        stages = ", ".join(str(len(layers)) for layers in layout.stages())
-        yield from aligned(
-            [
-                (
-                    "model",
-                    f"{self.model_name}: {model.num_hidden_layers} layers, hidden size {model.hidden_size:,}, "
-                    f"vocabulary {model.vocab_size:,}, {self.dtype} ({layout.activation_bytes} bytes)",
-                ),
-                (
-                    "layout",
-                    f"TP {parallel.tensor_parallel_size} x PP {parallel.pipeline_parallel_size}: {parallel.world_size} "
-                    f"ranks, stages of {stages} layers",
-                ),
-                (
-                    "requests",
-                    f"{request.batch_size} of {request.prompt_tokens:,} prompt and {request.output_tokens:,} generated "
-                    f"tokens: {request.num_tokens:,} pass through the layers (steps of prefill: "
-                    f"{steps[Phase.PREFILL]:,}, of decode: {steps[Phase.DECODE]:,})",
-                ),
-            ],
-            num_left=2,
-        )
-
-    def _published(self) -> Iterator[str]:
-        tensor, pipeline = self._tensor_parallel(), self._pipeline_parallel()
-        layout, request = self.layout, self.request
-        model, num_bytes = layout.model, layout.activation_bytes
-        t, num_tokens = layout.parallel.tensor_parallel_size, tensor.num_tokens
-        samples = request.batch_size * request.output_tokens
-        sizes = f"{num_tokens:,} x {model.hidden_size:,} x {num_bytes}"
-        yield from aligned(
-            [
-                (
-                    "V_tp",
-                    "(2L+1) (S_p+S_d-1) h b 2(t-1)/t",
-                    f"{tensor.num_all_reduces} x {sizes} x {tensor.ring_factor}",
-                    "sent by each rank",
-                    _shown(tensor.all_reduce_bytes),
-                ),
-                (
-                    "",
-                    "S_d (v/t) b",
-                    f"{samples:,} x {model.vocab_size:,}/{t} x {num_bytes}",
-                    "payload of one rank",
-                    _shown(tensor.gather_bytes),
-                ),
-                ("", "sum", "", "as printed, of two units", _shown(tensor.total_bytes)),
-                (
-                    "V_pp",
-                    "(p-1) (S_p+S_d-1) h b 2",
-                    f"{pipeline.num_boundaries} x {sizes} x {pipeline.tensors_per_boundary}",
-                    "sent on all links together",
-                    _shown(Fraction(pipeline.total_bytes)),
-                ),
-            ],
-            num_left=4,
-        )
-
-    def _table(self, account: Account) -> Iterator[str]:
-        summary = self._summary(account)
-        if not summary:
-            yield "nothing: one rank has nobody to send to"
-            return
-        rows: list[tuple[str, ...]] = [_HEADER]
-        for row in summary:
-            numbers = (row.count, row.payload_bytes, row.wire_bytes, row.total_wire_bytes)
-            rows.append((row.phase.value, row.operation, row.kind, row.algorithm, *(f"{n:,}" for n in numbers)))
-        by_rank = [sum(row.wire_bytes for row in rows_of_rank) for rows_of_rank in account.ranks]
-        rows.append(("all", "", "", "", "", "", f"{max(by_rank):,}", f"{sum(by_rank):,}"))
-        yield from aligned(rows, num_left=4)
 
 
 _FLAGS = ("shard_embedding", "send_residual", "slice_boundary", "gather_logits")
@@ -260,21 +161,5 @@ def _literal_parallel(parallel: ParallelConfig, *, slice_boundary: bool) -> Para
     )
 
 
-def _totals(accounts: Iterable[Account]) -> list[str]:
-    accounts = list(accounts)
-    reference = accounts[0].total_wire_bytes
-    rows: list[tuple[str, ...]] = [("engine", "payload", "wire, prefill", "wire, decode", "wire", "of literal")]
-    for account in accounts:
-        by_phase, total = wire_bytes_by_phase(account.ranks), account.total_wire_bytes
-        numbers = (account.total_payload_bytes, by_phase[Phase.PREFILL], by_phase[Phase.DECODE], total)
-        share = f"{total / reference:.1%}" if reference else "-"
-        rows.append((account.title, *(f"{n:,}" for n in numbers), share))
-    return aligned(rows)
-
-
 def _number(value: Fraction) -> int | float:
     return value.numerator if value.denominator == 1 else float(value)
-
-
-def _shown(value: Fraction) -> str:
-    return f"{value.numerator:,}" if value.denominator == 1 else f"{float(value):,.1f}"
