@@ -94,6 +94,12 @@ class TestMain:
         assert code == 0
         assert all(f"  {name} " in out for name in COMMANDS)
 
+    def test_help_of_a_default_names_what_else_there_is(self, run):
+        _, out, _ = run("bench", "--help")
+        assert out.startswith("usage: headrace bench model ")
+        assert all(f"headrace {name} " in out for name in COMMANDS if name.startswith("bench "))
+        assert "others:" not in run("bench", "kernels", "--help")[1]
+
     def test_version(self, run):
         assert run("--version") == (0, f"headrace {headrace.__version__}\n", "")
 
@@ -110,7 +116,9 @@ class TestMain:
             (["generate", "--temprature", "1", "hi"], "did you mean '--temperature'?"),
             (["generate", "--temprature=1", "hi"], "did you mean '--temperature'?"),
             (["chat", "hello"], "unexpected argument 'hello'"),
+            (["benhc"], "did you mean 'bench'?"),
             (["bench", "modle"], "did you mean 'bench model'?"),
+            (["bench", "nonsense"], "known: bench ablation, bench kernels, bench model, bench quality, bench serve"),
             (["generate", "--max", "5", "hi"], "unknown option '--max'"),
         ],
     )

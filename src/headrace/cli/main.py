@@ -92,11 +92,23 @@ def _run(argv: list[str]) -> int:
         return _run_command(name, rest)
     elif name:
         kind = "option" if name.startswith("-") else "command"
-        raise ConfigError(f"unknown {kind} '{name}'; {nearest_name(name, [*COMMANDS, '--help', '--version'])}")
+        raise ConfigError(f"unknown {kind} '{name}'; {_hint(name)}")
     else:
         print(help_text(), file=sys.stderr)
         return EXIT_ERROR
     return 0
+
+
+def _hint(name: str) -> str:
+    """What may have been meant. Names of two words are alike in the first one, and must be so in the second."""
+    if siblings := _siblings(name):
+        return nearest_name(name, siblings, cutoff=0.8)
+    return nearest_name(name, [*COMMANDS, *DEFAULTS, "--help", "--version"])
+
+
+def _siblings(name: str) -> list[str]:
+    """The commands of two words that begin as this one does; none for a name of one word."""
+    return [other for other in COMMANDS if " " in name and other.partition(" ")[0] == name.partition(" ")[0]]
 
 
 def _run_command(name: str, argv: list[str]) -> int:
@@ -105,6 +117,9 @@ def _run_command(name: str, argv: list[str]) -> int:
     parser_module = import_module("headrace.cli.parser")
     parser = parser_module.Parser(prog=f"headrace {name}", summary=summary)
     module.add_arguments(parser)
+    if name in DEFAULTS.values():
+        others = [f"  headrace {other:<16} {COMMANDS[other][1]}" for other in _siblings(name) if other != name]
+        parser.epilog = "\n".join([parser.epilog, "", "others:", *others])
     args = parser.parse(argv)
     if args is None:
         return 0

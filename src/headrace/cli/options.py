@@ -304,7 +304,8 @@ def make_llm(args: argparse.Namespace, *, show_progress: bool, require_tokenizer
     # Families take some 30 ms to import, which --help would wait for; torch takes seconds, which a misspelt name would.
     from headrace.models.config_file import check_local_model
 
-    check_local_model(name := _model_name(args))
+    name = engine_config(args, show_progress=show_progress).load.model  # settings that cannot be used are said first
+    check_local_model(name)
     return headrace.LLM(
         name,
         revision=args.revision,
