@@ -43,4 +43,4 @@ def test_without_mpi4py_the_reason_is_given():
         "except BackendUnavailable as error: print(error)\n"
     )
     out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    assert out.startswith("ranks of mpiexec and srun need mpi4py and an MPI library (pip install 'headrace[mpi]'): ")
+    assert out.startswith("ranks of mpiexec and srun need mpi4py and an MPI library (pip install mpi4py mpich): ")

@@ -179,7 +179,7 @@ class TestErrors:
     def test_sentencepiece_without_the_extra(self, tmp_path, monkeypatch):
         (tmp_path / "tokenizer.model").write_bytes(b"")
         monkeypatch.setitem(sys.modules, "sentencepiece", None)
-        with pytest.raises(CheckpointError, match=r"pip install 'headrace\[sentencepiece\]'"):
+        with pytest.raises(CheckpointError, match=r"pip install sentencepiece"):
             Tokenizer.from_folder(tmp_path)
 
 

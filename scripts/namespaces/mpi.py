@@ -28,7 +28,7 @@ def why_not() -> str | None:
     """Why ranks cannot be started in namespaces here; None if they can."""
     if (reason := why_no_network()) is not None:
         return reason
-    return None if _MPIEXEC.exists() else f"there is no {_MPIEXEC}; pip install 'headrace[mpi]'"
+    return None if _MPIEXEC.exists() else f"there is no {_MPIEXEC}; pip install mpi4py mpich"
 
 
 def mpiexec_command(hosts: Network, command: Sequence[str]) -> list[str]:

@@ -18,4 +18,4 @@ def check_can_plot(file: Path) -> None:
     if not file.parent.is_dir():
         raise ConfigError(f"--plot is '{file}', but there is no folder '{file.parent}'")
     if find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install 'headrace[plot]'")
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib")

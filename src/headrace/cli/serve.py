@@ -74,7 +74,7 @@ def _add_observability(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--otlp-traces-endpoint",
         metavar="URL",
-        help="send traces there, such as http://localhost:4318/v1/traces; needs headrace[otel] (default: none)",
+        help="send traces there, such as http://localhost:4318/v1/traces; needs opentelemetry-sdk (default: none)",
     )
 
 

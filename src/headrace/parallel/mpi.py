@@ -56,7 +56,7 @@ def import_mpi() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise BackendUnavailable(
-            f"ranks of mpiexec and srun need mpi4py and an MPI library (pip install 'headrace[mpi]'): {error}"
+            f"ranks of mpiexec and srun need mpi4py and an MPI library (pip install mpi4py mpich): {error}"
         ) from error
     if not MPI.Is_initialized():
         _start(MPI)

@@ -1,7 +1,7 @@
 """One trace span for each HTTP request, with those of queue, prefill and decode below it, sent by OTLP.
 
-Needs the extra `headrace[otel]`. Attributes are those of OpenTelemetry's conventions for HTTP and for generative AI,
-and, where these have none, vLLM's.
+Needs OpenTelemetry, an optional dependency. Attributes are those of its conventions for HTTP and for generative AI, or,
+where these have none, vLLM's.
 """
 
 from collections.abc import Iterator, Mapping
@@ -104,8 +104,8 @@ def make_tracer(endpoint: str, model_name: str) -> Tracer:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ImportError as error:
         raise ConfigError(
-            f"traces need OpenTelemetry, which is not installed ({error}); run `pip install 'headrace[otel]'`, or "
-            "leave --otlp-traces-endpoint out"
+            f"traces need OpenTelemetry, which is not installed ({error}); run `pip install opentelemetry-sdk "
+            "opentelemetry-exporter-otlp-proto-http`, or leave --otlp-traces-endpoint out"
         ) from None
     return Tracer(OTLPSpanExporter(endpoint=endpoint, timeout=_TIMEOUT_S), model_name)
 

@@ -65,7 +65,7 @@ class SentencePieceBackend:
         except ModuleNotFoundError as error:
             raise CheckpointError(
                 f"{path.parent} has a SentencePiece tokenizer.model and no tokenizer.json; "
-                "reading it needs an extra: pip install 'headrace[sentencepiece]'"
+                "reading it needs one more package: pip install sentencepiece"
             ) from error
         try:
             data = path.read_bytes()
