@@ -73,7 +73,7 @@ def _check(choice: Softmax, kernels: Kernels, tuned: TunedAttention | None) -> N
         if tuned is None:
             raise ConfigError(
                 "softmax is 'measured', and no measurement of this model's attention on so many threads is in use; run "
-                "`headrace tune --model` first, and leave --dataflow as 'measured'"
+                "`headrace tune --model MODEL` first, and leave --dataflow as 'measured'"
             )
     elif choice is not Softmax.AUTO and SoftmaxScheme(choice.value) not in kernels.softmax_schemes:
         allowed = ", ".join(known.value for known in kernels.softmax_schemes)
