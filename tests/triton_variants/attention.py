@@ -6,11 +6,13 @@ from typing import Any
 import torch
 
 from headrace.config import KvCacheFormat
-from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, repair_kernel, split_kernel
+from headrace.kernels.triton.attention_arguments import Heads, SoftmaxKind
+from headrace.kernels.triton.attention_decode import split_kernel
 from headrace.kernels.triton.attention_library import MAX_SEQS, gather_kernel
+from headrace.kernels.triton.attention_merge import merge_kernel, repair_kernel
 from headrace.kernels.triton.attention_prefill import prefill_kernel
 from headrace.kernels.triton.attention_rows import UNALIGNED
-from headrace.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
+from headrace.kernels.triton.attention_tiles import DecodeShape, decode_tiles, prefill_tiles
 from headrace.kernels.triton.context_share import weigh_share_kernel
 from headrace.kernels.triton.rotary import rotary_store_kernel, rotary_table_kernel
 from headrace.kernels.triton.softmax import ASYNCHRONIZED, LAZY, SYNCHRONIZED
@@ -56,6 +58,10 @@ def _heads(
     head_dim: int,
     *,
     query: torch.dtype = torch.bfloat16,
+    scheme: int = SYNCHRONIZED.value,
+    has_cap: bool = False,
+    is_strict: bool = False,
+    is_share: bool = False,
     targets: tuple[str, ...] = ("sm_90", "sm_80", "gfx942"),
     is_rare: bool = False,
     **constants: Any,
@@ -67,24 +73,24 @@ def _heads(
         tiles = prefill_tiles(query, head_dim, cache_format, has_warpgroups=targets == _HOPPER)
     known = {
         "SEQS": 64,
-        "NUM_HEADS": num_kv_heads * group,
-        "NUM_KV_HEADS": num_kv_heads,
-        "GROUP": group,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": 128 if head_dim in (80, 96) else head_dim,
-        "BLOCK_SIZE": 16,
-        "BLOCK_M": tiles.block_m if kernel is prefill_kernel else shape.block_m,
+        "HEADS": Heads(
+            num_kv_heads=num_kv_heads,
+            group=group,
+            head_dim=head_dim,
+            block_d=128 if head_dim in (80, 96) else head_dim,
+            block_size=16,
+            is_int8=cache == "i8",
+            is_share=is_share,
+        ),
+        "SOFTMAX": SoftmaxKind(scheme=scheme, has_cap=has_cap, is_strict=is_strict),
+        "SCHEME": scheme,
+        "SHAPE": shape,
+        "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
-        "ROW_TILES": shape.row_tiles,
         "MAX_TOKENS": shape.max_tokens,
         "TOKEN_SLOTS": 1,
         "UNIT": 128 if cache != "fp32" and head_dim <= 128 else 64,
-        "IS_INT8": cache == "i8",
-        "IS_SHARE": False,
-        "SCHEME": SYNCHRONIZED.value,
-        "HAS_CAP": False,
         "HAS_WINDOW": False,
-        "IS_STRICT": False,
         "REPAIRS": False,
         "STAGES": tiles.stages,
     } | constants
@@ -154,14 +160,14 @@ def _prefill(name: str, *heads: Any, targets: tuple[str, ...] = _HOPPER, **how: 
 
 VARIANTS = [
     _heads(split_kernel, "split", "bf16", 32, 1, 128),
-    _heads(split_kernel, "split-lazy", "bf16", 8, 4, 128, SCHEME=_LAZY, targets=_HOPPER),
+    _heads(split_kernel, "split-lazy", "bf16", 8, 4, 128, scheme=_LAZY, targets=_HOPPER),
     _heads(split_kernel, "split", "i8", 8, 4, 128, targets=_HOPPER),
     _heads(split_kernel, "split-by-one-stage", "i8", 8, 4, 128, STAGES=1, targets=_AMD),
     _heads(split_kernel, "split", "fp32", 8, 4, 128, query=torch.float32, targets=_HOPPER),
-    _heads(split_kernel, "split-capped", "bf16", 8, 2, 256, HAS_CAP=True, targets=_HOPPER),
-    _heads(split_kernel, "split-strict", "bf16", 32, 1, 80, SCHEME=_ASYNCHRONIZED, IS_STRICT=True, targets=_HOPPER),
+    _heads(split_kernel, "split-capped", "bf16", 8, 2, 256, has_cap=True, targets=_HOPPER),
+    _heads(split_kernel, "split-strict", "bf16", 32, 1, 80, scheme=_ASYNCHRONIZED, is_strict=True, targets=_HOPPER),
     _heads(merge_kernel, "merge", "bf16", 8, 4, 128, targets=_HOPPER),
-    _heads(merge_kernel, "merge-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
+    _heads(merge_kernel, "merge-asynchronized", "bf16", 8, 4, 128, scheme=_ASYNCHRONIZED),
     _heads(repair_kernel, "repair", "bf16", 8, 4, 128),
     _prefill("", "bf16", 32, 1, 128),
     _prefill("", "i8", 8, 4, 128),
@@ -170,16 +176,16 @@ VARIANTS = [
     _prefill("-amd", "bf16", 32, 1, 128, STAGES=2, targets=_AMD),
     _prefill("-amd", "i8", 8, 4, 128, STAGES=1, targets=_AMD, is_rare=True),
     _prefill("", "fp32", 8, 4, 128, query=torch.float32),
-    _prefill("-asynchronized", "bf16", 8, 4, 128, SCHEME=_ASYNCHRONIZED),
-    _prefill("-asynchronized", "i8", 8, 4, 128, SCHEME=_ASYNCHRONIZED, is_rare=True),
-    _prefill("-asynchronized-ampere", "i8", 8, 4, 128, SCHEME=_ASYNCHRONIZED, targets=_AMPERE, is_rare=True),
+    _prefill("-asynchronized", "bf16", 8, 4, 128, scheme=_ASYNCHRONIZED),
+    _prefill("-asynchronized", "i8", 8, 4, 128, scheme=_ASYNCHRONIZED, is_rare=True),
+    _prefill("-asynchronized-ampere", "i8", 8, 4, 128, scheme=_ASYNCHRONIZED, targets=_AMPERE, is_rare=True),
     _prefill("-repair", "bf16", 8, 4, 128, REPAIRS=True, is_rare=True),
     _prefill("-repair", "i8", 8, 4, 128, REPAIRS=True, is_rare=True),
-    _prefill("-lazy", "bf16", 8, 4, 128, SCHEME=_LAZY, is_rare=True),
-    _prefill("-capped", "bf16", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True),
-    _prefill("-capped", "i8", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True, is_rare=True),
-    _prefill("-capped-ampere", "i8", 8, 2, 256, HAS_CAP=True, HAS_WINDOW=True, targets=_AMPERE, is_rare=True),
-    _prefill("-share", "bf16", 1, 8, 128, IS_SHARE=True),
+    _prefill("-lazy", "bf16", 8, 4, 128, scheme=_LAZY, is_rare=True),
+    _prefill("-capped", "bf16", 8, 2, 256, has_cap=True, HAS_WINDOW=True),
+    _prefill("-capped", "i8", 8, 2, 256, has_cap=True, HAS_WINDOW=True, is_rare=True),
+    _prefill("-capped-ampere", "i8", 8, 2, 256, has_cap=True, HAS_WINDOW=True, targets=_AMPERE, is_rare=True),
+    _prefill("-share", "bf16", 1, 8, 128, is_share=True),
     _gather("bf16"),
     _gather("i8"),
     _store("bf16", 64, 128),

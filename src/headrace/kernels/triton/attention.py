@@ -1,7 +1,5 @@
 """Attention over the paged KV cache."""
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -11,8 +9,9 @@ from headrace.kernels.dataflow import Dataflow
 from headrace.kernels.kv_cache import KvCache
 from headrace.kernels.ops import AttentionShare, AttentionSpec
 from headrace.kernels.triton.attention_call import AttentionCall
-from headrace.kernels.triton.attention_decode import DecodeShape, merge_kernel, repair_kernel, split_kernel
+from headrace.kernels.triton.attention_decode import split_kernel
 from headrace.kernels.triton.attention_library import LibraryPrefill, prefill_library_obstacle
+from headrace.kernels.triton.attention_merge import merge_kernel, repair_kernel
 from headrace.kernels.triton.attention_prefill import prefill_kernel
 from headrace.kernels.triton.attention_tiles import decode_tiles, prefill_tiles
 from headrace.kernels.triton.launch import has_warpgroup_products, num_multiprocessors
@@ -21,8 +20,6 @@ from headrace.kernels.triton.splits import max_num_splits
 
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 """As many as fit beside each other with two tiles each under way (`attention_decode`)."""
-
-_MERGE_CONSTANTS = ("HEAD_DIM", "BLOCK_D", "BLOCK_SIZE", "IS_INT8", "IS_SHARE", "SCHEME")
 
 
 class Attention:
@@ -69,10 +66,10 @@ class Attention:
         if self._is_librarys(call):
             out = self._prefill_by_library(call).to(query.dtype)
             if call.may_decode:
-                self._decode(call, out, out, call.constants() | {"IS_SHARE": False})
+                self._decode(call, out, out)
             return out
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        self._attend(call, out, out, is_share=False)
+        self._attend(call, out, out)
         return out
 
     def share(
@@ -96,15 +93,14 @@ class Attention:
         call = AttentionCall.checked(query, kv_cache, block_tables, context_lens, cu_seqlens_q, spec, owned_blocks)
         numerators = torch.empty(query.shape, dtype=torch.float32, device=query.device)
         normalizers = torch.empty((*query.shape[:2], 2), dtype=torch.float32, device=query.device)
-        self._attend(call, numerators, normalizers, is_share=True)
+        self._attend(call, numerators, normalizers)
         return AttentionShare(numerators, normalizers)
 
-    def _attend(self, call: AttentionCall, out: Tensor, normalizers: Tensor, *, is_share: bool) -> None:
-        constants = call.constants() | {"IS_SHARE": is_share}
+    def _attend(self, call: AttentionCall, out: Tensor, normalizers: Tensor) -> None:
         if call.may_decode:
-            self._decode(call, out, normalizers, constants)
+            self._decode(call, out, normalizers)
         if call.may_prefill:
-            self._prefill(call, out, normalizers, constants)
+            self._prefill(call, out, normalizers)
 
     def _is_librarys(self, call: AttentionCall) -> bool:
         """Whether the library takes what the call has of prompts: as measured, and where it can."""
@@ -133,21 +129,26 @@ class Attention:
             call.block_tables,
             call.context_lens,
             call.cu_seqlens_q,
-            max_tokens=DecodeShape.of(call.group).max_tokens,
+            max_tokens=call.decode_shape.max_tokens,
             softmax_scale=call.spec.softmax_scale,
             sliding_window=call.spec.sliding_window,
         )
 
-    def _decode(self, call: AttentionCall, out: Tensor, normalizers: Tensor, constants: dict[str, Any]) -> None:
-        shape = DecodeShape.of(call.group)
+    def _decode(self, call: AttentionCall, out: Tensor, normalizers: Tensor) -> None:
+        shape, scheme = call.decode_shape, call.spec.softmax.scheme
         token_slots = 1 if call.num_tokens == call.num_seqs else shape.max_tokens
         max_splits = max_num_splits(call.max_context_len, call.unit)
         num_rows = call.num_seqs * token_slots * call.num_heads
         partials = torch.empty(num_rows, max_splits, call.head_dim, dtype=torch.float32, device=out.device)
         states = torch.empty(num_rows, max_splits, 2, dtype=torch.float32, device=out.device)
         tiles = decode_tiles(call.query.dtype, call.head_dim, call.cache.spec.cache_format)
-        places = {"TOKEN_SLOTS": token_slots, "UNIT": call.unit}
-        row_tiles = {"BLOCK_M": shape.block_m, "BLOCK_N": tiles.block_n}
+        how = {
+            "HEADS": call.heads,
+            "SHAPE": shape,
+            "TOKEN_SLOTS": token_slots,
+            "UNIT": call.unit,
+            "num_warps": tiles.num_warps,
+        }
         num_pieces = call.num_seqs * max_splits * call.num_kv_heads * shape.row_tiles
         measured = None if self._dataflow is None else self._dataflow.max_pieces(call.num_seqs)
         num_programs = measured or self._default_programs
@@ -159,16 +160,13 @@ class Attention:
             *call.strides,
             max_splits,
             *call.numbers,
-            **constants,
-            **places,
-            **row_tiles,
+            **how,
+            SOFTMAX=call.softmax(scheme),
             SEQS=_seqs(call.num_seqs),
-            MAX_TOKENS=shape.max_tokens,
-            ROW_TILES=shape.row_tiles,
+            BLOCK_N=tiles.block_n,
             STAGES=tiles.stages,
-            num_warps=tiles.num_warps,
         )
-        is_asynchronized = call.spec.softmax.scheme is SoftmaxScheme.ASYNCHRONIZED
+        is_asynchronized = scheme is SoftmaxScheme.ASYNCHRONIZED
         unsound = torch.empty(num_rows, dtype=torch.int32, device=out.device) if is_asynchronized else None
         window, _, _, unified_max2, _, _ = call.numbers
         merge_kernel[(num_rows,)](
@@ -184,11 +182,8 @@ class Attention:
             max_splits,
             window,
             unified_max2,
-            **{name: constants[name] for name in _MERGE_CONSTANTS},
-            **places,
-            NUM_HEADS=call.num_heads,
-            MAX_TOKENS=shape.max_tokens,
-            num_warps=tiles.num_warps,
+            **how,
+            SCHEME=SCHEMES[scheme],
         )
         if is_asynchronized:
             repair_kernel[(num_rows,)](
@@ -201,24 +196,20 @@ class Attention:
                 *call.strides,
                 max_splits,
                 *call.numbers,
-                **{name: value for name, value in constants.items() if name != "SCHEME"},
-                **places,
-                **row_tiles,
-                num_warps=tiles.num_warps,
+                **how,
+                SOFTMAX=call.softmax(SoftmaxScheme.SYNCHRONIZED),
+                BLOCK_N=tiles.block_n,
             )
 
-    def _prefill(self, call: AttentionCall, out: Tensor, normalizers: Tensor, constants: dict[str, Any]) -> None:
-        cache_format = call.cache.spec.cache_format
+    def _prefill(self, call: AttentionCall, out: Tensor, normalizers: Tensor) -> None:
+        cache_format, scheme = call.cache.spec.cache_format, call.spec.softmax.scheme
         tiles = prefill_tiles(call.query.dtype, call.head_dim, cache_format, has_warpgroups=self._has_warpgroups)
         # Each sequence has at most one tile that is not full.
         num_tiles = call.num_tokens * call.group // tiles.block_m + call.num_seqs
-        is_asynchronized = call.spec.softmax.scheme is SoftmaxScheme.ASYNCHRONIZED
+        is_asynchronized = scheme is SoftmaxScheme.ASYNCHRONIZED
         num_rows = call.num_tokens * call.num_heads
         unsound = torch.empty(num_rows, dtype=torch.int32, device=out.device) if is_asynchronized else None
-        passes = [constants | {"REPAIRS": False}]
-        if is_asynchronized:
-            passes.append(constants | {"REPAIRS": True, "SCHEME": SCHEMES[SoftmaxScheme.SYNCHRONIZED]})
-        for how in passes:
+        for repairs, by in enumerate((scheme, SoftmaxScheme.SYNCHRONIZED) if is_asynchronized else (scheme,)):
             prefill_kernel[(num_tiles, call.num_kv_heads)](
                 *call.tensors,
                 unsound,
@@ -227,12 +218,14 @@ class Attention:
                 call.num_seqs,
                 *call.strides,
                 *call.numbers,
-                **how,
+                HEADS=call.heads,
+                SOFTMAX=call.softmax(by),
                 SEQS=_seqs(call.num_seqs),
                 BLOCK_M=tiles.block_m,
                 BLOCK_N=tiles.block_n,
-                MAX_TOKENS=DecodeShape.of(call.group).max_tokens,
+                MAX_TOKENS=call.decode_shape.max_tokens,
                 HAS_WINDOW=call.spec.sliding_window is not None,
+                REPAIRS=bool(repairs),
                 STAGES=tiles.stages,
                 num_warps=tiles.num_warps,
             )

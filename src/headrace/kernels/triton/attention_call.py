@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import triton
@@ -13,8 +12,9 @@ from headrace.config import KvCacheFormat, SoftmaxScheme
 from headrace.errors import KernelError, ShapeError
 from headrace.kernels.kv_cache import GpuKvCache, KvCache
 from headrace.kernels.ops import AttentionSpec
-from headrace.kernels.triton.attention_decode import DecodeShape
+from headrace.kernels.triton.attention_arguments import Heads, SoftmaxKind
 from headrace.kernels.triton.attention_rows import NO_WINDOW
+from headrace.kernels.triton.attention_tiles import DecodeShape
 from headrace.kernels.triton.kv_cache import gpu_cache
 from headrace.kernels.triton.launch import is_interpreted
 from headrace.kernels.triton.rotary import QUERY_DTYPES, by_token
@@ -34,6 +34,7 @@ class AttentionCall:
     context_lens: Tensor
     cu_seqlens_q: Tensor
     owned_blocks: Tensor
+    is_share: bool
     spec: AttentionSpec
 
     @classmethod
@@ -56,6 +57,7 @@ class AttentionCall:
             context_lens=context_lens.contiguous(),
             cu_seqlens_q=cu_seqlens_q.contiguous(),
             owned_blocks=context_lens[:, None] if owned_blocks is None else _by_row(owned_blocks),
+            is_share=owned_blocks is not None,
             spec=spec,
         )
 
@@ -87,16 +89,16 @@ class AttentionCall:
     def may_decode(self) -> bool:
         """Whether a sequence may have few enough new tokens to be decoded. Which have, is known on the device alone,
         unless there are as many tokens as sequences, or a single sequence."""
-        return self.num_tokens > 0 and (self.num_seqs > 1 or self.num_tokens <= self._max_decoded)
+        return self.num_tokens > 0 and (self.num_seqs > 1 or self.num_tokens <= self.decode_shape.max_tokens)
 
     @property
     def may_prefill(self) -> bool:
         """Whether one may have more."""
-        return self.num_tokens > self.num_seqs and (self.num_seqs > 1 or self.num_tokens > self._max_decoded)
+        return self.num_tokens > self.num_seqs and (self.num_seqs > 1 or self.num_tokens > self.decode_shape.max_tokens)
 
-    @property
-    def _max_decoded(self) -> int:
-        return DecodeShape.of(self.group).max_tokens
+    @cached_property
+    def decode_shape(self) -> DecodeShape:
+        return DecodeShape.of(self.group)
 
     @property
     def unit(self) -> int:
@@ -125,18 +127,25 @@ class AttentionCall:
         logits = spec.softmax_scale, spec.logit_soft_cap or 1.0, softmax.unified_max, least, largest
         return window, *(x * _LOG2_E for x in logits)
 
-    def constants(self) -> dict[str, Any]:
-        return {
-            "NUM_KV_HEADS": self.num_kv_heads,
-            "GROUP": self.group,
-            "HEAD_DIM": self.head_dim,
-            "BLOCK_D": max(16, triton.next_power_of_2(self.head_dim)),
-            "BLOCK_SIZE": self.cache.spec.block_size,
-            "IS_INT8": self.cache.spec.cache_format is KvCacheFormat.INT8,
-            "SCHEME": SCHEMES[self.spec.softmax.scheme],
-            "HAS_CAP": self.spec.logit_soft_cap is not None,
-            "IS_STRICT": self.spec.softmax.element_bounds is not None,
-        }
+    @cached_property
+    def heads(self) -> Heads:
+        return Heads(
+            num_kv_heads=self.num_kv_heads,
+            group=self.group,
+            head_dim=self.head_dim,
+            block_d=max(16, triton.next_power_of_2(self.head_dim)),
+            block_size=self.cache.spec.block_size,
+            is_int8=self.cache.spec.cache_format is KvCacheFormat.INT8,
+            is_share=self.is_share,
+        )
+
+    def softmax(self, scheme: SoftmaxScheme) -> SoftmaxKind:
+        """That of the call, by this scheme."""
+        return SoftmaxKind(
+            scheme=SCHEMES[scheme],
+            has_cap=self.spec.logit_soft_cap is not None,
+            is_strict=self.spec.softmax.element_bounds is not None,
+        )
 
 
 def _as_computed(query: Tensor, scheme: SoftmaxScheme) -> Tensor:

@@ -12,6 +12,7 @@ Were it the same program, it would hold the registers of both for as long as it 
 import triton
 import triton.language as tl
 
+from headrace.kernels.triton.attention_arguments import KeysAndValues, LogitNumbers
 from headrace.kernels.triton.attention_rows import UNALIGNED, UNSPECIALIZED, visible_positions
 from headrace.kernels.triton.attention_tile import attend, load_queries
 from headrace.kernels.triton.softmax import ASYNCHRONIZED, is_sound
@@ -43,20 +44,12 @@ def prefill_kernel(
     least2,
     largest2,
     SEQS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MAX_TOKENS: tl.constexpr,
-    IS_INT8: tl.constexpr,
-    IS_SHARE: tl.constexpr,
-    SCHEME: tl.constexpr,
-    HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    IS_STRICT: tl.constexpr,
     REPAIRS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -65,10 +58,12 @@ def prefill_kernel(
     unsound_ptr: [num_tokens, num_heads]; the asynchronized scheme leaves 1 there for rows that must be computed again,
     0 for others. With REPAIRS, only those are computed.
     """
+    cache = KeysAndValues(keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr)
+    logits = LogitNumbers(scale2, cap2, unified_max2, least2, largest2)
     seqs = tl.arange(0, SEQS)
     is_seq = seqs < num_seqs
     counts = tl.load(bounds_ptr + seqs + 1, mask=is_seq, other=0) - tl.load(bounds_ptr + seqs, mask=is_seq, other=0)
-    num_tiles = tl.where(counts > MAX_TOKENS, (counts * GROUP + BLOCK_M - 1) // BLOCK_M, 0)
+    num_tiles = tl.where(counts > MAX_TOKENS, (counts * HEADS.group + BLOCK_M - 1) // BLOCK_M, 0)
     ends_at = tl.cumsum(num_tiles, axis=0)
     index = tl.sum(num_tiles, axis=0) - 1 - tl.program_id(0)
     if index >= 0:
@@ -78,61 +73,42 @@ def prefill_kernel(
         first_token = tl.load(bounds_ptr + seq)
         num_tokens = tl.load(bounds_ptr + seq + 1) - first_token
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        is_row = rows < num_tokens * GROUP
+        is_row = rows < num_tokens * HEADS.group
         # Rows past the last see what the last token sees, so that they need no masks of their own.
-        tokens = tl.minimum(rows // GROUP, num_tokens - 1)
-        heads = kv_head * GROUP + rows % GROUP
-        row_start, row_stop = visible_positions(
-            tokens,
-            num_tokens,
-            tl.load(context_lens_ptr + seq),
-            window,
-            owned_ptr + seq.to(tl.int64) * owned_stride,
-            BLOCK_SIZE,
-            IS_SHARE,
-        )
-        row = (first_token + tokens).to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
+        tokens = tl.minimum(rows // HEADS.group, num_tokens - 1)
+        heads = kv_head * HEADS.group + rows % HEADS.group
+        context_len = tl.load(context_lens_ptr + seq)
+        owned = owned_ptr + seq.to(tl.int64) * owned_stride
+        row_start, row_stop = visible_positions(tokens, num_tokens, context_len, window, owned, HEADS)
+        row = (first_token + tokens).to(tl.int64) * HEADS.num_heads + heads
         if REPAIRS:
             is_row &= tl.load(unsound_ptr + row, mask=is_row, other=0) != 0
         num_rows = tl.sum(is_row.to(tl.int64), axis=0)
         if num_rows > 0:
             m, denominators, numerators = _attend_tile(
-                load_queries(query_ptr, first_token + tokens, heads, is_row, query_stride, HEAD_DIM, BLOCK_D),
+                load_queries(query_ptr, first_token + tokens, heads, is_row, query_stride, HEADS),
                 row_start,
                 row_stop,
                 kv_head,
                 tables_ptr + seq.to(tl.int64) * table_stride,
-                keys_ptr,
-                values_ptr,
-                key_scales_ptr,
-                value_scales_ptr,
-                scale2,
-                cap2,
-                unified_max2,
-                least2,
-                largest2,
-                NUM_KV_HEADS,
-                HEAD_DIM,
-                BLOCK_D,
-                BLOCK_SIZE,
+                cache,
+                logits,
+                HEADS,
+                SOFTMAX,
                 BLOCK_M,
                 BLOCK_N,
-                IS_INT8,
-                SCHEME,
-                HAS_CAP,
                 HAS_WINDOW,
-                IS_STRICT,
                 STAGES,
             )
             if REPAIRS:
                 tl.atomic_add(counts_ptr + 1, num_rows, sem="relaxed")
-            if SCHEME == ASYNCHRONIZED:
+            if SOFTMAX.scheme == ASYNCHRONIZED:
                 tl.atomic_add(counts_ptr, num_rows, sem="relaxed")
                 num_keys = row_stop - row_start
                 m = tl.where(num_keys > 0, unified_max2, float("-inf"))
-                is_unsound = (is_sound(numerators, denominators, num_keys, IS_INT8) == 0) & (num_keys > 0)
+                is_unsound = (is_sound(numerators, denominators, num_keys, HEADS.is_int8) == 0) & (num_keys > 0)
                 tl.store(unsound_ptr + row, is_unsound.to(tl.int32), mask=is_row)
-            _store_rows(row, is_row, m, denominators, numerators, out_ptr, normalizers_ptr, HEAD_DIM, BLOCK_D, IS_SHARE)
+            _store_rows(row, is_row, m, denominators, numerators, out_ptr, normalizers_ptr, HEADS)
 
 
 @triton.jit
@@ -142,29 +118,17 @@ def _attend_tile(
     row_stop,
     kv_head,
     table_ptr,
-    keys_ptr,
-    values_ptr,
-    key_scales_ptr,
-    value_scales_ptr,
-    scale2,
-    cap2,
-    unified_max2,
-    least2,
-    largest2,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    cache,
+    logits,
+    HEADS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    IS_INT8: tl.constexpr,
-    SCHEME: tl.constexpr,
-    HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    IS_STRICT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """References, denominators [rows] and numerators [rows, BLOCK_D] over all that the rows see."""
+    """References, denominators [rows] and numerators [rows, block_d] over all that the rows see."""
+    BLOCK_D: tl.constexpr = HEADS.block_d
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sums = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -188,48 +152,25 @@ def _attend_tile(
                 row_stop,
                 kv_head,
                 table_ptr,
-                keys_ptr,
-                values_ptr,
-                key_scales_ptr,
-                value_scales_ptr,
-                scale2,
-                cap2,
-                unified_max2,
-                least2,
-                largest2,
-                NUM_KV_HEADS,
-                HEAD_DIM,
-                BLOCK_D,
-                BLOCK_SIZE,
+                cache,
+                logits,
+                HEADS,
+                SOFTMAX,
                 BLOCK_N,
-                IS_INT8,
-                SCHEME,
-                HAS_CAP,
-                IS_STRICT,
-                part != 1,
-                True,
-                STAGES,
+                IS_MASKED=part != 1,
+                SUMS_ROWS=True,
+                STAGES=STAGES,
             )
     return m, sums, acc
 
 
 @triton.jit
-def _store_rows(
-    row,
-    is_row,
-    m,
-    denominators,
-    numerators,
-    out_ptr,
-    normalizers_ptr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    IS_SHARE: tl.constexpr,
-):
-    if IS_SHARE:
+def _store_rows(row, is_row, m, denominators, numerators, out_ptr, normalizers_ptr, HEADS: tl.constexpr):
+    if HEADS.is_share:
         tl.store(normalizers_ptr + row * 2, denominators, mask=is_row)
         tl.store(normalizers_ptr + row * 2 + 1, m, mask=is_row)
     else:
         numerators = numerators / denominators[:, None]
-    d = tl.arange(0, BLOCK_D)
-    tl.store(out_ptr + row[:, None] * HEAD_DIM + d[None, :], numerators, mask=is_row[:, None] & (d < HEAD_DIM)[None, :])
+    d = tl.arange(0, HEADS.block_d)
+    is_entry = is_row[:, None] & (d < HEADS.head_dim)[None, :]
+    tl.store(out_ptr + row[:, None] * HEADS.head_dim + d[None, :], numerators, mask=is_entry)

@@ -14,7 +14,7 @@ _NEVER: tl.constexpr = tl.constexpr(2**30)
 
 
 @triton.jit
-def visible_positions(i, num_tokens, context_len, window, owned_ptr, BLOCK_SIZE: tl.constexpr, IS_SHARE: tl.constexpr):
+def visible_positions(i, num_tokens, context_len, window, owned_ptr, HEADS: tl.constexpr):
     """[start, stop) that token i of the last num_tokens of a context sees; any shape.
 
     Where ranks share contexts, only the positions of blocks that this rank holds count: owned_ptr is the sequence's row
@@ -22,9 +22,9 @@ def visible_positions(i, num_tokens, context_len, window, owned_ptr, BLOCK_SIZE:
     """
     stop = context_len - num_tokens + i + 1
     start = tl.maximum(stop - window, 0)
-    if IS_SHARE:
-        start = num_owned(start, owned_ptr, BLOCK_SIZE)
-        stop = num_owned(stop, owned_ptr, BLOCK_SIZE)
+    if HEADS.is_share:
+        start = num_owned(start, owned_ptr, HEADS.block_size)
+        stop = num_owned(stop, owned_ptr, HEADS.block_size)
     return start, stop
 
 
@@ -40,11 +40,7 @@ def num_owned(position, owned_ptr, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def row_ranges(
-    tokens, is_row, num_tokens, context_len, window, owned_ptr, BLOCK_SIZE: tl.constexpr, IS_SHARE: tl.constexpr
-):
+def row_ranges(tokens, is_row, num_tokens, context_len, window, owned_ptr, HEADS: tl.constexpr):
     """`visible_positions` of the rows of a tile; where there is no row, nothing."""
-    start, stop = visible_positions(
-        tl.where(is_row, tokens, 0), num_tokens, context_len, window, owned_ptr, BLOCK_SIZE, IS_SHARE
-    )
+    start, stop = visible_positions(tl.where(is_row, tokens, 0), num_tokens, context_len, window, owned_ptr, HEADS)
     return tl.where(is_row, start, _NEVER), tl.where(is_row, stop, 0)

@@ -17,11 +17,11 @@ from headrace.kernels.triton.softmax import ASYNCHRONIZED, is_outside, raised, r
 
 
 @triton.jit
-def load_queries(query_ptr, tokens, heads, is_row, token_stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_queries(query_ptr, tokens, heads, is_row, token_stride, HEADS: tl.constexpr):
     """Queries [rows, BLOCK_D], zeros where there is no row and past head_dim."""
-    d = tl.arange(0, BLOCK_D)
-    at = tokens.to(tl.int64)[:, None] * token_stride + heads[:, None] * HEAD_DIM + d[None, :]
-    return tl.load(query_ptr + at, mask=is_row[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    d = tl.arange(0, HEADS.block_d)
+    at = tokens.to(tl.int64)[:, None] * token_stride + heads[:, None] * HEADS.head_dim + d[None, :]
+    return tl.load(query_ptr + at, mask=is_row[:, None] & (d < HEADS.head_dim)[None, :], other=0.0)
 
 
 @triton.jit
@@ -36,24 +36,11 @@ def attend(
     row_stop,
     kv_head,
     table_ptr,
-    keys_ptr,
-    values_ptr,
-    key_scales_ptr,
-    value_scales_ptr,
-    scale2,
-    cap2,
-    unified_max2,
-    least2,
-    largest2,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    cache,
+    logits,
+    HEADS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    IS_INT8: tl.constexpr,
-    SCHEME: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    IS_STRICT: tl.constexpr,
     IS_MASKED: tl.constexpr,
     SUMS_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -66,45 +53,43 @@ def attend(
 
     Row r sees positions row_start[r] to row_stop[r]. begin is a multiple of BLOCK_N; without IS_MASKED so is end, and
     every row sees all. Positions that no row sees are not read.
-
-    scale2, cap2, unified_max2, least2, largest2: for t, which is in base 2.
     """
-    d = tl.arange(0, BLOCK_D)
-    is_entry = (d < HEAD_DIM)[None, :]
+    d = tl.arange(0, HEADS.block_d)
+    is_entry = (d < HEADS.head_dim)[None, :]
     first = tl.min(row_start, axis=0) if IS_MASKED else begin
     # A tile ahead: what is loaded through an address that was itself just loaded cannot be under way early.
-    blocks = _blocks(table_ptr, begin + tl.arange(0, BLOCK_N), first, end, BLOCK_SIZE)
+    blocks = _blocks(table_ptr, begin + tl.arange(0, BLOCK_N), first, end, HEADS.block_size)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         positions = start + tl.arange(0, BLOCK_N)
         is_read = (positions >= first) & (positions < end)
         entry_mask = (is_read[:, None] & is_entry) if IS_MASKED else is_entry
         # Entries of a cache may be more than 2^31.
-        slots = (blocks.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE
-        at = slots[:, None] * HEAD_DIM + d[None, :]
-        blocks = _blocks(table_ptr, positions + BLOCK_N, first, end, BLOCK_SIZE)
-        k = tl.load(keys_ptr + at, mask=entry_mask, other=0).to(q.dtype)
-        t = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
-        if IS_INT8:
-            t *= tl.load(key_scales_ptr + slots, mask=is_read, other=0.0)[None, :]
-        if HAS_CAP:
-            t = soft_cap(t, cap2)
+        slots = (blocks.to(tl.int64) * HEADS.num_kv_heads + kv_head) * HEADS.block_size + positions % HEADS.block_size
+        at = slots[:, None] * HEADS.head_dim + d[None, :]
+        blocks = _blocks(table_ptr, positions + BLOCK_N, first, end, HEADS.block_size)
+        k = tl.load(cache.keys_ptr + at, mask=entry_mask, other=0).to(q.dtype)
+        t = tl.dot(q, tl.trans(k), input_precision="ieee") * logits.scale2
+        if HEADS.is_int8:
+            t *= tl.load(cache.key_scales_ptr + slots, mask=is_read, other=0.0)[None, :]
+        if SOFTMAX.has_cap:
+            t = soft_cap(t, logits.cap2)
         if IS_MASKED:
             is_seen = (positions[None, :] >= row_start[:, None]) & (positions[None, :] < row_stop[:, None])
             t = tl.where(is_seen, t, float("-inf"))
-        if SCHEME == ASYNCHRONIZED:
-            p = tl.exp2(t - unified_max2)
+        if SOFTMAX.scheme == ASYNCHRONIZED:
+            p = tl.exp2(t - logits.unified_max2)
             summed = p
-            if IS_STRICT:
+            if SOFTMAX.is_strict:
                 # NaN in a sum is what `is_sound` notices.
-                summed = tl.where(is_outside(t, unified_max2, least2, largest2), float("nan"), p)
+                summed = tl.where(is_outside(t, logits.unified_max2, logits.least2, logits.largest2), float("nan"), p)
         else:
-            m, sums, acc = raised(m, sums, acc, t, SCHEME)
+            m, sums, acc = raised(m, sums, acc, t, SOFTMAX.scheme)
             p = tl.exp2(t - reference_of(m)[:, None])
             summed = p
         sums += tl.sum(summed, axis=1) if SUMS_ROWS else summed
-        v = tl.load(values_ptr + at, mask=entry_mask, other=0).to(q.dtype)
-        if IS_INT8:
-            p *= tl.load(value_scales_ptr + slots, mask=is_read, other=0.0)[None, :]
+        v = tl.load(cache.values_ptr + at, mask=entry_mask, other=0).to(q.dtype)
+        if HEADS.is_int8:
+            p *= tl.load(cache.value_scales_ptr + slots, mask=is_read, other=0.0)[None, :]
             if IS_MASKED:
                 # A scale of NaN is for those who see it.
                 p = tl.where(is_seen, p, 0.0)

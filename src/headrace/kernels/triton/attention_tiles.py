@@ -7,8 +7,12 @@ where keys and values wait that are on their way, and the registers of a program
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from headrace.config import KvCacheFormat
+
+_MAX_DECODED_TOKENS = 2
+"""Each takes partial results for every sequence of a batch that has a prompt in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +23,28 @@ class Tiles:
     block_n: int
     stages: int
     num_warps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeShape:
+    """What decides how rows lie in tiles.
+
+    max_tokens: sequences of more new tokens than that are not decoded, but prefilled.
+    """
+
+    group: int
+    block_m: int
+    max_tokens: int
+
+    @classmethod
+    def of(cls, group: int) -> "DecodeShape":
+        """Rows are at least as many as the tensor cores take at once; more than 64 are several tiles."""
+        block_m = min(max(triton.next_power_of_2(group), 16), 64)
+        return cls(group=group, block_m=block_m, max_tokens=min(max(block_m // group, 1), _MAX_DECODED_TOKENS))
+
+    @property
+    def row_tiles(self) -> int:
+        return -(-self.group * self.max_tokens // self.block_m)
 
 
 def decode_tiles(dtype: torch.dtype, head_dim: int, cache_format: KvCacheFormat) -> Tiles:
