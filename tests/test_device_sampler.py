@@ -108,7 +108,6 @@ def test_rows_of_a_language_model_stay_on_the_device(params):
 def test_a_draw_at_an_edge_is_made_on_the_whole_row(params, uniform, monkeypatch):
     """Four tokens of a probability of 1/4: rounding decides, and it must be the host's."""
     monkeypatch.setattr(sampler, "uniform_at", lambda seed, position: uniform)
-    monkeypatch.setattr(device_sampler, "uniform_at", lambda seed, position: uniform)
     assert assert_same(np.zeros((1, 4), np.float32), [make_row(**params)]).copied_rows == 1
 
 

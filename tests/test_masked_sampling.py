@@ -5,11 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import test_device_sampler
-import test_sharded_sampler
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sharded_sampler import PARAMS, VOCAB_SIZES, Ranks, make_row
+from sharded_ranks import DEVICE, PARAMS, VOCAB_SIZES, Ranks, assert_same, make_row
 
 from headrace.config import SamplingParams
 from headrace.engine.draw import largest_tokens
@@ -61,13 +60,13 @@ def test_a_mask_comes_before_everything(case):
         assert allowed[token.seq_id, token.token_id]
 
 
-@given(masked_rows(), st.sampled_from([2, 3]))
-@settings(max_examples=30, deadline=None)
-def test_ranks_agree_with_one_process(case, world_size):
+@given(masked_rows(), st.sampled_from([2, 3, 4]), st.sampled_from([None, DEVICE]))
+@settings(max_examples=60, deadline=None)
+def test_ranks_agree_with_one_process(case, world_size, kernels):
     logits, rows, _ = case
-    ranks = Ranks(world_size, logits.shape[1])
+    ranks = Ranks(world_size, logits.shape[1], kernels)
     expected = Sampler().sample(torch.from_numpy(logits), rows)
-    test_sharded_sampler.assert_same(ranks.sample(logits, rows), expected)
+    assert_same(ranks.sample(logits, rows), expected)
 
 
 @given(masked_rows())
@@ -82,7 +81,8 @@ def test_a_device_agrees_with_the_host(case):
     [{"temperature": 0}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.1}, {}, {"temperature": 0, "logprobs": 2}],
     ids=str,
 )
-def test_rows_of_few_tokens_are_not_gathered(params):
+@pytest.mark.parametrize("kernels", [None, DEVICE], ids=["host", "device"])
+def test_rows_of_few_tokens_are_not_gathered(params, kernels):
     """The candidates that are allowed are all there are, on the one rank that has them."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(MANY, 4099)).astype(np.float32)
@@ -92,8 +92,8 @@ def test_rows_of_few_tokens_are_not_gathered(params):
         allowed[rng.integers(4099, size=3)] = True
         allowed[logits[index].argmax()] |= "logprobs" in params
         rows.append(replace(make_row(index, seed=index, **params), mask=mask_of(allowed)))
-    ranks = Ranks(2, 4099)
-    test_sharded_sampler.assert_same(ranks.sample(logits, rows), Sampler().sample(torch.from_numpy(logits), rows))
+    ranks = Ranks(2, 4099, kernels)
+    assert_same(ranks.sample(logits, rows), Sampler().sample(torch.from_numpy(logits), rows))
     assert ranks.fallback_rows == 0
 
 

@@ -1,14 +1,15 @@
 """Sampling on sharded logits, ranks in threads, against the sampler of one process on whole rows."""
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thread_group import ThreadGroup, on_ranks, thread_groups
+from sharded_ranks import DEVICE, EOS, PARAMS, PLAIN, VOCAB_SIZES, Ranks, assert_same, make_row, record_of
+from thread_group import ThreadGroup, on_ranks
 
 from headrace.config import SamplingParams
 from headrace.costs.candidates import (
@@ -22,98 +23,13 @@ from headrace.costs.candidates import (
 )
 from headrace.costs.sharding import shard_vocabulary, vocabulary_shard_sizes
 from headrace.costs.sites import Site
-from headrace.engine.candidates import Candidates, read_shares, write_candidates_
-from headrace.engine.logits import Largest
+from headrace.engine.candidates import NO_TOKEN, Candidates, read_shares, write_candidates_
+from headrace.engine.host_shard import HostShard
 from headrace.engine.logprobs import prompt_logprobs
-from headrace.engine.sampler import SampleOutcome, Sampler, SamplingRow
-from headrace.engine.sharded_sampler import ShardedSampler
+from headrace.engine.sampler import Sampler, SamplingRow
 
-EOS = 3
-VOCAB_SIZES = (1, 5, 16, 17, 33, 131, 257, 1000, 4099)
-
-
-def make_row(seq_id=0, prompt=(), output=(), seed=0, **params) -> SamplingRow:
-    return SamplingRow(
-        seq_id=seq_id,
-        params=SamplingParams(**{"max_tokens": None, **params}),
-        seed=seed,
-        prompt_token_ids=prompt,
-        output_token_ids=output,
-        eos_token_ids=(EOS,),
-    )
-
-
-class Ranks:
-    """Samplers of all ranks of a group, called together. Each must say the same."""
-
-    def __init__(self, world_size: int, vocab_size: int) -> None:
-        self.groups = thread_groups(world_size)
-        self.vocab_size = vocab_size
-        self.samplers = [ShardedSampler(group, vocab_size) for group in self.groups]
-
-    def shard(self, group: ThreadGroup, logits: torch.Tensor) -> torch.Tensor:
-        ids = shard_vocabulary(self.vocab_size, group.rank, group.world_size)
-        return logits[:, ids.start : ids.stop].contiguous()
-
-    def sample(self, logits: np.ndarray, rows: Sequence[SamplingRow], *, knows_largest: bool = False) -> SampleOutcome:
-        whole = torch.from_numpy(np.array(logits, np.float32))
-
-        def run(group: ThreadGroup) -> SampleOutcome:
-            shard = self.shard(group, whole)
-            return self.samplers[group.rank].sample(shard, rows, largest_of(shard) if knows_largest else None)
-
-        first, *others = on_ranks(self.groups, run)
-        assert all(other == first for other in others)
-        return first
-
-    @property
-    def fallback_rows(self) -> int:
-        (count,) = {sampler.fallback_rows for sampler in self.samplers}
-        return count
-
-    def payload_bytes(self, site: str) -> list[int]:
-        """What each rank brought."""
-        return [sum(r.payload_bytes for r in group.ledger_rows() if r.site == site) for group in self.groups]
-
-    def count(self, site: str) -> int:
-        (count,) = {sum(r.count for r in group.ledger_rows() if r.site == site) for group in self.groups}
-        return count
-
-
-def largest_of(shard: torch.Tensor) -> Largest:
-    """As a recorded argmax leaves it; a rank without tokens has none."""
-    if not shard.shape[1]:
-        return Largest(np.zeros(len(shard), np.int64), np.full(len(shard), -np.inf, np.float32))
-    ids = shard.argmax(dim=1)
-    return Largest(ids.numpy(), shard.gather(1, ids[:, None])[:, 0].numpy())
-
-
-def record_of(row: SamplingRow, vocab_size: int, world_size: int) -> RowRecord:
-    largest_shard = vocabulary_shard_sizes(vocab_size, world_size)[0]
-    return row_record(row.params, changes_logits=row.changes_logits, vocab_size=vocab_size, largest_shard=largest_shard)
-
-
-def assert_same(found: SampleOutcome, expected: SampleOutcome) -> None:
-    assert found.failed == expected.failed
-    assert [(s.seq_id, s.token_id) for s in found.sampled] == [(s.seq_id, s.token_id) for s in expected.sampled]
-    for mine, theirs in zip(found.sampled, expected.sampled, strict=True):
-        assert [(p.token_id, p.rank) for p in mine.logprobs] == [(p.token_id, p.rank) for p in theirs.logprobs]
-        for p, q in zip(mine.logprobs, theirs.logprobs, strict=True):
-            assert p.logprob == q.logprob or abs(p.logprob - q.logprob) < 1e-5
-
-
-PARAMS = {
-    "temperature": st.sampled_from([0, 0, 1e-3, 0.5, 1.0, 1.0, 3.0, 1e30, 1e300]),
-    "top_k": st.sampled_from([-1, 0, 0, 1, 2, 7, 50, 10**6]),
-    "top_p": st.sampled_from([1.0, 1.0, 1e-12, 0.3, 0.9, 0.9999]),
-    "min_p": st.sampled_from([0.0, 0.0, 0.05, 0.5, 1.0]),
-    "repetition_penalty": st.sampled_from([1.0, 1.0, 1.3, 0.7, 1e-3]),
-    "presence_penalty": st.sampled_from([0.0, 0.0, 0.8, -2.0]),
-    "frequency_penalty": st.sampled_from([0.0, 0.0, 1.1, -0.4]),
-    "min_tokens": st.sampled_from([0, 0, 9]),
-    "logprobs": st.sampled_from([None, None, 0, 1, 5, 20]),
-}
-PLAIN = {"temperature": 0}
+WHERE = pytest.mark.parametrize("kernels", [None, DEVICE], ids=["host", "device"])
+"""Where shards are read."""
 
 
 @st.composite
@@ -150,12 +66,12 @@ def steps(draw) -> tuple[int, np.ndarray, list[SamplingRow]]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(steps(), st.booleans())
-def test_agrees_with_one_process(step, knows_largest) -> None:
+@given(steps(), st.booleans(), st.sampled_from([None, DEVICE]))
+def test_agrees_with_one_process(step, knows_largest, kernels) -> None:
     world_size, logits, rows = step
     before = logits.copy()
     expected = Sampler().sample(torch.from_numpy(logits), rows)
-    ranks = Ranks(world_size, logits.shape[1])
+    ranks = Ranks(world_size, logits.shape[1], kernels)
     assert_same(ranks.sample(logits, rows, knows_largest=knows_largest), expected)
     np.testing.assert_array_equal(logits, before)
     # What was exchanged is what the costs say, on every rank.
@@ -167,6 +83,7 @@ def test_agrees_with_one_process(step, knows_largest) -> None:
     assert ranks.payload_bytes(Site.LOGITS) == [4 * ranks.fallback_rows * size for size in sizes]
 
 
+@WHERE
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize(
     "params",
@@ -180,13 +97,13 @@ def test_agrees_with_one_process(step, knows_largest) -> None:
     ],
     ids=str,
 )
-def test_a_stream_of_draws_is_that_of_one_process(world_size, params) -> None:
+def test_a_stream_of_draws_is_that_of_one_process(world_size, params, kernels) -> None:
     """Outputs grow by what was drawn, over rows that are like a language model's: few likely tokens, a long tail."""
     vocab_size = 3001
     rng = np.random.default_rng(7)
     prompt, outputs = [1, 2, 3], [[], []]
     rows = [[make_row(i, prompt=prompt, output=output, seed=50 + i, **params) for i in range(3)] for output in outputs]
-    ranks, one = Ranks(world_size, vocab_size), Sampler()
+    ranks, one = Ranks(world_size, vocab_size, kernels), Sampler()
     for _ in range(40):
         logits = (rng.standard_t(3, size=(3, vocab_size)) * 2).astype(np.float32)
         expected = one.sample(torch.from_numpy(logits), rows[1])
@@ -196,29 +113,32 @@ def test_a_stream_of_draws_is_that_of_one_process(world_size, params) -> None:
     assert len(set(outputs[0])) > 5
 
 
-def test_plain_greedy_rows_are_one_exchange_of_ids_and_logits() -> None:
+@WHERE
+def test_plain_greedy_rows_are_one_exchange_of_ids_and_logits(kernels) -> None:
     logits = np.random.default_rng(0).normal(size=(7, 500)).astype(np.float32)
-    ranks = Ranks(3, 500)
+    ranks = Ranks(3, 500, kernels)
     outcome = ranks.sample(logits, [make_row(i, temperature=0) for i in range(7)], knows_largest=True)
     assert [token.token_id for token in outcome.sampled] == logits.argmax(1).tolist()
     assert ranks.payload_bytes(Site.CANDIDATES) == [7 * 8] * 3
     assert (ranks.count(Site.CANDIDATES), ranks.count(Site.LOGITS)) == (1, 0)
 
 
+@WHERE
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("token_id", [0, 40, 99])
 @pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_p": 0.5}, {"min_p": 0.1, "logprobs": 2}], ids=str)
-def test_a_row_that_is_not_finite_fails_alone_whichever_shard_it_is_in(bad, token_id, params) -> None:
+def test_a_row_that_is_not_finite_fails_alone_whichever_shard_it_is_in(bad, token_id, params, kernels) -> None:
     logits = np.random.default_rng(0).normal(size=(3, 100)).astype(np.float32)
     logits[1, token_id] = bad
     rows = [make_row(i, **params) for i in range(3)]
-    outcome = Ranks(3, 100).sample(logits, rows)
+    outcome = Ranks(3, 100, kernels).sample(logits, rows)
     assert outcome.failed == Sampler().sample(torch.from_numpy(logits), rows).failed
     assert set(outcome.failed) == {1}
     assert [token.seq_id for token in outcome.sampled] == [0, 2]
 
 
-def test_rows_that_bias_and_penalties_spoil_fail_alone() -> None:
+@WHERE
+def test_rows_that_bias_and_penalties_spoil_fail_alone(kernels) -> None:
     """A penalty may make +inf of a logit, and min_tokens may forbid the only token there is."""
     logits = np.full((3, 64), -np.inf, np.float32)
     logits[:, EOS] = 3e38
@@ -228,16 +148,44 @@ def test_rows_that_bias_and_penalties_spoil_fail_alone() -> None:
         make_row(1, min_tokens=5),
         make_row(2, min_tokens=5),
     ]
-    found = Ranks(2, 64).sample(logits, rows)
+    found = Ranks(2, 64, kernels).sample(logits, rows)
     assert_same(found, Sampler().sample(torch.from_numpy(logits), rows))
     assert set(found.failed) == {0, 1}
     assert all("after logit_bias" in reason for reason in found.failed.values())
+
+
+@pytest.mark.parametrize("knows_largest", [False, True])
+def test_a_device_is_waited_for_once_a_step(knows_largest) -> None:
+    """Rows of every kind, 40 of one: more than are handled at once. One of no kind that is gathered."""
+    kinds = [{}] * 40 + [{"temperature": 0}, {"top_k": 9}, {"top_p": 0.5, "logprobs": 1}, {"min_p": 0.2}]
+    kinds += [{"temperature": 0, "logprobs": 2}, {"repetition_penalty": 1.3, "top_k": 3}, {"logit_bias": {5: 1.0}}]
+    kinds += [{"temperature": 0, "min_tokens": 3}, {"presence_penalty": 0.1, "top_p": 0.7, "logprobs": 20}]
+    logits = np.random.default_rng(5).normal(size=(len(kinds), 700)).astype(np.float32) * 8
+    rows = [make_row(i, prompt=(1,), output=(2, 2), seed=i, **kind) for i, kind in enumerate(kinds)]
+    rows[-1] = replace(rows[-1], mask=b"\xff" * 88)
+    ranks = Ranks(3, 700, DEVICE)
+    found = ranks.sample(logits, rows, knows_largest=knows_largest, counts_waits=True)
+    assert_same(found, Sampler().sample(torch.from_numpy(logits), rows))
+    assert ranks.fallback_rows == 0
+    plain = [make_row(i, temperature=0) for i in range(3)]
+    ranks.sample(logits[:3], plain, knows_largest=knows_largest, counts_waits=True)
+
+
+def test_a_draw_that_no_rank_makes_is_made_from_the_whole_row(monkeypatch) -> None:
+    """As where ranks that round differently each take another one for the owner."""
+    monkeypatch.setattr(HostShard, "_own_draw", lambda *_: NO_TOKEN)
+    logits = np.random.default_rng(1).normal(size=(2, 90)).astype(np.float32)
+    rows = [make_row(0, seed=3), make_row(1, temperature=0)]
+    ranks = Ranks(3, 90)
+    assert_same(ranks.sample(logits, rows), Sampler().sample(torch.from_numpy(logits), rows))
+    assert ranks.fallback_rows == 1
 
 
 FLAT = np.random.default_rng(2).normal(size=(1, 4000)).astype(np.float32) / 100
 PEAKED = -np.arange(4000, dtype=np.float32)[None, ::-1].copy() / 4
 
 
+@WHERE
 @pytest.mark.parametrize(
     ("logits", "params", "gathered"),
     [
@@ -255,13 +203,13 @@ PEAKED = -np.arange(4000, dtype=np.float32)[None, ::-1].copy() / 4
         (FLAT, {"logprobs": 20, "temperature": 0, "logit_bias": {7: 100.0}}, 1),
     ],
 )
-def test_rows_whose_candidates_do_not_suffice_are_gathered_and_counted(logits, params, gathered) -> None:
+def test_rows_whose_candidates_do_not_suffice_are_gathered_and_counted(logits, params, gathered, kernels) -> None:
     assert FLAT[0].argsort()[::-1].tolist().index(7) > LOGPROB_CANDIDATES
     if "logit_bias" in params and gathered == 0:
         logits = logits.copy()
         logits[0, 7] = 0.0
     row = make_row(seed=11, **params)
-    ranks = Ranks(4, 4000)
+    ranks = Ranks(4, 4000, kernels)
     found = ranks.sample(np.concatenate([logits, logits]), [row, make_row(1, temperature=0)])
     expected = Sampler().sample(torch.from_numpy(np.concatenate([logits, logits])), [row, make_row(1, temperature=0)])
     assert_same(found, expected)
@@ -269,13 +217,14 @@ def test_rows_whose_candidates_do_not_suffice_are_gathered_and_counted(logits, p
     assert ranks.count(Site.LOGITS) == gathered
 
 
+@WHERE
 @pytest.mark.parametrize("size", [NUCLEUS_CANDIDATES - 1, NUCLEUS_CANDIDATES, NUCLEUS_CANDIDATES + 1])
-def test_the_largest_nucleus_that_candidates_hold(size) -> None:
+def test_the_largest_nucleus_that_candidates_hold(size, kernels) -> None:
     """`size` equal logits above a floor: top_p takes all of them, from shards that hold unequal shares."""
     logits = np.full((1, 4000), -50, np.float32)
     logits[0, 1000 - size // 3 : 1000 - size // 3 + size] = 0
     for params in ({"top_p": 1 - 0.5 / size}, {"min_p": 0.5}):
-        ranks = Ranks(4, 4000)
+        ranks = Ranks(4, 4000, kernels)
         tokens = set()
         for seed in range(12):
             row = make_row(seed=seed, **params)
@@ -288,16 +237,18 @@ def test_the_largest_nucleus_that_candidates_hold(size) -> None:
         assert ranks.fallback_rows == (0 if fits else 12)
 
 
-def test_many_rows_are_gathered_in_parts() -> None:
+@WHERE
+def test_many_rows_are_gathered_in_parts(kernels) -> None:
     logits = np.repeat(FLAT, 130, axis=0)
     rows = [make_row(i, seed=i, top_p=0.9) for i in range(130)]
-    ranks = Ranks(2, 4000)
+    ranks = Ranks(2, 4000, kernels)
     assert_same(ranks.sample(logits, rows), Sampler().sample(torch.from_numpy(logits), rows))
     assert (ranks.fallback_rows, ranks.count(Site.LOGITS)) == (130, 3)
 
 
+@WHERE
 @pytest.mark.parametrize("world_size", [2, 4, 5])
-def test_draws_from_the_whole_vocabulary_follow_the_cumulative_sum(world_size) -> None:
+def test_draws_from_the_whole_vocabulary_follow_the_cumulative_sum(world_size, kernels) -> None:
     """At the middle of each token's share of [0, 1): in float64, of the whole row."""
     vocab_size = 90
     rng = np.random.default_rng(3)
@@ -307,32 +258,34 @@ def test_draws_from_the_whole_vocabulary_follow_the_cumulative_sum(world_size) -
     weights = np.exp(logits.astype(np.float64) / 0.7)
     upper = np.cumsum(weights / weights.sum())
     middle = upper - weights / weights.sum() / 2
-    ranks = Ranks(world_size, vocab_size)
+    ranks = Ranks(world_size, vocab_size, kernels)
     row = make_row(temperature=0.7)
     likely = np.flatnonzero(weights > 1e-3).tolist()
     for token_id in likely:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("headrace.engine.sharded_sampler.uniform_at", lambda *_, u=middle[token_id]: float(u))
+            patch.setattr("headrace.engine.sampler.uniform_at", lambda *_, u=middle[token_id]: float(u))
             (found,) = ranks.sample(logits[None], [row]).sampled
         assert found.token_id == token_id
     owners = {next(r for r in range(world_size) if t in shard_vocabulary(vocab_size, r, world_size)) for t in likely}
     assert len(owners) >= world_size - 1
 
 
+@WHERE
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-53])
-def test_draws_at_the_ends_of_the_unit_interval(uniform) -> None:
+def test_draws_at_the_ends_of_the_unit_interval(uniform, kernels) -> None:
     logits = np.zeros((1, 80), np.float32)
     logits[0, :20] = logits[0, 70:] = -np.inf
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headrace.engine.sharded_sampler.uniform_at", lambda *_: uniform)
-        (found,) = Ranks(5, 80).sample(logits, [make_row()]).sampled
+        patch.setattr("headrace.engine.sampler.uniform_at", lambda *_: uniform)
+        (found,) = Ranks(5, 80, kernels).sample(logits, [make_row()]).sampled
     assert found.token_id == (20 if uniform == 0 else 69)
 
 
-def test_a_sequence_that_left_and_came_back_is_counted_anew() -> None:
+@WHERE
+def test_a_sequence_that_left_and_came_back_is_counted_anew(kernels) -> None:
     """The counts of penalties live as long as their sequence is sampled, on each rank as in one process."""
     logits = np.zeros((1, 64), np.float32)
-    ranks, one = Ranks(2, 64), Sampler()
+    ranks, one = Ranks(2, 64, kernels), Sampler()
     for step in range(4):
         output = list(range(10 * step, 10 * step + 3))
         row = make_row(seq_id=step % 2, output=output, temperature=0, frequency_penalty=-1.0)

@@ -19,7 +19,8 @@ Sums = NDArray[np.float64]
 OUT_OF_MEMORY = -2
 """In the place of a step's first token id: the rank that brings it has no candidates, and the step is undone."""
 
-_NO_TOKEN = -1
+NO_TOKEN = -1
+"""In a place without a candidate, and in that of a draw which another rank makes."""
 
 
 class Candidates(NamedTuple):
@@ -80,7 +81,7 @@ def write_candidates_(words: Words, candidates: Candidates) -> None:
     """Fill half of the words with ids, the other half with logits; places left over are empty."""
     num_places, num_candidates = len(words) // 2, len(candidates.token_ids)
     words[:num_candidates] = candidates.token_ids
-    words[num_candidates:num_places] = _NO_TOKEN
+    words[num_candidates:num_places] = NO_TOKEN
     logits = words[num_places:].view(np.float32)
     logits[:num_candidates] = candidates.logits
     logits[num_candidates:] = -np.inf
@@ -88,6 +89,14 @@ def write_candidates_(words: Words, candidates: Candidates) -> None:
 
 def write_sum_(words: Words, value: float) -> None:
     words[:] = np.float64(value).reshape(1).view(np.int32)
+
+
+def read_weight_sums(words: Words) -> tuple[Row, Sums]:
+    """Of a row drawn by an owner, whose record begins the words: each shard's largest logit and its sum of weights.
+
+    Shapes: words [world_size, at least a record]; returns [world_size] each
+    """
+    return _as_float32(words[:, 1]), _as_float64(words[:, 2:4])
 
 
 def read_shares(words: Words, record: RowRecord, raw_largest: Row) -> Shares:
@@ -123,7 +132,7 @@ def _merge(token_ids: Words, logits: Row, num_candidates: int) -> Candidates:
         return _NO_CANDIDATES
     flat_ids, flat_logits = token_ids.reshape(-1), logits.reshape(-1)
     order = np.argsort(-flat_logits, kind="stable")
-    order = order[flat_ids[order] != _NO_TOKEN][:num_candidates]
+    order = order[flat_ids[order] != NO_TOKEN][:num_candidates]
     return Candidates(flat_ids[order].astype(np.int64), flat_logits[order])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.batch import ForwardBatch
-from headrace.engine.logits import Largest, Logits, read_largest
+from headrace.engine.logits import AnyLargest, DeviceLargest, Largest, Logits
 from headrace.engine.rows import Row
 from headrace.engine.step_inputs import StepInputs
 from headrace.engine.step_sizes import StepSizes
@@ -35,7 +35,7 @@ class _Head:
 
     recording: Recording
     logits: Tensor
-    largest: Callable[[int], Largest]
+    largest: Callable[[int], AnyLargest]
 
 
 class DecodeStep:
@@ -209,11 +209,11 @@ class DecodeStep:
             kept -= self._heads.pop(num_rows).logits.nbytes
 
 
-def _reader(token_ids: Tensor, logits: Tensor) -> Callable[[int], Largest]:
+def _reader(token_ids: Tensor, logits: Tensor) -> Callable[[int], AnyLargest]:
     """Of the first rows of tensors that change with every run. Where steps are short, torch is not asked for anything:
     its code has left the caches since the last one."""
     if not token_ids.is_cpu:
-        return lambda num_rows: read_largest(token_ids[:num_rows], logits[:num_rows])
+        return lambda num_rows: DeviceLargest(token_ids[:num_rows], logits[:num_rows])
     whole, num_all = Largest(token_ids.numpy().data, logits.numpy().data), len(token_ids)
     return lambda num_rows: (
         whole if num_rows == num_all else Largest(whole.token_ids[:num_rows], whole.logits[:num_rows])

@@ -9,73 +9,76 @@ from torch import Tensor
 
 from headrace.engine.penalties import TokenCounts
 from headrace.engine.sampler import SamplingRow
+from headrace.engine.transfers import upload
 
 _WORD_BITS = 32
 
 
 def changed_logits(
-    logits: Tensor, row_indices: Sequence[int], rows: Sequence[SamplingRow], counts: Mapping[int, TokenCounts]
+    logits: Tensor, rows: Sequence[SamplingRow], counts: Mapping[int, TokenCounts], first_id: int = 0
 ) -> Tensor:
-    """A copy of some rows with mask, bias, forbidden tokens and penalties, the same bits as on the host.
+    """A copy with mask, bias, forbidden tokens and penalties, the same bits as on the host. Waits for nothing.
 
-    counts: by sequence id, of rows with penalties.
+    counts: by sequence id, of rows with penalties. first_id: of the vocabulary, the token that logits begin with.
 
-    Shapes:
-        logits:  [num_logits, vocab_size] float32; rows[i] is that of logits[row_indices[i]]
-        returns: [num_rows, vocab_size] float32
+    Shapes: logits and what is returned [num_rows, vocab_size] float32
     """
-    out = logits[torch.tensor(row_indices, device=logits.device)]
-    _allow_only_(out, rows)
-    _add_bias_(out, rows)
-    _forbid_(out, rows)
-    _penalize_(out, rows, counts)
+    out = logits.clone()
+    _allow_only_(out, rows, first_id)
+    _add_bias_(out, rows, first_id)
+    _forbid_(out, rows, first_id)
+    _penalize_(out, rows, counts, first_id)
     return out
 
 
-def _allow_only_(out: Tensor, rows: Sequence[SamplingRow]) -> None:
+def _allow_only_(out: Tensor, rows: Sequence[SamplingRow], first_id: int) -> None:
     """Masks travel as they are, a bit for each token."""
-    masks = {place: np.frombuffer(row.mask, np.int32) for place, row in enumerate(rows) if row.mask is not None}
+    first, end = first_id // _WORD_BITS, -(-(first_id + out.shape[1]) // _WORD_BITS)
+    masks = {
+        place: np.frombuffer(row.mask, np.int32)[first:end] for place, row in enumerate(rows) if row.mask is not None
+    }
     if not masks:
         return
-    places = torch.tensor(list(masks), device=out.device)
-    words = torch.from_numpy(np.stack(list(masks.values()))).to(out.device)
+    places = upload(np.array(list(masks)), out.device)
+    words = upload(np.stack(list(masks.values())), out.device)
     bits = torch.arange(_WORD_BITS, dtype=torch.int32, device=out.device)
-    is_allowed = (words.unsqueeze(2) >> bits & 1).flatten(1)[:, : out.shape[1]]
+    start = first_id % _WORD_BITS
+    is_allowed = (words.unsqueeze(2) >> bits & 1).flatten(1)[:, start : start + out.shape[1]]
     out[places] = out[places].masked_fill_(is_allowed == 0, -torch.inf)
 
 
-def _add_bias_(out: Tensor, rows: Sequence[SamplingRow]) -> None:
+def _add_bias_(out: Tensor, rows: Sequence[SamplingRow], first_id: int) -> None:
     tokens: dict[int, list[int]] = {}
     values: list[float] = []
     for place, row in enumerate(rows):
-        if row.params.logit_bias:
-            bias = {token_id: value for token_id, value in row.params.logit_bias.items() if token_id < out.shape[1]}
-            tokens[place] = list(bias)
+        bias = {i: value for i, value in row.params.logit_bias.items() if 0 <= i - first_id < out.shape[1]}
+        if bias:
+            tokens[place] = [token_id - first_id for token_id in bias]
             values += bias.values()
     if tokens:
-        out[_where(tokens, out)] += torch.from_numpy(np.array(values, np.float32)).to(out.device)
+        out[_where(tokens, out)] += upload(np.array(values, np.float32), out.device)
 
 
-def _forbid_(out: Tensor, rows: Sequence[SamplingRow]) -> None:
+def _forbid_(out: Tensor, rows: Sequence[SamplingRow], first_id: int) -> None:
     """A model's end-of-sequence id may lie beyond the logits; it cannot be drawn in any case."""
-    vocab_size = out.shape[1]
     tokens = {
-        place: [i for i in (*row.eos_token_ids, *row.params.stop_token_ids) if i < vocab_size]
+        place: [i - first_id for i in forbidden if 0 <= i - first_id < out.shape[1]]
         for place, row in enumerate(rows)
-        if row.must_continue
+        if row.must_continue and (forbidden := (*row.eos_token_ids, *row.params.stop_token_ids))
     }
-    if tokens:
+    if any(tokens.values()):
         out[_where(tokens, out)] = -torch.inf
 
 
-def _penalize_(out: Tensor, rows: Sequence[SamplingRow], counts: Mapping[int, TokenCounts]) -> None:
+def _penalize_(out: Tensor, rows: Sequence[SamplingRow], counts: Mapping[int, TokenCounts], first_id: int) -> None:
     """See `penalties.penalize_`: in float64, rounded once."""
     tokens: dict[int, NDArray[np.int64]] = {}
     factors, summands = [], []
     for place, row in enumerate(rows):
         if row.has_penalties:
             token_ids, occurrences = counts[row.seq_id].read()
-            is_inside = token_ids < out.shape[1]
+            token_ids -= first_id
+            is_inside = (token_ids >= 0) & (token_ids < out.shape[1])
             tokens[place], occurrences = token_ids[is_inside], occurrences[is_inside]
             params = row.params
             factors.append(np.full(len(occurrences), params.repetition_penalty))
@@ -83,7 +86,7 @@ def _penalize_(out: Tensor, rows: Sequence[SamplingRow], counts: Mapping[int, To
     if not tokens:
         return
     where = _where(tokens, out)
-    factor, summand = torch.from_numpy(np.stack([np.concatenate(factors), np.concatenate(summands)])).to(out.device)
+    factor, summand = upload(np.stack([np.concatenate(factors), np.concatenate(summands)]), out.device)
     seen = out[where].double()
     out[where] = (torch.where(seen > 0, seen / factor, seen * factor) - summand).float()
 
@@ -92,5 +95,5 @@ def _where(tokens: Mapping[int, Sequence[int] | NDArray[np.int64]], out: Tensor)
     """Indices of tokens by place; of each row none twice."""
     places = np.repeat(np.array(list(tokens)), [len(ids) for ids in tokens.values()])
     ids = np.concatenate([np.asarray(ids, np.int64) for ids in tokens.values()])
-    place, token_id = torch.from_numpy(np.stack([places, ids])).to(out.device)
+    place, token_id = upload(np.stack([places, ids]), out.device)
     return place, token_id

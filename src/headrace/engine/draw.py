@@ -4,6 +4,7 @@ Rows are float32 numpy arrays of length vocab_size and are handled one at a time
 bit, the same alone and in any batch. The largest logit must be finite, which excludes NaN and +inf anywhere in the row.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,27 @@ def _few_largest_tokens(logits: Row, k: int) -> Ids:
     allowed = allowed[np.argsort(-logits[allowed], kind="stable")]
     others = np.flatnonzero(~is_allowed)
     return np.concatenate([allowed, others])[:k]
+
+
+def draw_among(
+    token_ids: Ids, logits: Row, totals: Sequence[float], vocab_size: int, params: SamplingParams, uniform: float
+) -> int | None:
+    """`draw_token` from the most likely tokens alone, given with their ids, largest first; None if they do not tell.
+
+    totals: what the sum of `exp_weights` over the whole vocabulary may be, for top_p. All must give the same token.
+    """
+    if 0 < params.top_k < vocab_size:
+        return draw_from_top_k(token_ids, logits, params, uniform)
+    weights = exp_weights(logits, params.temperature)
+    if params.top_p < 1:
+        first, *others = [draw_from_nucleus(token_ids, weights, total, params, uniform) for total in totals]
+        return first if all(other == first for other in others) else None
+    if len(token_ids) < vocab_size and not weights[-1] < params.min_p:
+        return None
+    # All others have a weight of 0, so that the sums are the same, bit for bit, as with a whole row.
+    all_weights = np.zeros(vocab_size, np.float32)
+    all_weights[token_ids] = np.where(weights < params.min_p, 0, weights)
+    return inverse_cdf_in_blocks(all_weights, uniform)
 
 
 def draw_from_top_k(token_ids: Ids, logits: Row, params: SamplingParams, uniform: float) -> int:

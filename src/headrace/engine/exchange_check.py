@@ -4,7 +4,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from headrace.costs.candidates import candidates_payload_bytes, draws_payload_bytes, row_record
 from headrace.costs.exchanges import Layout
@@ -74,10 +73,10 @@ class ExchangeCheck:
         counted, predicted = totals_of(self._rows()), self.predicted()
         return sum(sums.num_calls for sums in counted.values()) - sum(sums.num_calls for sums in predicted.values())
 
-    def cut_short(self) -> list[Event]:
-        """What the step comes to where a rank has run out of memory: none of it but that is exchanged."""
-        self._step = [replace(event, draw_bytes=0) if isinstance(event, SampledRows) else event for event in self._step]
-        return list(self._step)
+    @property
+    def step(self) -> Sequence[Event]:
+        """What the step that was begun last is to do."""
+        return self._step
 
     def end_step(self, fallback_rows: int) -> None:
         """Compare now and then, and report the first difference as an error in the log.

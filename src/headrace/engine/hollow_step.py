@@ -2,7 +2,8 @@
 
 A rank that runs out of memory in the middle of a step leaves others waiting in an exchange, which over NCCL nobody can
 leave. So it goes on exchanging, in the order and the sizes of the step, whatever: zeros, which nobody's output is made
-of, as the step is undone. Where ranks sample together it says so instead of bringing candidates, and all stop there.
+of, as the step is undone. Where ranks sample together it says so instead of bringing candidates, so that none has a
+token.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from headrace.costs.sharding import shard_vocabulary, vocabulary_shard_sizes
 from headrace.costs.sites import Phase, Site
 from headrace.costs.steps import Event, ForwardPass, SampledRows, WholeRows
 from headrace.costs.volume import RankVolume
-from headrace.engine.candidates import OUT_OF_MEMORY
+from headrace.engine.candidates import NO_TOKEN, OUT_OF_MEMORY
 from headrace.engine.prompt_scores import PROMPT_LOGITS_ROWS
 from headrace.engine.sharded_sampler import GATHERED_ROWS
 from headrace.layers.context import LayerContext
@@ -55,12 +56,17 @@ class HollowStep:
                     yield self._gather_logits(num_rows)
                 case SampledRows(num_rows=num_rows) if self._samples_together and self._parallel.gather_logits:
                     yield self._gather_logits(num_rows)
-                case SampledRows(candidate_bytes=candidate_bytes) if self._samples_together:
-                    yield partial(self._bring_no_candidates, candidate_bytes)
+                case SampledRows() if self._samples_together:
+                    yield partial(self._bring_words, event.candidate_bytes, OUT_OF_MEMORY)
+                    if event.draw_bytes:
+                        yield partial(self._bring_words, event.draw_bytes, NO_TOKEN)
 
-    def brings_candidates(self, events: Iterable[Event]) -> bool:
-        """Whether ranks sample together in the step, each from what all have brought, and may exchange more for it."""
-        return self._brings_candidates and any(isinstance(event, SampledRows) for event in events)
+    def num_sampling_calls(self, events: Iterable[Event]) -> int:
+        """Of the last calls, those in which each rank says what all sample from together: a rank that has made one and
+        cannot go on has been believed."""
+        if not self._brings_candidates:
+            return 0
+        return sum(1 + bool(event.draw_bytes) for event in events if isinstance(event, SampledRows))
 
     @property
     def tells_all(self) -> bool:
@@ -137,9 +143,8 @@ class HollowStep:
             self._zeros(num_rows, sizes[self._tp_group.rank], dtype=dtype), Site.LOGITS, sizes
         )
 
-    def _bring_no_candidates(self, num_bytes: int) -> None:
-        words = np.zeros(num_bytes // WORD_BYTES, np.int32)
-        words[0] = OUT_OF_MEMORY
+    def _bring_words(self, num_bytes: int, word: int) -> None:
+        words = np.full(num_bytes // WORD_BYTES, word, np.int32)
         self._tp_group.all_gather(torch.from_numpy(words.view(np.float32)).to(self._device), Site.CANDIDATES)
 
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

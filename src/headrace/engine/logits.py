@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headrace.engine.draw import Row
 from headrace.engine.logprobs import float32_row
+from headrace.engine.transfers import download
 from headrace.errors import ShapeError
 
 
@@ -26,6 +27,19 @@ class Largest(NamedTuple):
     logits: NDArray[np.float32] | memoryview
 
 
+class DeviceLargest(NamedTuple):
+    """`Largest` on a device that has not been waited for: `argmax` of logits, until the next step writes there.
+
+    Shapes: both [num_rows], int64 and float32
+    """
+
+    token_ids: Tensor
+    logits: Tensor
+
+
+AnyLargest = Largest | DeviceLargest
+
+
 class Logits(NamedTuple):
     """Rows of logits; `largest` where it was found while they were computed.
 
@@ -33,17 +47,15 @@ class Logits(NamedTuple):
     """
 
     logits: Tensor
-    largest: Largest | None = None
+    largest: AnyLargest | None = None
 
 
-def read_largest(token_ids: Tensor, logits: Tensor) -> Largest:
-    """What `argmax` found on a device, in one copy to the host.
-
-    Shapes: token_ids [num_rows] int64, logits [num_rows] float32
-    """
-    words = torch.cat([token_ids.view(torch.int32), logits.view(torch.int32)]).cpu().numpy()
-    end = 2 * len(logits)
-    return Largest(words[:end].view(np.int64), words[end:].view(np.float32))
+def on_host(largest: AnyLargest) -> Largest:
+    """Waits for a device, whose copy is one."""
+    if isinstance(largest, Largest):
+        return largest
+    token_ids, logits = download([part.view(torch.int32) for part in largest])
+    return Largest(token_ids.view(np.int64), logits.view(np.float32))
 
 
 class HostLogits:
@@ -105,5 +117,5 @@ def largest_on_host(rows: Iterable[Row]) -> list[tuple[int, float]]:
 def largest_on_device(logits: Tensor) -> list[tuple[int, float]]:
     """One small copy to the host; torch's argmax, too, documents that it gives the first of equals."""
     token_ids = logits.argmax(dim=-1)
-    largest = read_largest(token_ids, logits.gather(1, token_ids.unsqueeze(1)).squeeze(1).float())
+    largest = on_host(DeviceLargest(token_ids, logits.gather(1, token_ids.unsqueeze(1)).squeeze(1).float()))
     return list(zip(largest.token_ids.tolist(), largest.logits.tolist(), strict=True))

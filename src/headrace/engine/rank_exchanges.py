@@ -39,9 +39,9 @@ class RankExchanges:
                 its reserve.
         """
         self.reserve.release()
-        num_made, events = self.check.num_calls_of_step, self.check.cut_short()
+        num_made, events = self.check.num_calls_of_step, self.check.step
         calls = list(self.hollow.calls(events))
-        if is_own and num_made >= len(calls) and self.hollow.brings_candidates(events):
+        if is_own and num_made > len(calls) - self.hollow.num_sampling_calls(events):
             raise RankError("there is no memory left to sample from what ranks have brought")
         for call in calls[num_made:]:
             call()

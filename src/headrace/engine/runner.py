@@ -9,7 +9,7 @@ from headrace.batch import ForwardBatch
 from headrace.cache.kv_pool import KvPool
 from headrace.cache.kv_share import KvShare
 from headrace.engine.decode_step import DecodeStep
-from headrace.engine.logits import Logits, read_largest
+from headrace.engine.logits import DeviceLargest, Logits
 from headrace.engine.rows import Row, build_forward_batch
 from headrace.engine.step_inputs import StepInputs
 from headrace.engine.step_sizes import StepSizes, exact_sizes
@@ -105,7 +105,7 @@ class ModelRunner:
         logits = self._decoder.compute_logits(hidden_states)
         # On the CPU the sampler reads them where they are.
         has_largest = not logits.is_cpu and logits.shape[1] > 0
-        return Logits(logits, read_largest(*self._decoder.kernels.argmax(logits)) if has_largest else None)
+        return Logits(logits, DeviceLargest(*self._decoder.kernels.argmax(logits)) if has_largest else None)
 
     def last_hidden_states(self, hidden_states: Tensor) -> Tensor:
         """The model's, of what `run` returned, or of some rows of that."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headrace.config import SamplingParams
 from headrace.engine.draw import Row, draw_token
-from headrace.engine.logits import HostLogits, Largest
+from headrace.engine.logits import AnyLargest, HostLogits, Largest, on_host
 from headrace.engine.logprobs import explain_not_finite, token_logprobs
 from headrace.engine.penalties import TokenCounts, add_bias_, allow_only_, forbid_, penalize_
 from headrace.engine.plan import SampledToken
@@ -62,6 +62,11 @@ class SamplingRow:
         return self.mask is not None or bool(self.params.logit_bias) or self.has_penalties or self.must_continue
 
     @property
+    def uniform(self) -> float:
+        """The next token's place in [0, 1): of this seed and position alone."""
+        return uniform_at(self.seed, len(self.output_token_ids))
+
+    @property
     def takes_largest(self) -> bool:
         """Nothing is needed but the largest raw logit."""
         return self._is_plain and len(self.output_token_ids) >= self.params.min_tokens
@@ -86,7 +91,12 @@ class Sampler:
     def __init__(self) -> None:
         self._counts: dict[int, TokenCounts] = {}
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], largest: Largest | None = None) -> SampleOutcome:
+    @property
+    def counts(self) -> Mapping[int, TokenCounts]:
+        """Of the rows with penalties that `follow` was given last, by sequence id."""
+        return self._counts
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], largest: AnyLargest | None = None) -> SampleOutcome:
         """One token for each row; a row of NaN, +inf or nothing but -inf fails alone.
 
         Equal logits: the smallest id is taken when greedy, and is the more likely one to top_k and top_p.
@@ -97,6 +107,8 @@ class Sampler:
         Raises:
             ShapeError: logits and rows do not pair up.
         """
+        if largest is not None:
+            largest = on_host(largest)
         if largest is not None and not self._counts:
             found = zip(rows, largest.token_ids.tolist(), largest.logits.tolist(), strict=True)
             plain = [SampledToken(row.seq_id, i) for row, i, logit in found if row.takes_largest and isfinite(logit)]
@@ -144,10 +156,7 @@ class Sampler:
         if row.changes_logits:
             allowed = self.changed(logits, row)
             check_changed_finite(float(allowed.max()))
-        if params.is_greedy:
-            token_id = int(allowed.argmax())
-        else:
-            token_id = draw_token(allowed, params, uniform_at(row.seed, len(row.output_token_ids)))
+        token_id = int(allowed.argmax()) if params.is_greedy else draw_token(allowed, params, row.uniform)
         logprobs = () if params.logprobs is None else token_logprobs(logits, token_id, params.logprobs)
         return SampledToken(seq_id=row.seq_id, token_id=token_id, logprobs=logprobs)
 

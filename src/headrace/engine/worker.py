@@ -276,7 +276,8 @@ def _phase_of(plan: StepPlan) -> Phase:
 def _make_sampler(
     tp_group: Group | None, runner: ModelRunner, exchanges: RankExchanges | None, *, gathers_logits: bool
 ) -> Sampler | ShardedSampler:
+    device_kernels = None if runner.kernels.device.type == "cpu" else runner.kernels
     if tp_group is not None and tp_group.world_size > 1 and not gathers_logits:
         retrying = call_once if exchanges is None else exchanges.reserve.retrying
-        return ShardedSampler(tp_group, runner.vocab_size, retrying)
-    return Sampler() if runner.kernels.device.type == "cpu" else DeviceSampler(runner.kernels)
+        return ShardedSampler(tp_group, runner.vocab_size, retrying, device_kernels)
+    return Sampler() if device_kernels is None else DeviceSampler(device_kernels)
