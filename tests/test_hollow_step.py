@@ -91,7 +91,7 @@ def test_no_exchange_takes_more_than_is_set_aside(tmp_path, make_fabrics, num_to
         parallel = executor.workers[0]._exchanges.hollow._parallel
         layout = Layout(model=model, parallel=parallel, activation_bytes=4, rules=rules_of(Transport.NCCL))
         for rank, found in enumerate(executor._pool.map(most_bytes, range(4))):
-            assert 0 < found <= largest_exchange_bytes(layout, rank, num_tokens)
+            assert 0 < found <= largest_exchange_bytes(layout, rank, max_num_tokens=num_tokens, max_num_seqs=2)
 
 
 class TestReserve:

@@ -15,9 +15,9 @@ from headrace.parallel.place import Place
 from headrace.parallel.world import World
 
 
-def make_worlds(world_size, **of_rank_0):
+def make_worlds(world_size, *, config=None, **of_rank_0):
     """Rank 0's with a control channel and a line to each other rank, then theirs."""
-    config = ParallelConfig(tensor_parallel_size=world_size, deadline_s=1)
+    config = config or ParallelConfig(tensor_parallel_size=world_size, deadline_s=1)
     control, lines, others = {}, {}, []
     for rank in range(1, world_size):
         pairs = [[Channel(end) for end in socket.socketpair()] for _ in range(2)]

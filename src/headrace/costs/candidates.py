@@ -91,6 +91,17 @@ def row_record(params: SamplingParams, *, changes_logits: bool, vocab_size: int,
     return record(1, has_weight_sum=True, is_drawn_by_owner=True)
 
 
+def largest_candidates_payload_bytes(num_rows: int, largest_shard: int) -> int:
+    """`candidates_payload_bytes` of so many rows, whatever they ask for."""
+    record = RowRecord(
+        largest_shard=largest_shard,
+        num_candidates=MAX_TOP_K_CANDIDATES,
+        has_weight_sum=True,
+        num_raw_candidates=LOGPROB_CANDIDATES,
+    )
+    return num_rows * candidates_payload_bytes([record])
+
+
 def candidates_payload_bytes(records: Iterable[RowRecord]) -> int:
     """Bytes each rank brings to a step's first all-gather at `Site.CANDIDATES`."""
     return WORD_BYTES * sum(LARGEST_WORDS + record.num_words for record in records)

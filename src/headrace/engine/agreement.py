@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.engine.device_memory import available_bytes, memory_owner
-from headrace.engine.load_rank import LoadedRank
+from headrace.engine.loaded_rank import LoadedRank
 from headrace.engine.worker import Worker
 from headrace.parallel.world import World
 

@@ -85,13 +85,13 @@ def _index_in_blocks(sums: WeightSums, targets: Tensor) -> Tensor:
 
 
 def _first_above(sums: Tensor, targets: Tensor) -> Tensor:
-    """`draw.first_above` of each row. What adds nothing is never taken; of NaN an index all the same.
+    """`draw.first_above` of each row; of NaN an index all the same.
 
     Shapes: sums [num_rows, n], targets [num_rows]; returns [num_rows] int64
     """
     adds = torch.nn.functional.pad(sums, (1, 0)).diff(dim=1) > 0
     last = sums.shape[1] - 1 - adds.flip(1).to(torch.int8).argmax(1)
-    is_above = (sums > targets.unsqueeze(1)) & adds
+    is_above = sums > targets.unsqueeze(1)
     return torch.where(is_above.any(1), is_above.to(torch.int8).argmax(1), last)
 
 

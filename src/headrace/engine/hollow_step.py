@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from headrace.config import KvSharding
-from headrace.costs.candidates import WORD_BYTES
+from headrace.costs.candidates import WORD_BYTES, largest_candidates_payload_bytes
 from headrace.costs.exchanges import Exchange, Layout
 from headrace.costs.sharding import shard_vocabulary, vocabulary_shard_sizes
 from headrace.costs.sites import Phase, Site
-from headrace.costs.steps import Event, ForwardPass, SampledRows, WholeRows
+from headrace.costs.steps import GREEDY_ROW_BYTES, Event, ForwardPass, SampledRows, WholeRows
 from headrace.costs.volume import RankVolume
 from headrace.engine.candidates import NO_TOKEN, OUT_OF_MEMORY
 from headrace.engine.prompt_scores import PROMPT_LOGITS_ROWS
@@ -43,7 +43,7 @@ class HollowStep:
         self._stage, self._layers = place.stage, layout.stages()[place.stage]
         self._is_last = place.is_last_stage
         self._tp_group, self._kv_group, self._pp_group = context.tp_group, context.kv_group, pp_group
-        self._device, self._dtype = context.kernels.device, dtype
+        self.device, self._dtype = context.kernels.device, dtype
         self._partial_dtype = context.partial_dtype or dtype
 
     def calls(self, events: Iterable[Event]) -> Iterator[Call]:
@@ -145,21 +145,39 @@ class HollowStep:
 
     def _bring_words(self, num_bytes: int, word: int) -> None:
         words = np.full(num_bytes // WORD_BYTES, word, np.int32)
-        self._tp_group.all_gather(torch.from_numpy(words.view(np.float32)).to(self._device), Site.CANDIDATES)
+        self._tp_group.all_gather(torch.from_numpy(words.view(np.float32)).to(self.device), Site.CANDIDATES)
 
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.zeros(shape, dtype=dtype or self._dtype, device=self._device)
+        return torch.zeros(shape, dtype=dtype or self._dtype, device=self.device)
 
 
-def largest_exchange_bytes(layout: Layout, rank: int, max_num_tokens: int) -> int:
+def largest_steps(layout: Layout, *, max_num_tokens: int, max_num_seqs: int) -> list[list[Event]]:
+    """Steps with the smallest and the largest of each kind of exchange that any step makes."""
+    largest_shard = len(shard_vocabulary(layout.model.vocab_size, 0, layout.parallel.tensor_parallel_size))
+    candidate_bytes = largest_candidates_payload_bytes(max_num_seqs, largest_shard)
+    decode, prefill = Phase.DECODE, Phase.PREFILL
+    return [
+        [ForwardPass(decode, 1), WholeRows(decode, 1), SampledRows(decode, 1, GREEDY_ROW_BYTES, WORD_BYTES)],
+        [
+            ForwardPass(prefill, max_num_tokens),
+            WholeRows(prefill, max(GATHERED_ROWS, PROMPT_LOGITS_ROWS)),
+            SampledRows(prefill, max_num_seqs, candidate_bytes, max_num_seqs * WORD_BYTES),
+        ],
+    ]
+
+
+def largest_exchange_bytes(layout: Layout, rank: int, *, max_num_tokens: int, max_num_seqs: int) -> int:
     """What one exchange takes of a device's memory at most: of a hollow step, or of rows whose candidates do not
-    suffice, with what is made of them before they are on the host."""
+    suffice, with what is made of them before they are on the host; or candidates, all ranks' of which are copied twice
+    before they are."""
     exchanges = RankVolume(layout, rank).exchanges(ForwardPass(Phase.PREFILL, max_num_tokens))
     in_a_pass = max((_num_bytes(exchange, layout) for exchange in exchanges), default=0)
     parts = shard_vocabulary(layout.model.vocab_size, 0, layout.parallel.tensor_parallel_size)
     num_rows, world_size = max(GATHERED_ROWS, PROMPT_LOGITS_ROWS), layout.parallel.tensor_parallel_size
+    candidate_bytes = largest_candidates_payload_bytes(max_num_seqs, len(parts))
     # Own rows as they are and padded, everybody's, these end to end, and a copy of those that are read.
-    return max(in_a_pass, (2 + 3 * world_size) * num_rows * len(parts) * torch.float32.itemsize)
+    row_bytes = (2 + 3 * world_size) * num_rows * len(parts) * torch.float32.itemsize
+    return max(in_a_pass, row_bytes, (1 + 3 * world_size) * candidate_bytes)
 
 
 def _num_bytes(exchange: Exchange, layout: Layout) -> int:

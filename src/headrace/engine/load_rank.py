@@ -1,29 +1,25 @@
-"""One rank's part of a model: from a folder to a decoder stage, and, once all ranks agree on the cache, to a worker."""
+"""One rank's part of a model: from a folder to a decoder stage, and what ranks need to work together."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from headrace.cache.kv_pool import KvPool
-from headrace.config import AllReduceDtype, EngineConfig, KvCacheFormat, ModelConfig, ParallelConfig
+from headrace.config import AllReduceDtype, EngineConfig, KvCacheFormat, ModelConfig
 from headrace.costs.exchanges import Layout, rules_of
 from headrace.engine.device_memory import explaining_out_of_memory
 from headrace.engine.devices import resolve_device
 from headrace.engine.engine_plan import resolve_max_model_len
-from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, kv_cache_spec, resolve_kv_cache_format
-from headrace.engine.rank_exchanges import RankExchanges, make_rank_exchanges
-from headrace.engine.record_steps import record_steps
-from headrace.engine.runner import ModelRunner
+from headrace.engine.kv_cache_spec import RankShape, kv_block_bytes, resolve_kv_cache_format
+from headrace.engine.loaded_rank import LoadedRank
+from headrace.engine.rank_exchanges import later_bytes, make_rank_exchanges
 from headrace.engine.softmax import ChosenSoftmax, resolve_softmax
 from headrace.engine.step_memory import measure_step_bytes
-from headrace.engine.step_sizes import bucket_sizes, exact_sizes
 from headrace.engine.tune import LinearWeights, look_up, prepare_dataflow
 from headrace.engine.tune_attention import attention_shape
-from headrace.engine.worker import Worker
 from headrace.kernels import KernelChoice, Kernels, Recording, kernel_choice_from, resolve_kernels
 from headrace.kernels.attention_tuning import ATTENTION
 from headrace.kernels.prefill_tuning import PREFILL
@@ -39,70 +35,6 @@ from headrace.parallel.group import Group, OneRankGroup
 from headrace.parallel.world import World
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedRank:
-    """groups: tp, pp and kv; exchanges: None without other ranks. weight_bytes: weights in memory; step_bytes: what
-    steps take of a GPU beside them; block_bytes: of a cache block on all layers of this rank; load_s: so far."""
-
-    config: EngineConfig
-    rank: int
-    source: ModelSource
-    shape: RankShape
-    kernels: Kernels
-    decoder: Decoder
-    boundary: Boundary
-    groups: tuple[Group, ...]
-    parallel: ParallelConfig
-    exchanges: RankExchanges | None
-    formats: WeightFormats
-    kv_cache_format: KvCacheFormat
-    softmax: ChosenSoftmax
-    linear_weights: LinearWeights
-    num_threads: int
-    max_model_len: int
-    block_bytes: int
-    weight_bytes: int
-    step_bytes: int
-    load_s: float
-
-    def make_worker(
-        self,
-        *,
-        num_blocks: int,
-        block_size: int,
-        max_model_len: int,
-        eos_token_ids: frozenset[int],
-        all_agree: Callable[[bool], bool],
-    ) -> Worker:
-        """all_agree: whether all ranks say so."""
-        spec = kv_cache_spec(self.shape, self.kv_cache_format, num_blocks=num_blocks, block_size=block_size)
-        with explaining_out_of_memory("the KV cache does not fit", self.kernels.device):
-            pool = KvPool(self.kernels, spec, num_layers=len(self.shape.layers))
-        config = self.config
-        sizes = bucket_sizes(config.scheduler.max_num_seqs) if self.kernels.pads_steps else exact_sizes()
-        runner = ModelRunner(self.decoder, pool, max_model_len, self.boundary, self.shape.share, sizes)
-        # No plan asks for what is exchanged here.
-        with (
-            explaining_out_of_memory("the KV cache leaves no room for a step", self.kernels.device),
-            captured(self.groups),
-        ):
-            record_steps(
-                runner.decode_step,
-                config.graph_budget_s,
-                show_progress=config.load.show_progress,
-                all_agree=all_agree if config.parallel.world_size > 1 else None,
-            )
-        tp_group, gathers_logits = self.groups[0], self.parallel.gather_logits
-        return Worker(
-            runner,
-            eos_token_ids,
-            self.groups,
-            tp_group=tp_group,
-            gathers_logits=gathers_logits,
-            exchanges=self.exchanges,
-        )
 
 
 def default_num_threads(config: EngineConfig, num_ranks_on_host: int) -> int:
@@ -208,15 +140,10 @@ def load_rank(
             activation_bytes=formats.dtype.itemsize,
             rules=rules_of(config.parallel.transport),
         )
-        with explaining_out_of_memory("there is no room for what ranks exchange", kernels.device):
-            exchanges = make_rank_exchanges(
-                layout,
-                place,
-                context,
-                groups,
-                dtype=formats.dtype,
-                max_num_tokens=config.scheduler.max_num_batched_tokens,
-            )
+        with explaining_out_of_memory("there is no room for what ranks exchange", kernels.device), captured(groups):
+            exchanges = make_rank_exchanges(layout, place, context, groups, config.scheduler, dtype=formats.dtype)
+        world.check()
+        step_bytes += later_bytes(groups, kernels.device)
     return LoadedRank(
         config=config,
         rank=place.rank,

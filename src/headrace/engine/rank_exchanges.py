@@ -1,18 +1,23 @@
 """What one of several ranks exchanges in its steps: foreseen, checked, and made in any case."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from headrace.config import SchedulerConfig, Transport
 from headrace.costs.exchanges import Layout
+from headrace.costs.steps import Event
 from headrace.engine.device_memory import Reserve
 from headrace.engine.exchange_check import ExchangeCheck
-from headrace.engine.hollow_step import HollowStep, largest_exchange_bytes
+from headrace.engine.hollow_step import HollowStep, largest_exchange_bytes, largest_steps
 from headrace.errors import RankError
 from headrace.layers.context import LayerContext
 from headrace.parallel.group import Group
 from headrace.parallel.place import Place
+
+_GRAPHS_BYTES = 64 * 2**20
+"""For each group, generously: a graph's exchanges have some KiB each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,20 @@ class RankExchanges:
     hollow: HollowStep
     reserve: Reserve
     max_undone_steps: int
+
+    def rehearse(self, steps: Iterable[Sequence[Event]]) -> None:
+        """Make the exchanges of these steps, which nobody's output is made of. All ranks do.
+
+        What carries them may take memory of its own at the first of a kind, a size or a type, which a step must not
+        find missing.
+        """
+        self.reserve.release()
+        for events in steps:
+            for call in self.hollow.calls(events):
+                call()
+        if self.hollow.device.type != "cpu":
+            torch.cuda.synchronize(self.hollow.device)
+        self.reserve.restore()
 
     def complete(self, fallback_rows: int, *, is_own: bool) -> None:
         """Make those exchanges of the step begun last that have not been made, which nobody's output is made of.
@@ -54,18 +73,31 @@ def make_rank_exchanges(
     place: Place,
     context: LayerContext,
     groups: Sequence[Group],
+    scheduler: SchedulerConfig,
     *,
     dtype: torch.dtype,
-    max_num_tokens: int,
 ) -> RankExchanges:
-    """groups: tp, pp and kv. dtype: of activations; max_num_tokens: of a step."""
+    """groups: tp, pp and kv. dtype: of activations.
+
+    Over NCCL the smallest and the largest steps are rehearsed. All ranks do, before what is free is taken for a cache.
+    """
     device = context.kernels.device
+    limits = {"max_num_tokens": scheduler.max_num_batched_tokens, "max_num_seqs": scheduler.max_num_seqs}
     # The host's memory is claimed as it is touched, and none of it is a rank's own.
-    num_bytes = 0 if device.type == "cpu" else largest_exchange_bytes(layout, place.rank, max_num_tokens)
-    return RankExchanges(
+    num_bytes = 0 if device.type == "cpu" else largest_exchange_bytes(layout, place.rank, **limits)
+    exchanges = RankExchanges(
         groups=tuple(groups),
         check=ExchangeCheck(layout, place.rank, groups),
         hollow=HollowStep(layout, place, context, groups[1], dtype),
         reserve=Reserve(device, num_bytes),
         max_undone_steps=layout.parallel.pipeline_parallel_size,
     )
+    if layout.parallel.transport is Transport.NCCL:
+        exchanges.rehearse(largest_steps(layout, **limits))
+    return exchanges
+
+
+def later_bytes(groups: Sequence[Group], device: torch.device) -> int:
+    """What NCCL may take of a GPU after the rehearsal: with graphs that hold exchanges, their work and the addresses of
+    what they exchange."""
+    return 0 if device.type == "cpu" else _GRAPHS_BYTES * sum(group.world_size > 1 for group in groups)

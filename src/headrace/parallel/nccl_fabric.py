@@ -15,6 +15,7 @@ from headrace.errors import BackendUnavailable, ParallelismError, RankError
 from headrace.kernels import Kernels
 from headrace.parallel.exchange_events import Event, ExchangeEvents
 from headrace.parallel.group import Group, OneRankGroup
+from headrace.parallel.nccl_errors import explain_nccl
 from headrace.parallel.nccl_group import NcclGroup
 from headrace.parallel.torch_fabric import group_store
 
@@ -25,6 +26,9 @@ _ENVIRONMENT = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     # Messages between stages are ordered with the sums of a stage in any case: all are work on one stream.
     "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "0",
+    # Rings, trees and NVLink SHARP are connected when a group is made, with all buffers they will ever have, and not at
+    # the first exchange of a size that NCCL finds one of them best for (NCCL's user guide, since 2.22).
+    "NCCL_RUNTIME_CONNECT": "0",
 }
 """torch's own watch over NCCL ends the process where an exchange fails or stalls, and never sees those of a CUDA graph.
 Here the engine is ended instead, by `World` and by `NcclFabric`, with an error that says why."""
@@ -116,12 +120,13 @@ class NcclFabric:
 
         options = ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=self._timeout_s)
+        # NCCL reads its own when the first communicator is made, torch when the group is.
         with defaults_in(os.environ, _ENVIRONMENT):
             process_group = ProcessGroupNCCL(store, rank, size, options)
-        try:
-            process_group.eager_connect_single_device(device)
-        except RuntimeError as error:
-            raise RankError(f"rank {self._rank} finds no others over NCCL: {str(error)[:200]}") from None
+            try:
+                process_group.eager_connect_single_device(device)
+            except RuntimeError as error:
+                raise RankError(f"rank {self._rank} finds no others over NCCL: {explain_nccl(error)}") from None
         return process_group  # type: ignore[return-value]
 
     def _make_event(self) -> Event:

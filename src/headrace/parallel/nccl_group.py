@@ -22,6 +22,7 @@ from headrace.errors import RankError, ShapeError
 from headrace.parallel.exchange_counts import Call, Calls, ExchangeCounts
 from headrace.parallel.exchange_events import ExchangeEvents
 from headrace.parallel.ledger import ExchangeEvent, LedgerRow
+from headrace.parallel.nccl_errors import explain_nccl
 
 _MAX_PENDING = 256
 """Exchanges whose times are left unread: those of a pass of 128 layers."""
@@ -190,7 +191,7 @@ class NcclGroup:
             yield
         except RuntimeError as error:
             self._check()
-            message = f"{call.operation} at {call.site} of group {self.name} failed: {str(error)[:200]}"
+            message = f"{call.operation} at {call.site} of group {self.name} failed: {explain_nccl(error)}"
             raise RankError(message) from None
         self.events.end(begin, call, self._counts.phase)
         self._counts.add(call)
