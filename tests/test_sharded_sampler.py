@@ -24,9 +24,11 @@ from headrace.costs.candidates import (
 from headrace.costs.sharding import shard_vocabulary, vocabulary_shard_sizes
 from headrace.costs.sites import Site
 from headrace.engine.candidates import NO_TOKEN, Candidates, read_shares, write_candidates_
+from headrace.engine.device_shard import DeviceShard
 from headrace.engine.host_shard import HostShard
 from headrace.engine.logprobs import prompt_logprobs
 from headrace.engine.sampler import Sampler, SamplingRow
+from headrace.engine.shard import RecordedRows
 
 WHERE = pytest.mark.parametrize("kernels", [None, DEVICE], ids=["host", "device"])
 """Where shards are read."""
@@ -303,6 +305,28 @@ def test_prompt_logprobs_of_gathered_rows(world_size) -> None:
 
     for found in on_ranks(ranks.groups, run):
         assert found == prompt_logprobs(logits, targets, 3)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_a_device_says_what_the_host_says(world_size) -> None:
+    """Bit for bit but for sums, also of ranks that have fewer tokens than there are places, or none."""
+    params = [{"top_k": 30}, {}, {"logprobs": 2}, {"top_p": 0.5, "logprobs": 1, "logit_bias": {20: 5.0}}]
+    rows = [make_row(i, seed=i, **each) for i, each in enumerate(params)]
+    logits = torch.from_numpy(np.random.default_rng(2).normal(size=(4, 33)).round(0).astype(np.float32))
+    asked = RecordedRows(rows, [record_of(row, 33, world_size) for row in rows])
+    for rank in range(world_size):
+        ids = shard_vocabulary(33, rank, world_size)
+        shard = logits[:, ids.start : ids.stop].contiguous()
+        host = HostShard(ids, rank, Sampler()).say(shard, asked, None).words.numpy()
+        device = DeviceShard(DEVICE, ids, rank, Sampler()).say(shard, asked, None).words.numpy()
+        assert host[: asked.starts[0]].tolist() == device[: asked.starts[0]].tolist()
+        for record, start in zip(asked.records, asked.starts, strict=False):
+            part = slice(start, start + record.num_words)
+            mine, its = (read_shares(words[None, part], record, np.zeros(1, np.float32)) for words in (host, device))
+            for candidates, others in ((mine.candidates, its.candidates), (mine.raw_candidates, its.raw_candidates)):
+                assert [part.tolist() for part in candidates] == [part.tolist() for part in others]
+            np.testing.assert_allclose(mine.weight_sums, its.weight_sums, rtol=1e-6)
+            np.testing.assert_allclose(mine.raw_sums, its.raw_sums, rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_candidates", [0, 1, 3])

@@ -1,4 +1,5 @@
-"""Attention over a paged cache: one new token, or a whole prompt; each softmax scheme, and what others make of it."""
+"""Attention over a paged cache: one new token, a whole prompt, or a chunk at the end of one; each softmax scheme, and
+what others make of it."""
 
 from __future__ import annotations
 
@@ -33,10 +34,13 @@ def measure(heads: str, phase: str) -> Callable[[Context], Iterator[Figure]]:
 
 def _measure(heads: str, phase: str, context: Context) -> Iterator[Figure]:
     shape = context.scale.shape if heads == "alike" else context.scale.grouped
-    lengths = context.scale.decode if phase == "decode" else context.scale.prefill
-    flex = CompiledFlex(context)
-    for batch, context_len in lengths:
-        num_new = 1 if phase == "decode" else context_len
+    scale, flex = context.scale, CompiledFlex(context)
+    sizes = {
+        "decode": [(batch, length, 1) for batch, length in scale.decode],
+        "prefill": [(batch, length, length) for batch, length in scale.prefill],
+        "chunk": [(1, length, num_new) for num_new, length in scale.chunks],
+    }
+    for batch, context_len, num_new in sizes[phase]:
         case = Case(shape=shape, heads=heads, batch=batch, context_len=context_len, num_new=num_new)
         if case.num_bytes > context.scale.max_cache_bytes:
             context.report(f"batch {batch}, {context_len} tokens", "the cache would be too large", False)
@@ -63,7 +67,7 @@ def _case(context: Context, case: Case, flex: CompiledFlex) -> Iterator[Figure]:
     for name, found in context.race(raced).items():
         yield Figure(
             group=f"{case.phase} attention",
-            labels={"heads": case.heads, "batch": case.batch, "context": case.context_len, "by": name},
+            labels={"heads": case.heads, "batch": case.batch, "context": case.tokens, "by": name},
             seconds=found.best_s,
             slowest_s=found.slowest_s,
             num_bytes=case.num_bytes,

@@ -25,7 +25,14 @@ class Case:
 
     @property
     def phase(self) -> str:
-        return "decode" if self.num_new == 1 else "prefill"
+        if self.num_new == 1:
+            return "decode"
+        return "prefill" if self.num_new == self.context_len else "chunk"
+
+    @property
+    def tokens(self) -> int | str:
+        """As tables name it."""
+        return f"{self.num_new} of {self.context_len}" if self.phase == "chunk" else self.context_len
 
     @property
     def num_blocks(self) -> int:

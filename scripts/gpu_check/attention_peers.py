@@ -6,10 +6,12 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from scripts.gpu_check.attention_cases import BLOCK_SIZE, Case, Paged
 from scripts.gpu_check.context import Context
@@ -25,7 +27,7 @@ def peers(context: Context, case: Case, paged: Paged, flex: CompiledFlex) -> dic
     pairs = [(context.randn(*size), context.randn(*size)) for _ in paged.caches]
     runs: dict[str, list[Callable[[], Tensor]]] = {
         SDPA: [
-            partial(F.scaled_dot_product_attention, query, k, v, is_causal=case.num_new > 1, enable_gqa=group > 1)
+            partial(F.scaled_dot_product_attention, query, k, v, enable_gqa=group > 1, **_causal(case))
             for k, v in pairs
         ]
     }
@@ -42,6 +44,13 @@ def peers(context: Context, case: Case, paged: Paged, flex: CompiledFlex) -> dic
         except Exception as error:
             context.part_failed(FLASHINFER, error)
     return runs
+
+
+def _causal(case: Case) -> dict[str, Any]:
+    """torch's own mask lies in the upper left corner, which is another one where a prompt goes on."""
+    if case.phase == "chunk":
+        return {"attn_mask": causal_lower_right(case.num_new, case.context_len)}
+    return {"is_causal": case.phase == "prefill"}
 
 
 class CompiledFlex:

@@ -61,6 +61,7 @@ def tables(results: Results, *, is_short: bool) -> Iterator[Table]:
     yield from _linears(results, is_short=is_short)
     yield from _attention(results, "decode attention")
     yield from _attention(results, "prefill attention")
+    yield from _attention(results, "chunk attention")
     yield _decode(results)
     yield _prefill(results)
     yield _ablation(results)
@@ -105,7 +106,7 @@ def _linear_cell(results: Results, bandwidth: float | None, weight_format: Any, 
 
 
 def _attention(results: Results, group: str) -> Iterator[Table]:
-    """Decoding is compared with bandwidth, a prefill with the product of matrices."""
+    """Decoding is compared with bandwidth, prompts with the product of matrices."""
     bandwidth, product = copy_bytes_per_s(results), results.one("limit", name="multiply bfloat16")
     for heads in _values(results, group, "heads"):
         names = _values(results, group, "by")
@@ -134,7 +135,7 @@ def _share(figure: Figure, group: str, bandwidth: float | None, product: Figure 
     share = None
     if group.startswith("decode") and bandwidth is not None:
         share = figure.bytes_per_s / bandwidth
-    elif group.startswith("prefill") and product is not None:
+    elif not group.startswith("decode") and product is not None:
         share = figure.ops_per_s / product.ops_per_s
     return f"{'' if share is None else f' {share:.0%}'}{_mark(figure)}"
 

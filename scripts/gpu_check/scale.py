@@ -13,7 +13,8 @@ class Scale:
 
     working_set_bytes: of the copies that calls take turns at; at least 4 times the L2 cache in any case.
     max_cache_bytes: of one cache in attention; what would take more is left out.
-    decode: (batch, context) pairs; flex: those for which FlexAttention is compiled, which takes seconds for each.
+    decode, prefill: (batch, context) pairs; chunks: new tokens of a prompt, the last ones of its context.
+    flex: the pairs for which FlexAttention is compiled, which takes seconds for each.
     min_s: of each measurement in each round.
     formats, model_formats: of weights, the one that they are not quantized to first.
     num_threads: of the host; None leaves it as it is.
@@ -27,6 +28,7 @@ class Scale:
     decode: tuple[tuple[int, int], ...]
     flex: tuple[tuple[int, int], ...]
     prefill: tuple[tuple[int, int], ...]
+    chunks: tuple[tuple[int, int], ...]
     model_prefill: tuple[int, ...]
     model_contexts: tuple[int, ...]
     model_batches: tuple[int, ...]
@@ -62,6 +64,7 @@ FULL = Scale(
     ),
     flex=((1, 1024), (1, 4096), (1, 32768), (8, 4096)),
     prefill=((1, 128), (1, 512), (1, 1024), (1, 2048), (1, 4096), (1, 8192), (4, 1024)),
+    chunks=((512, 4096), (512, 32768), (2048, 32768)),
     model_prefill=(128, 256, 512, 1024, 2048, 4096),
     model_contexts=(512, 3072),
     model_batches=(1, 2, 4, 8, 16, 32),
@@ -88,6 +91,7 @@ DRY = Scale(
     decode=((2, 19),),
     flex=((2, 19), (1, 19)),
     prefill=((1, 19),),
+    chunks=((5, 19),),
     model_prefill=(9,),
     model_contexts=(9,),
     model_batches=(),

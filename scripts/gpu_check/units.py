@@ -49,7 +49,7 @@ def all_units(scale: Scale) -> dict[str, Unit]:
                 run=attention.measure(heads, phase),
                 has_kernels=True,
             )
-            for phase in ("decode", "prefill")
+            for phase in ("decode", "prefill", "chunk")
             for heads in scale.heads
         ),
         *(
