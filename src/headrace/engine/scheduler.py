@@ -37,49 +37,22 @@ the one before it, so all that an earlier plan reads and writes is done when a l
    back belongs to the blocks that its sequence holds, or to none. The token it brings is kept.
 """
 
-from bisect import bisect_left, insort
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from operator import attrgetter, itemgetter
 
 from headrace.cache.block_manager import BlockManager
 from headrace.config import SchedulerConfig
 from headrace.config.checks import check_at_least_one
 from headrace.costs.micro_batches import decode_share, max_prompt_tokens
+from headrace.engine.admission import Admission
 from headrace.engine.plan import NewSequence, ScheduledChunk, StepPlan
 from headrace.engine.prompt_room import PromptRoom
+from headrace.engine.queues import Queues
 from headrace.engine.sequence import FinishReason, Sequence, SequenceStatus
 from headrace.engine.size_limits import SizeLimits
 from headrace.errors import ConfigError
 
 _PATIENCE_STEPS = 64
 """After so many steps without want of memory one more sequence may run than ran then."""
-
-
-@dataclass(eq=False, slots=True)
-class _Entry:
-    """A live sequence and its place in line. The place stays with it through preemptions.
-
-    last_step: that was planned when it was preempted; chunks of its life before are in no later one.
-    """
-
-    sequence: Sequence
-    arrival: int
-    is_known_to_ranks: bool = False
-    last_step: int = 0
-
-
-_by_arrival = attrgetter("arrival")
-
-
-@dataclass(eq=False, slots=True)
-class _Draft:
-    """A plan being written. Decodes come first in its batch, then the chunks of a `PromptRoom`."""
-
-    new: list[NewSequence] = field(default_factory=list)
-    decodes: list[ScheduledChunk] = field(default_factory=list)
-    num_decode_tokens: int = 0
-    has_preempted: bool = False
 
 
 class Scheduler:
@@ -115,27 +88,33 @@ class Scheduler:
         self._max_prompt_tokens = max_prompt_tokens(config.max_num_batched_tokens, max_in_flight)
         self._max_in_flight = max_in_flight
         self._blocks = block_manager
-        self._entries: dict[int, _Entry] = {}
-        self._waiting: list[_Entry] = []
-        self._running: list[_Entry] = []
+        self._block_size = block_manager.block_size
+        self._queues = Queues(block_manager)
+        self._admission = Admission(self._queues, block_manager)
         self._finished: list[int] = []
         self._sampled: list[tuple[int, int]] = []
-        self._num_arrived = 0
         self._step = 0
         self._updated_step = 0
-        self.num_preemptions = 0
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._entries)
+        return bool(self._queues.live)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queues.waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._queues.running)
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._queues.num_preemptions
+
+    @property
+    def oldest_running(self) -> Sequence:
+        return self._queues.running[0]
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the line.
@@ -145,20 +124,17 @@ class Scheduler:
             ContextLengthError: the sequence could not run to its end even alone.
             ValueError: the sequence was added before, or repeats a sibling that was not, or another prompt.
         """
-        if sequence.seq_id in self._entries or sequence.status is not SequenceStatus.WAITING:
+        if sequence.seq_id in self._queues.live or sequence.status is not SequenceStatus.WAITING:
             raise ValueError(f"sequence {sequence.seq_id} was added before; each output needs its own sequence and id")
         self._check_sibling(sequence)
         self.limits.check_fits(sequence.num_prompt_tokens, sequence.max_tokens)
-        entry = _Entry(sequence, self._num_arrived)
-        self._num_arrived += 1
-        self._entries[sequence.seq_id] = entry
-        self._waiting.append(entry)
+        self._queues.add(sequence)
 
     def abort(self, seq_id: int) -> None:
         """Drop a sequence in whatever state it is; an unknown id is ignored, as a cancel may cross a request's end."""
-        entry = self._entries.get(seq_id)
-        if entry is not None:
-            self.finish(entry.sequence, FinishReason.ABORT)
+        sequence = self._queues.live.get(seq_id)
+        if sequence is not None:
+            self.finish(sequence, FinishReason.ABORT)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Take a sequence out and free its blocks. One that has finished keeps its first reason.
@@ -168,15 +144,9 @@ class Scheduler:
         """
         if sequence.status is SequenceStatus.FINISHED:
             return
-        entry = self._entries.pop(sequence.seq_id)
-        if sequence.status is SequenceStatus.RUNNING:
-            _remove(self._running, entry)
-            self._blocks.free(sequence.seq_id)
-        else:
-            _remove(self._waiting, entry)
-        sequence.status = SequenceStatus.FINISHED
+        self._queues.remove(sequence)
         sequence.finish_reason = reason
-        if entry.is_known_to_ranks:
+        if sequence.is_known_to_ranks:
             self._finished.append(sequence.seq_id)
 
     def schedule(self, prompt_limit: int | None = None) -> StepPlan | None:
@@ -194,26 +164,21 @@ class Scheduler:
             raise RuntimeError(
                 f"step {self._updated_step + 1} was planned but not updated; call update() before schedule()"
             )
-        draft = _Draft()
-        prefilling = self._schedule_decodes(draft)
-        chunks = draft.decodes
-        if prefilling or self._waiting:
-            room = PromptRoom(self._num_prompt_tokens(draft, prompt_limit))
-            self._schedule_prompts(prefilling, draft, room)
-            chunks = [*chunks, *room.close()]
+        queues, num_preemptions = self._queues, self._queues.num_preemptions
+        new: tuple[NewSequence, ...] = ()
+        chunks, num_decode_tokens, prefilling = self._schedule_decodes()
+        if prefilling or queues.waiting:
+            room = PromptRoom(self._num_prompt_tokens(len(chunks), num_decode_tokens, prompt_limit))
+            # Blocks that a preemption has just freed go to those who still run, not to a newcomer that would go next.
+            max_num_running = self._max_num_running if queues.num_preemptions == num_preemptions else 0
+            self._admission.fill(room, prefilling, max_num_running, self._updated_step)
+            chunks += room.close()
+            new = self._admission.take_new()
         if num_in_flight and not chunks:
             return None
         self._step += 1
-        plan = StepPlan(
-            step=self._step,
-            sampled=tuple([token for token in self._sampled if token[0] in self._entries]),
-            new=tuple(draft.new),
-            finished=tuple(self._finished),
-            chunks=tuple(chunks),
-            num_decode_tokens=draft.num_decode_tokens,
-        )
+        plan = StepPlan(self._step, self._take_sampled(), new, tuple(self._finished), tuple(chunks), num_decode_tokens)
         self._finished.clear()
-        self._sampled.clear()
         if not chunks:
             self._check_progress()
             self._updated_step = self._step
@@ -233,20 +198,22 @@ class Scheduler:
         self._updated_step = plan.step
         if self._max_num_running < self._max_num_seqs:
             self._take_heart()
-        for chunk in plan.chunks:
-            entry = self._entries.get(chunk.seq_id)
-            if entry is None:
+        live, block_size = self._queues.live, self._block_size
+        for seq_id, start, num_tokens, _, _, samples in plan.chunks:
+            sequence = live.get(seq_id)
+            if sequence is None:
                 continue
-            sequence = entry.sequence
-            if chunk.samples:
-                token_id = sampled[chunk.seq_id]
-                sequence.output_token_ids.append(token_id)
-                self._sampled.append((chunk.seq_id, token_id))
+            if samples:
+                token_id = sampled[seq_id]
+                sequence.append(token_id)
+                self._sampled.append((seq_id, token_id))
             if sequence.status is SequenceStatus.WAITING:
                 # Preempted since: the blocks are gone.
                 continue
-            sequence.num_computed_tokens = chunk.start + chunk.num_tokens
-            self._blocks.commit(chunk.seq_id, sequence.tokens, sequence.num_computed_tokens)
+            sequence.num_computed_tokens = num_computed_tokens = start + num_tokens
+            if num_computed_tokens % block_size < num_tokens:
+                # The end of a block is among them.
+                self._blocks.commit(seq_id, sequence.tokens, num_computed_tokens)
 
     def undo(self, plans: list[StepPlan]) -> None:
         """Record that all open plans, in the order in which they were made, are as if they had not been run: their
@@ -254,23 +221,19 @@ class Scheduler:
         self._updated_step = self._step
         for plan in reversed(plans):
             for chunk in plan.chunks:
-                entry = self._entries.get(chunk.seq_id)
+                sequence = self._queues.live.get(chunk.seq_id)
                 # One that was preempted since starts over.
-                if entry is not None and entry.sequence.status is SequenceStatus.RUNNING:
-                    entry.sequence.num_scheduled_tokens = chunk.start
+                if sequence is not None and sequence.status is SequenceStatus.RUNNING:
+                    sequence.num_scheduled_tokens = chunk.start
 
     def preempt_newest(self) -> bool:
         """Take the blocks of the running sequence that arrived last, and let fewer run together for some time, as steps
         of so many do not fit the device. False if only one is running: nobody could make room for it."""
-        if len(self._running) < 2:
+        if self.num_running < 2:
             return False
-        self._preempt(self._running.pop())
-        self._max_num_running, self._num_patient_steps = len(self._running), 0
+        self._queues.preempt_last(self._step)
+        self._max_num_running, self._num_patient_steps = self.num_running, 0
         return True
-
-    @property
-    def oldest_running(self) -> Sequence:
-        return self._running[0].sequence
 
     def _take_heart(self) -> None:
         """A step did fit."""
@@ -284,206 +247,81 @@ class Scheduler:
             return
         if sibling.prompt_token_ids != sequence.prompt_token_ids:
             raise ValueError(f"sequence {sequence.seq_id} is forked from {sibling.seq_id}, whose prompt is another")
-        if sibling.status is not SequenceStatus.FINISHED and sibling.seq_id not in self._entries:
+        if sibling.status is not SequenceStatus.FINISHED and sibling.seq_id not in self._queues.live:
             raise ValueError(f"sequence {sequence.seq_id} is forked from {sibling.seq_id}; add that one first")
 
-    def _schedule_decodes(self, draft: _Draft) -> list[_Entry]:
-        """Pass 1; returns who runs and is not done with its prompt. The loop is the scheduler's hot path: a few
-        microseconds per sequence."""
-        prefilling: list[_Entry] = []
-        num_free_seqs = len(self._running) if self._max_in_flight == 1 else self._decode_share()
-        index = 0
+    def _take_sampled(self) -> tuple[tuple[int, int], ...]:
+        """Tokens that no plan has told yet, of sequences that go on."""
+        sampled, live = self._sampled, self._queues.live
+        if self._finished:
+            sampled = [token for token in sampled if token[0] in live]
+        self._sampled = []
+        return tuple(sampled)
+
+    def _schedule_decodes(self) -> tuple[list[ScheduledChunk], int, list[Sequence]]:
+        """Pass 1: its chunks, how many of them are tokens of outputs, and who runs and is not done with its prompt. The
+        loop is the scheduler's hot path: what it touches of each sequence has left the caches since the last step."""
+        chunks: list[ScheduledChunk] = []
+        prefilling: list[Sequence] = []
+        num_decode_tokens, block_size = 0, self._block_size
+        num_free_seqs = self.num_running if self._max_in_flight == 1 else self._decode_share()
         # Oldest first, while preemption takes from the end: nobody who has a chunk already loses its blocks.
-        while index < len(self._running):
-            entry = self._running[index]
-            index += 1
-            sequence = entry.sequence
+        for sequence in self._queues.running:
             num_tokens = sequence.num_tokens
-            num_left = num_tokens - sequence.num_scheduled_tokens
-            if num_left != 1:
+            start = sequence.num_scheduled_tokens
+            if num_tokens - start != 1:
                 # Where none is left, the token that follows is on its way.
-                if num_left:
-                    prefilling.append(entry)
+                if num_tokens > start:
+                    prefilling.append(sequence)
                 continue
             if not num_free_seqs:
                 continue
-            new_block_ids = self._blocks.try_append(sequence.seq_id, num_tokens)
-            if new_block_ids is None:
-                new_block_ids = self._make_room(entry, num_tokens, draft)
+            new_block_ids = () if start % block_size else self._append_blocks(sequence)
             if new_block_ids is None:
                 continue
             num_free_seqs -= 1
             sequence.num_scheduled_tokens = num_tokens
-            draft.decodes.append(
-                # By position: names would cost a seventh of the loop.
-                ScheduledChunk(sequence.seq_id, num_tokens - 1, 1, new_block_ids, False, sequence.pooling is None)
-            )
+            chunks.append(ScheduledChunk(sequence.seq_id, start, 1, new_block_ids, False, sequence.pooling is None))
             # The last token of a prompt may come alone, too.
-            draft.num_decode_tokens += num_tokens > sequence.num_prompt_tokens
-        return prefilling
+            if sequence.output_token_ids:
+                num_decode_tokens += 1
+        return chunks, num_decode_tokens, prefilling
 
-    def _num_prompt_tokens(self, draft: _Draft, prompt_limit: int | None) -> int:
+    def _num_prompt_tokens(self, num_decodes: int, num_decode_tokens: int, prompt_limit: int | None) -> int:
         """The room of passes 2 and 3."""
-        num_tokens = min(self._max_num_batched_tokens - len(draft.decodes), self._max_prompt_tokens)
-        if prompt_limit is None or not self._has_decodes(draft):
+        num_tokens = min(self._max_num_batched_tokens - num_decodes, self._max_prompt_tokens)
+        if prompt_limit is None or not (num_decode_tokens or self._has_open_decodes()):
             return num_tokens
         return min(num_tokens, prompt_limit)
 
-    def _has_decodes(self, draft: _Draft) -> bool:
-        """Whether somebody waits for the next token of an output, in this plan or in one that is open."""
-        if draft.num_decode_tokens or self._max_in_flight == 1:
-            return draft.num_decode_tokens > 0
-        sequences = [entry.sequence for entry in self._running]
-        return any(s.output_token_ids and s.num_tokens - s.num_scheduled_tokens <= 1 for s in sequences)
+    def _has_open_decodes(self) -> bool:
+        """Whether somebody waits for the next token of an output in a plan that is open."""
+        if self._max_in_flight == 1:
+            return False
+        running = self._queues.running
+        return any(s.output_token_ids and s.num_tokens - s.num_scheduled_tokens <= 1 for s in running)
 
     def _decode_share(self) -> int:
         """How many sequences may decode in the next of several steps at a time."""
-        sequences = [entry.sequence for entry in self._running]
-        num_decoding = sum([sequence.num_tokens - sequence.num_scheduled_tokens <= 1 for sequence in sequences])
+        num_decoding = sum([s.num_tokens - s.num_scheduled_tokens <= 1 for s in self._queues.running])
         return decode_share(num_decoding, self._max_in_flight)
 
-    def _make_room(self, entry: _Entry, num_tokens: int, draft: _Draft) -> tuple[int, ...] | None:
-        """Preempts from the end until there are blocks for num_tokens tokens in all; None if that took the sequence
-        itself."""
-        draft.has_preempted = True
-        while (victim := self._running.pop()) is not entry:
-            self._preempt(victim)
-            new_block_ids = self._blocks.try_append(entry.sequence.seq_id, num_tokens)
+    def _append_blocks(self, sequence: Sequence) -> tuple[int, ...] | None:
+        """Those that the sequence needs for the tokens it has. Preempts from the end until there are as many; None if
+        that took the sequence itself."""
+        while True:
+            new_block_ids = self._blocks.try_append(sequence.seq_id, sequence.num_tokens)
             if new_block_ids is not None:
                 return new_block_ids
-        self._preempt(entry)
-        return None
-
-    def _preempt(self, entry: _Entry) -> None:
-        """Back to the waiting line, before everyone who arrived later. Its tokens are kept and computed again."""
-        sequence = entry.sequence
-        self._blocks.free(sequence.seq_id)
-        sequence.status = SequenceStatus.WAITING
-        sequence.num_scheduled_tokens = sequence.num_computed_tokens = 0
-        sequence.num_preemptions += 1
-        entry.last_step = self._step
-        self.num_preemptions += 1
-        insort(self._waiting, entry, key=_by_arrival)
-
-    def _schedule_prompts(self, prefilling: list[_Entry], draft: _Draft, room: PromptRoom) -> None:
-        """Passes 2 and 3."""
-        behind: list[tuple[int, _Entry]] = []
-        for entry in prefilling:
-            sequence = entry.sequence
-            if not room.has_long and not room.is_full:
-                room.offer(sequence)
-            else:
-                behind.append((sequence.num_tokens - sequence.num_scheduled_tokens, entry))
-        # Blocks that a preemption has just freed go to those who still run, not to a newcomer that would go next.
-        if not draft.has_preempted:
-            self._admit_waiting(draft, room, behind)
-        # Of equals, who arrived first.
-        for num_left, entry in sorted(behind, key=itemgetter(0)):
-            if not room.admits(num_left):
-                return
-            if entry.sequence.status is SequenceStatus.RUNNING:
-                room.offer(entry.sequence)
-            else:
-                self._start(entry, draft, room)
-
-    def _admit_waiting(self, draft: _Draft, room: PromptRoom, behind: list[tuple[int, _Entry]]) -> None:
-        """Pass 3, up to a long prompt, and who waits behind it and could start as well, with the tokens each has left:
-        in the order of arrival, while slots and blocks last. Nobody overtakes one for whom they do not, or small
-        requests would starve a large one."""
-        index = num_behind = num_behind_blocks = 0
-        while (
-            index < len(self._waiting) and len(self._running) + num_behind < self._max_num_running and not room.is_full
-        ):
-            entry = self._waiting[index]
-            sequence = entry.sequence
-            if _waits_for_sibling(sequence):
-                index += 1
-                continue
-            # Found out before the cache is searched, as it may be full and the line long.
-            num_reserved_blocks = len(self._running) + num_behind + num_behind_blocks
-            if entry.last_step > self._updated_step or self._blocks.num_free_blocks <= num_reserved_blocks:
-                return
-            shared = self._find_shared_blocks(sequence)
-            if not room.has_long:
-                if not self._blocks.can_allocate(sequence.num_tokens, shared, num_reserved_blocks):
-                    return
-                self._start(entry, draft, room, shared)
-                continue
-            # As if it shared nothing: what it would share may be gone when its turn comes.
-            if not self._blocks.can_allocate(sequence.num_tokens, (), num_reserved_blocks):
-                return
-            num_behind += 1
-            num_behind_blocks += self._blocks.num_blocks_for(sequence.num_tokens)
-            index += 1
-            behind.append((sequence.num_tokens - len(shared) * self._blocks.block_size, entry))
-
-    def _start(self, entry: _Entry, draft: _Draft, room: PromptRoom, shared: tuple[int, ...] | None = None) -> None:
-        """Give a waiting sequence blocks for all its tokens and its first chunk.
-
-        shared: what `_find_shared_blocks` has just said; None asks it.
-        """
-        sequence = entry.sequence
-        if shared is None:
-            shared = self._find_shared_blocks(sequence)
-        _remove(self._waiting, entry)
-        insort(self._running, entry, key=_by_arrival)
-        block_ids = self._blocks.allocate(sequence.seq_id, sequence.num_tokens, shared)
-        sequence.status = SequenceStatus.RUNNING
-        sequence.num_scheduled_tokens = sequence.num_computed_tokens = len(shared) * self._blocks.block_size
-        if not entry.is_known_to_ranks:
-            self._introduce(entry, draft)
-        room.offer(sequence, block_ids, resets_blocks=True)
-
-    def _introduce(self, entry: _Entry, draft: _Draft) -> None:
-        sequence = entry.sequence
-        entry.is_known_to_ranks = True
-        sequence.num_cached_tokens = sequence.num_computed_tokens
-        draft.new.append(
-            NewSequence(
-                seq_id=sequence.seq_id,
-                prompt_token_ids=sequence.prompt_token_ids,
-                params=sequence.params,
-                seed=sequence.seed,
-                pooling=sequence.pooling,
-            )
-        )
-
-    def _find_shared_blocks(self, sequence: Sequence) -> tuple[int, ...]:
-        """What the cache has, else what the sibling holds; nothing if all of the prompt must be computed.
-
-        The cache has everything that a sibling holds, and perhaps more, unless prefix caching is off.
-        """
-        if sequence.needs_whole_prompt:
-            return ()
-        cached = self._blocks.cached_prefix(sequence.tokens, sequence.num_tokens)
-        sibling = sequence.forked_from
-        if cached or sibling is None or sibling.status is not SequenceStatus.RUNNING:
-            return cached
-        # At least one token is left to compute, as its logits are not in the cache.
-        num_common_tokens = min(sequence.num_prompt_tokens, sequence.num_tokens - 1)
-        return self._blocks.forkable_prefix(sibling.seq_id, num_common_tokens)
+            if self._queues.preempt_last(self._step) is sequence:
+                return None
 
     def _check_progress(self) -> None:
         """An empty plan with sequences left and nothing in flight would repeat for ever: an error is better than a
         hang."""
-        if self._entries:
-            seq_id = min(self._entries.values(), key=_by_arrival).sequence.seq_id
+        oldest = self._queues.oldest
+        if oldest is not None:
             raise RuntimeError(
-                f"nothing can be scheduled though {len(self._entries)} sequences are unfinished; sequence {seq_id} "
-                "outgrew what add() allowed it: finish() it at max_tokens and max_model_len"
+                f"nothing can be scheduled though {len(self._queues.live)} sequences are unfinished; sequence "
+                f"{oldest.seq_id} outgrew what add() allowed it: finish() it at max_tokens and max_model_len"
             )
-
-
-def _waits_for_sibling(sequence: Sequence) -> bool:
-    """Whether the prompt that this sequence repeats is about to be computed by a sibling it can share blocks with."""
-    sibling = sequence.forked_from
-    return (
-        sibling is not None
-        and sibling.status is not SequenceStatus.FINISHED
-        and sibling.num_computed_tokens < sibling.num_prompt_tokens
-        and not sequence.needs_whole_prompt
-    )
-
-
-def _remove(queue: list[_Entry], entry: _Entry) -> None:
-    del queue[bisect_left(queue, entry.arrival, key=_by_arrival)]

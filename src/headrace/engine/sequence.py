@@ -22,16 +22,19 @@ class FinishReason(Enum):
     ERROR = "error"
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, slots=True)
 class Sequence:
     """One of a request's `params.n` outputs, or a prompt that becomes an embedding.
 
     seed: names the stream of random draws that belongs to this sequence alone.
     forked_from: the sibling whose prompt this one repeats; it waits for the sibling's prefill and shares its blocks.
     pooling: how the prompt becomes an embedding; such a sequence generates nothing, whatever params say.
+    num_tokens: of prompt and output.
     num_scheduled_tokens: tokens that are computed once all plans made so far have run; back to 0 on preemption.
     num_computed_tokens: those whose keys and values are known to be in the cache.
     num_cached_tokens: prompt tokens found in the cache at first admission instead of being computed.
+    arrival: its place in line, which stays with it through preemptions.
+    last_step: that was planned when it was preempted; chunks of its life before are in no later one.
     """
 
     seq_id: int
@@ -44,10 +47,22 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
+    num_tokens: int = field(init=False)
     num_scheduled_tokens: int = 0
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    arrival: int = 0
+    last_step: int = 0
+    is_known_to_ranks: bool = False
+
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def append(self, token_id: int) -> None:
+        """Take the next token of the output."""
+        self.output_token_ids.append(token_id)
+        self.num_tokens += 1
 
     @property
     def max_tokens(self) -> int | None:
@@ -64,10 +79,6 @@ class Sequence:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Token ids of positions start to stop, prompt and output as one row."""
