@@ -219,7 +219,7 @@ class TestStream:
         """It used to wait for ever for an update that could not come."""
         stream = llm.stream(PROMPTS[3], SamplingParams(**GREEDY, max_tokens=50))
         stream.advance()
-        assert llm.engine.abort(next(iter(llm.engine._requests))) is not None
+        assert llm.engine.abort(next(iter(llm.engine._requests._requests))) is not None
         assert list(stream) == []
         assert stream.is_finished
 

@@ -3,11 +3,11 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
-from typing import SupportsIndex
+from typing import SupportsIndex, TypeVar
 
 from headrace.cache.block_manager import BlockManager
 from headrace.config import PoolingParams, SamplingParams
@@ -16,15 +16,18 @@ from headrace.engine.grammar import Grammar, GrammarCompiler
 from headrace.engine.guides import Guides
 from headrace.engine.load import LoadedModel
 from headrace.engine.metrics import EngineMetrics, EngineStatistics
-from headrace.engine.outputs import CompletionChunk, RequestUpdate
-from headrace.engine.plan import StepPlan, StepResult
+from headrace.engine.open_requests import OpenRequests
+from headrace.engine.outputs import RequestUpdate
+from headrace.engine.plan import StepPlan
 from headrace.engine.prompt_pace import PromptPace
-from headrace.engine.rank_statistics import exchange_totals
+from headrace.engine.rank_statistics import RankStatistics, exchange_totals
 from headrace.engine.request_state import RequestState
 from headrace.engine.requests import NO_SAMPLING, checked_token_ids, make_pooling_sequence, make_sequences
 from headrace.engine.scheduler import Scheduler
-from headrace.engine.sequence import FinishReason, Sequence
+from headrace.engine.sequence import Sequence
 from headrace.errors import OutOfDeviceMemory, RequestError
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +41,13 @@ class Engine:
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
-        self._requests: dict[str, RequestState] = {}
-        self._by_sequence: dict[int, RequestState] = {}
-        """Of unfinished sequences alone: whatever else comes back from the ranks is of no interest any more."""
         self._pending: dict[str, RequestUpdate] = {}
         """News that no step has reported yet, by request."""
         self._counters = EngineCounters(started_s=time.monotonic())
         self.grammar_compiler = GrammarCompiler(model.tokenizer, model.config.vocab_size, model.eos_token_ids)
         """May be called from other threads, before `add_request` is."""
         self._guides = Guides(self.grammar_compiler)
+        self._requests = OpenRequests(self._guides, self._counters)
         self._sequence_ids = count()
         self._pace = _make_pace(model)
         self._start_afresh()
@@ -129,15 +130,10 @@ class Engine:
 
     def abort(self, request_id: str) -> RequestUpdate | None:
         """Drop a request in whatever state it is; None if it has already finished."""
-        state = self._requests.get(request_id)
-        if state is None:
-            return None
-        for sequence in state.sequences:
-            self._scheduler.finish(sequence, FinishReason.ABORT)
-        state.abort()
-        update = self._close(state, ())
-        self._pending.pop(request_id, None)
-        self._drain_if_idle()
+        update = self._requests.abort(request_id, self._scheduler)
+        if update is not None:
+            self._pending.pop(request_id, None)
+            self._drain_if_idle()
         return update
 
     def step(self) -> list[RequestUpdate]:
@@ -153,11 +149,9 @@ class Engine:
         if self._pending:
             pending, self._pending = self._pending, {}
             return list(pending.values())
-        with _WithinAStep(self) as start_s:
-            self._fill_pipeline()
-            plan = self._in_flight.popleft()
-            updates = self._collect(plan, start_s)
-        self._drain_if_idle()
+        updates = self._guarded(self._advance)
+        if self._in_flight:
+            self._drain_if_idle()
         return updates
 
     def close(self) -> None:
@@ -177,12 +171,7 @@ class Engine:
         Raises:
             RankError: a rank was lost; as from a step.
         """
-        with _WithinAStep(self):
-            while self._in_flight:
-                for update in self._collect(self._in_flight.popleft()):
-                    self._keep(update)
-            ranks = self.model.executor.statistics()
-            exchange_s = self.model.executor.exchange_s()
+        ranks, exchange_s = self._guarded(self._ask_ranks)
         return EngineStatistics(
             metrics=self.metrics(),
             cache=self.model.plan.cache,
@@ -211,10 +200,24 @@ class Engine:
         chunks = update.chunks if earlier is None else earlier.chunks + update.chunks
         self._pending[update.request_id] = update._replace(chunks=chunks)
 
+    def _guarded(self, work: Callable[[float], T]) -> T:
+        """work is timed, and an error in it ends every request. It is told when it began.
+
+        A call rather than a context manager, which would cost several at every step.
+        """
+        start_s = time.monotonic()
+        try:
+            return work(start_s)
+        except BaseException as error:
+            # Which ranks saw how much of the plans is unknown: nothing of them can be kept.
+            self._fail_all(f"the step was cut short: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._counters.busy_s += time.monotonic() - start_s
+
     def _fail_all(self, error: str) -> None:
-        for state in list(self._requests.values()):
-            state.fail_unfinished(error)
-            self._keep(self._close(state, state.take_chunks()))
+        for update in self._requests.fail_all(error):
+            self._keep(update)
         self._counters.num_preemptions += self._scheduler.num_preemptions
         self._start_afresh()
         self.model.executor.reset()
@@ -226,23 +229,28 @@ class Engine:
         # Siblings differ in nothing that admission looks at: if the first is accepted, all are.
         for sequence in sequences:
             self._scheduler.add(sequence)
-        self._requests[request_id] = state
-        self._by_sequence |= {sequence.seq_id: state for sequence in sequences}
+        self._requests.add(state)
 
     def _checked_token_ids(self, values: Iterable[SupportsIndex], params: SamplingParams) -> tuple[int, ...]:
         has_tokenizer = self.model.tokenizer is not None
         return checked_token_ids(values, params, self.model.config.vocab_size, has_tokenizer=has_tokenizer)
 
+    def _advance(self, start_s: float) -> list[RequestUpdate]:
+        """What the oldest step brings, when the ranks have as many as they can run at the same time."""
+        self._fill_pipeline()
+        return self._collect(self._in_flight.popleft(), start_s)
+
     def _fill_pipeline(self) -> None:
-        while len(self._in_flight) < self.model.executor.max_in_flight:
+        in_flight, executor = self._in_flight, self.model.executor
+        while len(in_flight) < executor.max_in_flight:
             plan = self._scheduler.schedule(None if self._pace is None else self._pace.limit)
             if plan is None:
                 return
             if plan.new:
-                self._mark_scheduled(plan)
+                self._requests.mark_scheduled(plan, searches_cache=self.model.plan.cache.enable_prefix_caching)
             plan = self._guides.masked(plan)
-            self.model.executor.submit(plan)
-            self._in_flight.append(plan)
+            executor.submit(plan)
+            in_flight.append(plan)
             if not plan.chunks:
                 return
 
@@ -256,7 +264,14 @@ class Engine:
         if self._pace is not None and start_s is not None:
             self._pace.record(plan.num_prefill_tokens, time.monotonic() - start_s)
         self._counters.count_step(plan)
-        return self._report(plan, result)
+        return self._requests.take(plan, result, self._scheduler)
+
+    def _ask_ranks(self, _start_s: float) -> tuple[list[RankStatistics], float]:
+        """What they have counted, and the seconds that this one was in exchanges; steps in flight are collected."""
+        while self._in_flight:
+            for update in self._collect(self._in_flight.popleft()):
+                self._keep(update)
+        return self.model.executor.statistics(), self.model.executor.exchange_s()
 
     def _make_room(self, plan: StepPlan, reason: str) -> list[RequestUpdate]:
         """Undo a plan that did not fit, and those that were begun after it: they may attend to what it left undone."""
@@ -272,7 +287,11 @@ class Engine:
             self._is_last_try = True
             return []
         self._is_last_try = False
-        return [self._update(self._fail(self._scheduler.oldest_running.seq_id, reason))]
+        oldest = self._scheduler.oldest_running.seq_id
+        return [self._requests.update(self._requests.fail(oldest, reason, self._scheduler))]
+
+    def _undo_rest(self, _start_s: float) -> None:
+        self._scheduler.undo(self._collect_rest())
 
     def _collect_rest(self) -> list[StepPlan]:
         """All plans in flight, whose results nobody wants."""
@@ -283,109 +302,12 @@ class Engine:
                 self.model.executor.collect()
         return rest
 
-    def _fail(self, seq_id: int, error: str) -> RequestState:
-        state = self._by_sequence.pop(seq_id)
-        self._guides.drop(seq_id)
-        state.fail(seq_id, error)
-        self._scheduler.finish(state.sequence(seq_id), FinishReason.ERROR)
-        return state
-
     def _drain_if_idle(self) -> None:
         """Wait for plans that nobody waits for: an engine without requests has nothing in flight, so that its ranks can
         be asked for other things."""
         if not self._in_flight or self._requests:
             return
-        with _WithinAStep(self):
-            self._scheduler.undo(self._collect_rest())
-
-    def _mark_scheduled(self, plan: StepPlan) -> None:
-        searches_cache = self.model.plan.cache.enable_prefix_caching
-        for new in plan.new:
-            state = self._by_sequence[new.seq_id]
-            is_first = state.mark_scheduled(time.monotonic())
-            sequence = state.sequence(new.seq_id)
-            self._counters.count_scheduled(sequence, is_first=is_first, searches_cache=searches_cache)
-
-    def _report(self, plan: StepPlan, result: StepResult) -> list[RequestUpdate]:
-        """Sequences that have left while the plan was in flight are passed over."""
-        now = time.monotonic()
-        touched: dict[str, RequestState] = {}
-        if result.failed or result.prompt_logprobs:
-            self._take_prompts(result, touched)
-        self._scheduler.update(plan, {token.seq_id: token.token_id for token in result.sampled})
-        for token in result.sampled:
-            state = self._by_sequence.get(token.seq_id)
-            if state is None:
-                continue
-            touched[state.request_id] = state
-            self._counters.num_generation_tokens += 1
-            progress = self._guides.take(token)
-            reason = state.append(token, now, is_complete=progress.is_complete)
-            if reason is not None:
-                del self._by_sequence[token.seq_id]
-                self._guides.drop(token.seq_id)
-                self._scheduler.finish(state.sequence(token.seq_id), reason)
-            elif progress.error is not None:
-                self._fail(token.seq_id, progress.error)
-        if result.embeddings:
-            self._take_embeddings(result, touched)
-        return [self._update(state) for state in touched.values()]
-
-    def _take_prompts(self, result: StepResult, touched: dict[str, RequestState]) -> None:
-        """Those that were scored, and those of which nothing came."""
-        for prompt in result.prompt_logprobs:
-            state = self._by_sequence.get(prompt.seq_id)
-            if state is not None:
-                state.add_prompt_logprobs(prompt)
-        for seq_id, error in result.failed.items():
-            if seq_id in self._by_sequence:
-                state = self._fail(seq_id, error)
-                touched[state.request_id] = state
-
-    def _take_embeddings(self, result: StepResult, touched: dict[str, RequestState]) -> None:
-        for embedding in result.embeddings:
-            state = self._by_sequence.pop(embedding.seq_id, None)
-            if state is None:
-                continue
-            touched[state.request_id] = state
-            state.take_embedding(embedding)
-            self._scheduler.finish(state.sequence(embedding.seq_id), FinishReason.STOP)
-
-    def _update(self, state: RequestState) -> RequestUpdate:
-        chunks = state.take_chunks()
-        if state.is_finished:
-            return self._close(state, chunks)
-        return RequestUpdate(state.request_id, chunks)
-
-    def _close(self, state: RequestState, chunks: tuple[CompletionChunk, ...]) -> RequestUpdate:
-        """The last update of a request; nothing of it stays behind."""
-        del self._requests[state.request_id]
-        for sequence in state.sequences:
-            self._by_sequence.pop(sequence.seq_id, None)
-            self._guides.drop(sequence.seq_id)
-        finished = state.finish(now_s=time.monotonic())
-        self._counters.count_finished(finished)
-        return RequestUpdate(request_id=state.request_id, chunks=chunks, finished=finished)
-
-
-class _WithinAStep:
-    """What a step does is timed, and an error in it ends every request. By hand: `contextlib` costs several times as
-    much at every step."""
-
-    __slots__ = ("_engine", "_start_s")
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> float:
-        self._start_s = time.monotonic()
-        return self._start_s
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        self._engine._counters.busy_s += time.monotonic() - self._start_s
-        if error is not None:
-            # Which ranks saw how much of the plans is unknown: nothing of them can be kept.
-            self._engine._fail_all(f"the step was cut short: {type(error).__name__}: {error}")
+        self._guarded(self._undo_rest)
 
 
 def _make_pace(model: LoadedModel) -> PromptPace | None:

@@ -29,11 +29,11 @@ class EngineCounters:
         self._finish_reasons: Counter[str] = Counter()
 
     def count_step(self, plan: StepPlan) -> None:
-        if plan.chunks:
-            num_tokens = plan.num_prefill_tokens + plan.num_decode_tokens
+        num_tokens, num_decode_tokens = plan.num_tokens, plan.num_decode_tokens
+        if num_tokens:
             self._num_steps_by_tokens[bisect_left(STEP_TOKENS, num_tokens)] += 1
-        self._num_decode_tokens += plan.num_decode_tokens
-        self._num_prefill_tokens += plan.num_tokens - plan.num_decode_tokens
+        self._num_decode_tokens += num_decode_tokens
+        self._num_prefill_tokens += num_tokens - num_decode_tokens
 
     def count_scheduled(self, sequence: Sequence, *, is_first: bool, searches_cache: bool) -> None:
         """A sequence that runs for the first time. is_first: of its request; searches_cache: for blocks of its

@@ -1,5 +1,6 @@
 """The forms that outputs must have: what each unfinished output may say next."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ class Progress(NamedTuple):
     error: str | None = None
 
 
-_FREE = Progress()
+_NONE: Mapping[int, Progress] = {}
 
 
 class Guides:
@@ -54,11 +55,14 @@ class Guides:
         sampled = [chunk.seq_id for chunk in plan.chunks if chunk.samples and chunk.seq_id in self._matchers]
         return plan._replace(masks=tuple([(seq_id, self._matchers[seq_id].mask) for seq_id in sampled]))
 
-    def take(self, token: SampledToken) -> Progress:
-        """Follow a sequence by one token."""
-        matcher = self._matchers.get(token.seq_id)
-        if matcher is None:
-            return _FREE
+    def take(self, tokens: Sequences[SampledToken]) -> Mapping[int, Progress]:
+        """Follow sequences by a token each. By sequence id, of those that must have a form."""
+        if not self._matchers:
+            return _NONE
+        return {token.seq_id: self._follow(token) for token in tokens if token.seq_id in self._matchers}
+
+    def _follow(self, token: SampledToken) -> Progress:
+        matcher = self._matchers[token.seq_id]
         try:
             matcher.accept(token.token_id)
         except RequestError as error:

@@ -10,7 +10,7 @@ STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """By which steps are sorted, as vLLM sorts them."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class RequestMetrics:
     """Times are seconds of one monotonic clock.
 

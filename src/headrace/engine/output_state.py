@@ -10,7 +10,27 @@ from headrace.tokenizer import IncrementalDetokenizer, StopStringMatcher, Tokeni
 
 
 class OutputState:
-    """Owns an output's text and decides when it ends. Knows nothing about steps, blocks or other requests."""
+    """Owns an output's text and decides when it ends. Knows nothing about steps, blocks or other requests.
+
+    output: whole once it has ended, but for logprobs, which grow. Its tokens are the sequence's, which has each before
+        `append` is told of it.
+    """
+
+    __slots__ = (
+        "_detokenizer",
+        "_eos_token_ids",
+        "_last_token_s",
+        "_matcher",
+        "_max_tokens",
+        "_num_tokens",
+        "_params",
+        "_stop_token_ids",
+        "_texts",
+        "_tokenizer",
+        "finish_reason",
+        "output",
+        "sequence",
+    )
 
     def __init__(
         self,
@@ -23,6 +43,9 @@ class OutputState:
         params = sequence.params
         self.sequence = sequence
         self.output = CompletionOutput(index=index, logprobs=None if params.logprobs is None else [])
+        self.finish_reason: FinishReason | None = None
+        self._num_tokens = 0
+        self._texts: list[str] = []
         self._last_token_s: float | None = None
         self._params: SamplingParams = params
         self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
@@ -42,66 +65,64 @@ class OutputState:
 
         is_complete: nothing may follow it.
         """
-        output = self.output
-        output.token_ids.append(token.token_id)
-        logprobs = None
-        if output.logprobs is not None:
-            logprobs = (decode_logprobs(token.logprobs, self._tokenizer),)
-            output.logprobs.extend(logprobs)
-        reason = self._check_token(token.token_id)
-        if reason is None and not is_complete and self._matcher is None:
-            # Most tokens: nothing ends here, and nothing is held back.
-            text = "" if self._detokenizer is None else self._detokenizer.append(token.token_id)
-            output.text += text
-            chunk = CompletionChunk(index=output.index, text=text, token_ids=(token.token_id,), logprobs=logprobs)
+        _, token_id, logprobs = token
+        self._num_tokens = num_tokens = self._num_tokens + 1
+        if (
+            token_id in self._stop_token_ids
+            or num_tokens >= self._max_tokens
+            or self._matcher is not None
+            or is_complete
+        ):
+            chunk = self._append_and_check(token_id, is_complete=is_complete)
         else:
-            chunk = self._append_and_check(token.token_id, reason, logprobs, is_complete=is_complete)
+            # Most tokens: nothing ends here, and nothing is held back.
+            text = "" if self._detokenizer is None else self._detokenizer.append(token_id)
+            self._texts.append(text)
+            chunk = CompletionChunk(self.output.index, text, (token_id,))
+        if self.output.logprobs is not None:
+            chunk.logprobs = (decode_logprobs(logprobs, self._tokenizer),)
+            self.output.logprobs.extend(chunk.logprobs)
         if self._last_token_s is not None:
             chunk.itl_s = now_s - self._last_token_s
         self._last_token_s = now_s
         return chunk
 
-    def _append_and_check(
-        self,
-        token_id: int,
-        reason: FinishReason | None,
-        logprobs: tuple[TokenLogprobs, ...] | None,
-        *,
-        is_complete: bool,
-    ) -> CompletionChunk:
-        """reason: why the token may be the last one, whatever its text."""
-        before = len(self.output.text)
+    def stop(self) -> CompletionChunk:
+        """End an output that no token is sampled for."""
+        self._end(FinishReason.STOP)
+        return self._chunk(0, ())
+
+    def fail(self, error: str) -> CompletionChunk:
+        before = len(self._texts)
+        self._flush()
+        self.output.error = error
+        self._end(FinishReason.ERROR)
+        return self._chunk(before, ())
+
+    def abort(self) -> None:
+        self._flush()
+        self._end(FinishReason.ABORT)
+
+    def _append_and_check(self, token_id: int, *, is_complete: bool) -> CompletionChunk:
+        before = len(self._texts)
+        reason = self._check_token(token_id)
         is_silent = reason is FinishReason.STOP and not self._params.include_stop_str_in_output
         if is_complete:
             # Before "length" too, which would say that something is missing.
             reason = FinishReason.STOP
         if self._take_text(token_id, is_silent=is_silent, is_last=reason is not None):
             reason = FinishReason.STOP
-        self.output.finish_reason = reason.value if reason else None
-        return self._chunk(before, (token_id,), logprobs)
-
-    def stop(self) -> CompletionChunk:
-        """End an output that no token is sampled for."""
-        self.output.finish_reason = FinishReason.STOP.value
-        return self._chunk(0, (), None)
-
-    def fail(self, error: str) -> CompletionChunk:
-        before = len(self.output.text)
-        self._flush()
-        self.output.finish_reason, self.output.error = FinishReason.ERROR.value, error
-        return self._chunk(before, (), None)
-
-    def abort(self) -> None:
-        self._flush()
-        self.output.finish_reason = FinishReason.ABORT.value
+        if reason is not None:
+            self._end(reason)
+        return self._chunk(before, (token_id,))
 
     def _check_token(self, token_id: int) -> FinishReason | None:
-        num_output_tokens = len(self.output.token_ids)
-        if token_id in self._stop_token_ids and num_output_tokens >= self._params.min_tokens:
+        """Why the token may be the last one, whatever its text."""
+        if token_id in self._stop_token_ids and self._num_tokens >= self._params.min_tokens:
             if token_id not in self._eos_token_ids:
                 self.output.stop_reason = token_id
             return FinishReason.STOP
-        return FinishReason.LENGTH if num_output_tokens >= self._max_tokens else None
+        return FinishReason.LENGTH if self._num_tokens >= self._max_tokens else None
 
     def _take_text(self, token_id: int, *, is_silent: bool, is_last: bool) -> bool:
         """Release the text that is final; true if a stop string ended it. A stop token itself has no text."""
@@ -113,10 +134,10 @@ class OutputState:
     def _release(self, text: str) -> bool:
         """Put text that is final into the output, less what may be part of a stop string; true if one ended it."""
         if self._matcher is None:
-            self.output.text += text
+            self._texts.append(text)
             return False
-        check = self._matcher.append(text, enabled=len(self.output.token_ids) >= self._params.min_tokens)
-        self.output.text += check.text
+        check = self._matcher.append(text, enabled=self._num_tokens >= self._params.min_tokens)
+        self._texts.append(check.text)
         if check.stop is not None:
             self.output.stop_reason = check.stop
         return check.stop is not None
@@ -125,18 +146,22 @@ class OutputState:
         """Release what was held back, as nothing follows; true if that completes a stop string."""
         is_stopped = self._detokenizer is not None and self._release(self._detokenizer.finish())
         if self._matcher is not None:
-            self.output.text += self._matcher.flush()
+            self._texts.append(self._matcher.flush())
         return is_stopped
 
-    def _chunk(
-        self, before: int, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] | None
-    ) -> CompletionChunk:
+    def _end(self, reason: FinishReason) -> None:
+        output = self.output
+        self.finish_reason, output.finish_reason = reason, reason.value
+        output.text = "".join(self._texts)
+        output.token_ids = self.sequence.output_token_ids[: self._num_tokens]
+
+    def _chunk(self, before: int, token_ids: tuple[int, ...]) -> CompletionChunk:
+        """before: texts that were released earlier."""
         output = self.output
         return CompletionChunk(
             index=output.index,
-            text=output.text[before:],
+            text="".join(self._texts[before:]),
             token_ids=token_ids,
-            logprobs=logprobs,
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
         )

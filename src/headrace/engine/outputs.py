@@ -59,7 +59,7 @@ class RequestOutput:
     embedding: NDArray[np.float32] | None = None
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(slots=True)
 class CompletionChunk:
     """What one step added to one output: text that is final, and the tokens sampled.
 

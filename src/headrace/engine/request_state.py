@@ -11,10 +11,24 @@ from headrace.engine.metrics import RequestMetrics
 from headrace.engine.output_state import OutputState, decode_logprobs
 from headrace.engine.outputs import CompletionChunk, RequestOutput, TokenLogprobs
 from headrace.engine.plan import Embedding, PromptLogprobs, SampledToken
-from headrace.engine.sequence import FinishReason, Sequence
+from headrace.engine.sequence import Sequence
 
 
 class RequestState:
+    """outputs: in the order of their indices. num_unfinished: of those."""
+
+    __slots__ = (
+        "_chunks",
+        "_embedding",
+        "_metrics",
+        "_prompt",
+        "_prompt_logprobs",
+        "_tokenizer",
+        "num_unfinished",
+        "outputs",
+        "request_id",
+    )
+
     def __init__(
         self,
         request_id: str,
@@ -26,30 +40,22 @@ class RequestState:
         arrival_s: float,
     ) -> None:
         self.request_id = request_id
-        self.sequences = tuple(sequences)
         self._prompt = prompt
         self._tokenizer = model.tokenizer
-        self._outputs = {
-            sequence.seq_id: OutputState(
-                index, sequence, model.tokenizer, model.eos_token_ids, model.plan.max_model_len
-            )
-            for index, sequence in enumerate(sequences)
-        }
-        self._num_unfinished = len(self._outputs)
-        self._chunks: list[CompletionChunk] = []
+        self.outputs = tuple(
+            [
+                OutputState(index, sequence, model.tokenizer, model.eos_token_ids, model.plan.max_model_len)
+                for index, sequence in enumerate(sequences)
+            ]
+        )
+        self.num_unfinished = len(self.outputs)
+        self._chunks: tuple[CompletionChunk, ...] = ()
         self._prompt_logprobs: dict[int, TokenLogprobs] | None = None if params.prompt_logprobs is None else {}
         self._embedding: NDArray[np.float32] | None = None
         num_prompt_tokens = sequences[0].num_prompt_tokens
         self._metrics = RequestMetrics(
             arrival_s=arrival_s, num_prompt_tokens=num_prompt_tokens, num_outputs=len(sequences)
         )
-
-    @property
-    def is_finished(self) -> bool:
-        return self._num_unfinished == 0
-
-    def sequence(self, seq_id: int) -> Sequence:
-        return self._outputs[seq_id].sequence
 
     def mark_scheduled(self, now_s: float) -> bool:
         """True the first time."""
@@ -58,61 +64,60 @@ class RequestState:
             self._metrics.scheduled_s = now_s
         return is_first
 
-    def append(self, token: SampledToken, now_s: float, *, is_complete: bool = False) -> FinishReason | None:
-        """Take a token of one output; the reason if that output has ended. is_complete: nothing may follow it."""
-        chunk = self._outputs[token.seq_id].append(token, now_s, is_complete=is_complete)
-        if self._metrics.first_token_s is None:
+    def append(self, output: OutputState, token: SampledToken, now_s: float, *, is_complete: bool = False) -> None:
+        """Take a token of one output. is_complete: nothing may follow it."""
+        chunk = output.append(token, now_s, is_complete=is_complete)
+        self._chunks += (chunk,)
+        if chunk.itl_s is None and self._metrics.first_token_s is None:
             self._metrics.first_token_s = now_s
             chunk.ttft_s = self._metrics.ttft_s
-        self._chunks.append(chunk)
-        if chunk.finish_reason is None:
-            return None
-        self._num_unfinished -= 1
-        return FinishReason(chunk.finish_reason)
+        if chunk.finish_reason is not None:
+            self.num_unfinished -= 1
 
-    def take_embedding(self, found: Embedding) -> None:
+    def take_embedding(self, output: OutputState, found: Embedding) -> None:
         """The prompt has been pooled, which is all that was asked for."""
         self._embedding = np.frombuffer(found.values, dtype=np.float32).copy()
-        self._chunks.append(self._outputs[found.seq_id].stop())
-        self._num_unfinished -= 1
+        self._chunks += (output.stop(),)
+        self.num_unfinished -= 1
 
-    def fail(self, seq_id: int, error: str) -> None:
-        self._chunks.append(self._outputs[seq_id].fail(error))
-        self._num_unfinished -= 1
+    def fail(self, output: OutputState, error: str) -> None:
+        self._chunks += (output.fail(error),)
+        self.num_unfinished -= 1
 
     def fail_unfinished(self, error: str) -> None:
-        for seq_id, state in self._outputs.items():
-            if state.output.finish_reason is None:
-                self.fail(seq_id, error)
+        for output in self.outputs:
+            if output.finish_reason is None:
+                self.fail(output, error)
 
     def abort(self) -> None:
-        for state in self._outputs.values():
-            if state.output.finish_reason is None:
-                state.abort()
-        self._num_unfinished = 0
+        for output in self.outputs:
+            if output.finish_reason is None:
+                output.abort()
+        self.num_unfinished = 0
 
     def add_prompt_logprobs(self, found: PromptLogprobs) -> None:
         """Keep the first output's: siblings share the prompt. A preempted prompt brings the same rows again."""
-        if self._prompt_logprobs is not None and found.seq_id == self.sequences[0].seq_id:
+        if self._prompt_logprobs is not None and found.seq_id == self.outputs[0].sequence.seq_id:
             for position, row in enumerate(found.rows, start=found.start):
                 self._prompt_logprobs[position] = decode_logprobs(row, self._tokenizer)
 
     def take_chunks(self) -> tuple[CompletionChunk, ...]:
-        chunks, self._chunks = tuple(self._chunks), []
+        chunks, self._chunks = self._chunks, ()
         return chunks
 
     def finish(self, *, now_s: float) -> RequestOutput:
         metrics = self._metrics
         metrics.finished_s = now_s
-        metrics.num_completion_tokens = sum(len(state.output.token_ids) for state in self._outputs.values())
-        metrics.num_cached_tokens = self.sequences[0].num_cached_tokens
-        metrics.num_preemptions = sum(sequence.num_preemptions for sequence in self.sequences)
-        prompt_token_ids = list(self.sequences[0].prompt_token_ids)
+        metrics.num_completion_tokens = sum(len(output.output.token_ids) for output in self.outputs)
+        sequences = [output.sequence for output in self.outputs]
+        metrics.num_cached_tokens = sequences[0].num_cached_tokens
+        metrics.num_preemptions = sum(sequence.num_preemptions for sequence in sequences)
+        prompt_token_ids = list(sequences[0].prompt_token_ids)
         return RequestOutput(
             request_id=self.request_id,
             prompt=self._prompt,
             prompt_token_ids=prompt_token_ids,
-            outputs=[state.output for state in self._outputs.values()],
+            outputs=[output.output for output in self.outputs],
             metrics=metrics,
             prompt_logprobs=self._all_prompt_logprobs(len(prompt_token_ids)),
             embedding=self._embedding,
