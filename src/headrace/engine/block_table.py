@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 class BlockTable:
     """Block ids in order. `ids` is a view: each `extend` and `clear` makes another one, and the old one invalid."""
 
+    __slots__ = ("_buffer", "ids")
+
     def __init__(self) -> None:
         self._buffer = np.empty(16, dtype=np.int32)
         self.ids: NDArray[np.int32] = self._buffer[:0]

@@ -11,7 +11,7 @@ several times faster than torch's on a CPU. Logits on a GPU come to the host for
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,7 +26,7 @@ from headrace.engine.random_stream import uniform_at
 from headrace.errors import KernelError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingRow:
     """What the sampler needs of the sequence behind one row of logits.
 
@@ -43,15 +43,18 @@ class SamplingRow:
     eos_token_ids: Collection[int] = ()
     mask: bytes | None = None
     has_penalties: bool = field(init=False, repr=False)
-    _is_plain: bool = field(init=False, repr=False)
-    """Greedy, and nothing that changes logits but perhaps min_tokens. Known once, asked at every token."""
+    is_plain: bool = field(init=False, repr=False)
+    """Greedy, and nothing ever changes logits. Known once, asked at every token."""
+    _is_plain_in_time: bool = field(init=False, repr=False)
+    """So it is as soon as there are min_tokens."""
 
     def __post_init__(self) -> None:
         params = self.params
         changes_always = bool(params.logit_bias) or params.has_penalties or self.mask is not None
-        is_plain = params.is_greedy and params.logprobs is None and not changes_always
+        is_plain_in_time = params.is_greedy and params.logprobs is None and not changes_always
         object.__setattr__(self, "has_penalties", params.has_penalties)
-        object.__setattr__(self, "_is_plain", is_plain)
+        object.__setattr__(self, "is_plain", is_plain_in_time and not params.min_tokens)
+        object.__setattr__(self, "_is_plain_in_time", is_plain_in_time)
 
     @property
     def must_continue(self) -> bool:
@@ -69,7 +72,7 @@ class SamplingRow:
     @property
     def takes_largest(self) -> bool:
         """Nothing is needed but the largest raw logit."""
-        return self._is_plain and len(self.output_token_ids) >= self.params.min_tokens
+        return self._is_plain_in_time and len(self.output_token_ids) >= self.params.min_tokens
 
 
 class SampleOutcome(NamedTuple):
@@ -110,9 +113,12 @@ class Sampler:
         if largest is not None:
             largest = on_host(largest)
         if largest is not None and not self._counts:
-            found = zip(rows, largest.token_ids.tolist(), largest.logits.tolist(), strict=True)
-            plain = [SampledToken(row.seq_id, i) for row, i, logit in found if row.takes_largest and isfinite(logit)]
-            if len(plain) == len(rows):
+            plain = []
+            for row, token_id, logit in zip(rows, largest.token_ids, largest.logits, strict=True):
+                if not row.is_plain or not -inf < logit < inf:
+                    break
+                plain.append(SampledToken(row.seq_id, int(token_id)))
+            else:
                 return SampleOutcome(tuple(plain), {})
         return self._sample_host(HostLogits(logits), rows, largest)
 

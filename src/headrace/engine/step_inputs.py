@@ -53,40 +53,36 @@ class StepInputs:
 
     def fill(self, rows: Sequence[Row], num_rows: int) -> None:
         """Write a step's sequences, at most num_rows, and make the rows up to there stand for nobody."""
-        if self.arrays.is_staged:
-            self.arrays.wait_until_sent()
-        has_new_table = self._write(rows)
+        arrays, share = self.arrays, self._share
+        if arrays.is_staged:
+            arrays.wait_until_sent()
+        size, tables, has_new_table = self._block_size, self._written_tables, False
+        for i, (token_ids, position, block_table) in enumerate(rows):
+            if tables[i] is not block_table:
+                self._write_table(i, block_table)
+                tables[i] = block_table
+                has_new_table = True
+            self._input_ids[i] = token_ids[0]
+            self._positions[i] = position
+            self._context_lens[i] = position + 1
+            if share is None:
+                slot = self._block_tables[i, position // size] * size + position % size
+            else:
+                slot = self._local_slot(share, block_table.item(position // size), position % size)
+            self._slot_mapping[i] = slot
         if len(rows) < num_rows:
             self._pad(len(rows), num_rows)
-        if not self.arrays.is_staged:
+        if not arrays.is_staged:
             return
         if has_new_table:
-            self.arrays.send(until="block_tables", num_rows=num_rows)
+            arrays.send(until="block_tables", num_rows=num_rows)
         else:
-            self.arrays.send(until=self._first_table)
+            arrays.send(until=self._first_table)
 
     def batch(self, num_rows: int) -> ForwardBatch:
         """The first rows of what was filled in, wherever that is done later."""
         parts = {name: array[:num_rows] for name, array in self.arrays.device.items()}
         return ForwardBatch(**(parts | {"cu_seqlens_q": self.arrays.device["cu_seqlens_q"][: num_rows + 1]}))
-
-    def _write(self, rows: Sequence[Row]) -> bool:
-        """Whether a block table is another than the row had."""
-        size, has_new_table = self._block_size, False
-        for i, (token_ids, position, block_table) in enumerate(rows):
-            if self._written_tables[i] is not block_table:
-                self._write_table(i, block_table)
-                self._written_tables[i] = block_table
-                has_new_table = True
-            self._input_ids[i] = token_ids[0]
-            self._positions[i] = position
-            self._context_lens[i] = position + 1
-            if self._share is None:
-                slot = self._block_tables[i, position // size] * size + position % size
-            else:
-                slot = self._local_slot(self._share, block_table.item(position // size), position % size)
-            self._slot_mapping[i] = slot
-        return has_new_table
 
     def _pad(self, start: int, stop: int) -> None:
         """Their tables hold what they held, which nothing reads."""

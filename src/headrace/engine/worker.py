@@ -22,6 +22,7 @@ from headrace.engine.pooler import Pooler, PoolingRows
 from headrace.engine.prompt_scores import num_rows_of_parts, score_prompt
 from headrace.engine.rank_exchanges import RankExchanges
 from headrace.engine.rank_statistics import RankStatistics
+from headrace.engine.rows import Row
 from headrace.engine.runner import ModelRunner
 from headrace.engine.sampler import Sampler, SamplingRow
 from headrace.engine.sharded_sampler import ShardedSampler
@@ -179,14 +180,14 @@ class Worker:
         return result
 
     def _run_checked(self, plan: StepPlan) -> StepResult:
-        sampling = self._sampling_rows(plan) if self._runner.has_head else []
+        rows, sampling = self._rows(plan)
         if self._exchanges is None:
-            return self._run(plan, sampling)
+            return self._run(plan, rows, sampling)
         check, reserve = self._exchanges.check, self._exchanges.reserve
         phase = _phase_of(plan)
         self._set_phase(phase)
         check.begin_step(self._events(check, plan, phase, sampling))
-        result = self._run(plan, sampling)
+        result = self._run(plan, rows, sampling)
         check.end_step(self.fallback_rows)
         # Sampling may have needed it.
         reserve.restore()
@@ -206,23 +207,27 @@ class Worker:
         num_logits_rows = runner.num_logits_rows(num_tokens, num_seqs, len(sampling))
         return check.events(phase, runner.num_rows(num_tokens, num_seqs), prompt_rows, sampling, num_logits_rows)
 
-    def _sampling_rows(self, plan: StepPlan) -> list[SamplingRow]:
-        """Of the chunks that sample, in their order."""
-        masks = dict(plan.masks)
-        rows = []
+    def _rows(self, plan: StepPlan) -> tuple[list[Row], list[SamplingRow]]:
+        """Of all chunks, and, where there are logits, of those that sample, in their order."""
+        rows: list[Row] = []
+        sampling: list[SamplingRow] = []
+        sequences, has_head = self._sequences, self._runner.has_head
         for chunk in plan.chunks:
-            if chunk.samples:
-                row, mask = self._sequences[chunk.seq_id].sampling, masks.get(chunk.seq_id)
-                rows.append(row if mask is None else replace(row, mask=mask))
-        return rows
+            sequence = sequences[chunk.seq_id]
+            rows.append(sequence.row(chunk))
+            if chunk.samples and has_head:
+                sampling.append(sequence.sampling)
+        if plan.masks:
+            masks = dict(plan.masks)
+            sampling = [replace(row, mask=masks[row.seq_id]) if row.seq_id in masks else row for row in sampling]
+        return rows, sampling
 
-    def _run(self, plan: StepPlan, sampling: Sequence[SamplingRow]) -> StepResult:
-        rows = [self._sequences[chunk.seq_id].row(chunk) for chunk in plan.chunks]
+    def _run(self, plan: StepPlan, rows: Sequence[Row], sampling: Sequence[SamplingRow]) -> StepResult:
         if len(sampling) == len(rows) == plan.num_decode_tokens:
             # Each row is the last token of an output: no prompt is to be scored or pooled.
             logits, largest = self._runner.next_logits(rows)
-            outcome = self._sampler.sample(logits, sampling, largest)
-            return StepResult(outcome.sampled, (), outcome.failed)
+            sampled, failed = self._sampler.sample(logits, sampling, largest)
+            return StepResult(sampled, (), failed)
         hidden_states = self._runner.run(rows)
         if not self._runner.has_head:
             return StepResult(sampled=(), prompt_logprobs=(), failed={})

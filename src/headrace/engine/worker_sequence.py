@@ -18,6 +18,7 @@ class WorkerSequence:
     """
 
     new: NewSequence
+    num_prompt_tokens: int
     scores_prompt: bool
     output_token_ids: list[int]
     sampling: SamplingRow
@@ -36,6 +37,7 @@ class WorkerSequence:
         )
         return cls(
             new=new,
+            num_prompt_tokens=len(new.prompt_token_ids),
             scores_prompt=new.params.prompt_logprobs is not None,
             output_token_ids=output_token_ids,
             sampling=sampling,
@@ -43,14 +45,16 @@ class WorkerSequence:
 
     def row(self, chunk: ScheduledChunk) -> Row:
         """The chunk's tokens and the table that it lies in, brought up to date."""
-        if chunk.resets_blocks:
+        _, start, num_tokens, new_block_ids, resets_blocks, _ = chunk
+        if resets_blocks:
             self.block_table.clear()
-        if chunk.new_block_ids:
-            self.block_table.extend(chunk.new_block_ids)
-        return Row(self.tokens(chunk.start, chunk.start + chunk.num_tokens), chunk.start, self.block_table.ids)
-
-    def tokens(self, start: int, stop: int) -> Sequence[int]:
-        prompt = self.new.prompt_token_ids
-        if start >= len(prompt):
-            return self.output_token_ids[start - len(prompt) : stop - len(prompt)]
-        return (*prompt[start:stop], *self.output_token_ids[: max(stop - len(prompt), 0)])
+        if new_block_ids:
+            self.block_table.extend(new_block_ids)
+        num_prompt_tokens, stop = self.num_prompt_tokens, start + num_tokens
+        token_ids: Sequence[int]
+        if start >= num_prompt_tokens:
+            token_ids = self.output_token_ids[start - num_prompt_tokens : stop - num_prompt_tokens]
+        else:
+            output = self.output_token_ids[: max(stop - num_prompt_tokens, 0)]
+            token_ids = (*self.new.prompt_token_ids[start:stop], *output)
+        return Row(token_ids, start, self.block_table.ids)
