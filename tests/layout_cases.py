@@ -11,9 +11,9 @@ from checkpoints import RECIPES, Recipe, random_tokens
 from planned_run import assert_ledgers_as_predicted, record_plans
 
 from headrace import LLM, RequestOutput, SamplingParams
-from headrace.config import Device, ParallelConfig, Transport
+from headrace.config import Transport
+from headrace.config.settings import parallel_config
 from headrace.costs.exchanges import rules_of
-from headrace.engine.llm import _engine_config
 
 NUM_TOKENS = 24
 SHARED_PREFIX = random_tokens(24, seed=1)
@@ -101,11 +101,6 @@ def closing(llm: LLM) -> Iterator[LLM]:
         llm.close()
 
 
-def parallel_config(settings: dict[str, Any]) -> ParallelConfig:
-    fields = ParallelConfig.__dataclass_fields__
-    return _engine_config(None, Device.parse("cpu"), {k: v for k, v in settings.items() if k in fields}).parallel
-
-
 def assert_crowd(llm: LLM, subject: Subject, settings: dict[str, Any], transport: Transport) -> None:
     """All that can happen to a request happens, tokens are those of one process, bytes those predicted."""
     plans = record_plans(llm)
@@ -116,7 +111,7 @@ def assert_crowd(llm: LLM, subject: Subject, settings: dict[str, Any], transport
     assert any(0 < plan.num_decode_tokens < plan.num_tokens for plan in plans), "no step had prompts beside outputs"
     llm.engine.check_integrity()
     executor, model = llm.engine.model.executor, llm.engine.model.config
-    assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, parallel_config(settings), rules_of(transport))
+    assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, parallel_config(**settings), rules_of(transport))
 
 
 FAMILIES = tuple({recipe.architecture: recipe for recipe in reversed(RECIPES)}.values())[::-1]

@@ -17,7 +17,6 @@ from layout_cases import (
     as_prompts,
     closing,
     make_subject,
-    parallel_config,
     tokens_of,
 )
 from planned_run import assert_ledgers_as_predicted, record_plans
@@ -27,6 +26,7 @@ from thread_world import thread_llm
 
 from headrace import LLM
 from headrace.config import Transport
+from headrace.config.settings import parallel_config
 from headrace.costs.exchanges import rules_of
 from headrace.costs.sites import Phase
 from headrace.engine import decode_step, load_rank, start
@@ -190,7 +190,7 @@ def assert_replayed_run(llm: LLM, subject, settings) -> None:
     assert tokens_of(outputs) == [subject.tokens[i] for i in ORDER]
     executor, model = llm.engine.model.executor, llm.engine.model.config
     rules = rules_of(Transport.GLOO)
-    assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, parallel_config(settings), rules)
+    assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, parallel_config(**settings), rules)
 
 
 @pytest.mark.parametrize(

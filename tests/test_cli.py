@@ -23,7 +23,7 @@ from headrace.cli.conversation import Conversation
 from headrace.cli.info import _kernels_text
 from headrace.cli.interrupt import deferred_interrupt
 from headrace.cli.main import COMMANDS, main
-from headrace.cli.options import parse_bytes
+from headrace.cli.option_values import parse_bytes
 from headrace.cli.terminal import aligned, format_bytes, format_ms, has_color
 from headrace.engine import devices
 from headrace.engine.devices import Gpu, GpuFacts

@@ -10,13 +10,14 @@ import jsonschema_rs
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layout_cases import closing, parallel_config
+from layout_cases import closing
 from planned_run import assert_ledgers_as_predicted, record_plans
 from thread_world import thread_llm
 from tiny_model import write_tiny_model
 
 from headrace import LLM, SamplingParams
 from headrace.config import Transport
+from headrace.config.settings import parallel_config
 from headrace.costs.exchanges import rules_of
 from headrace.demo_model import demo_model_path
 from headrace.engine.plan import NewSequence, StepPlan
@@ -398,7 +399,7 @@ def test_ranks_give_the_tokens_of_one_process_and_the_bytes_predicted(tiny, expe
         for plan in plans:
             assert {seq_id for seq_id, _ in plan.masks} <= {chunk.seq_id for chunk in plan.chunks if chunk.samples}
         assert_ledgers_as_predicted(
-            executor.ledger_rows(), plans, model, parallel_config(settings), rules_of(Transport.GLOO)
+            executor.ledger_rows(), plans, model, parallel_config(**settings), rules_of(Transport.GLOO)
         )
 
 

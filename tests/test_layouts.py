@@ -20,7 +20,6 @@ from layout_cases import (
     assert_crowd,
     closing,
     make_subject,
-    parallel_config,
     tokens_of,
 )
 from planned_run import assert_ledgers_as_predicted, record_plans
@@ -28,6 +27,7 @@ from thread_world import thread_llm
 
 from headrace import LLM, SamplingParams, quantize
 from headrace.config import Transport
+from headrace.config.settings import parallel_config
 from headrace.costs.exchanges import rules_of
 
 RICHEST_LAYOUTS = ("tp4", "pp3", "tp2-pp2")
@@ -83,7 +83,7 @@ def test_bytes_of_sums_in_another_type(llama, dtype, sums):
             engine.model.executor.ledger_rows(),
             plans,
             engine.model.config,
-            parallel_config(settings),
+            parallel_config(**settings),
             rules_of(Transport.GLOO),
             activation_bytes=4 if dtype == "float32" else 2,
         )
@@ -126,7 +126,7 @@ def test_sampled_requests_give_the_tokens_of_one_process(llama, layout, literal)
             engine.model.executor.ledger_rows(),
             plans,
             engine.model.config,
-            parallel_config(settings),
+            parallel_config(**settings),
             rules_of(Transport.GLOO),
         )
 

@@ -22,13 +22,13 @@ from layout_cases import (
     assert_crowd,
     closing,
     make_subject,
-    parallel_config,
     tokens_of,
 )
 from planned_run import assert_ledgers_as_predicted, record_plans
 
 from headrace import LLM
 from headrace.config import Transport
+from headrace.config.settings import parallel_config
 from headrace.costs.exchanges import rules_of
 
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")
@@ -64,7 +64,7 @@ def test_every_family_on_ranks_of_a_launcher(subjects, tmp_path, request, layout
     asked = {"transport": transport.value, "cases": cases, "ports": free_ports(len(cases))}
     file = tmp_path / "asked.json"
     file.write_text(json.dumps(asked))
-    num_ranks = parallel_config(LAYOUTS[layout]).world_size
+    num_ranks = parallel_config(**LAYOUTS[layout]).world_size
     launch = mpiexec if transport is Transport.MPI else torchrun
     assert launch(num_ranks, file).split("\n") == [*(f"{name} {layout}" for name in names), ""]
 
@@ -137,4 +137,4 @@ def test_long_messages_of_processes(subjects):
         ledgers = engine.model.executor.ledger_rows()
         assert {row.algorithm for row in ledgers[0]} == {"direct", "two_shot"}
         rules = rules_of(Transport.SHM)
-        assert_ledgers_as_predicted(ledgers, plans, engine.model.config, parallel_config(settings), rules)
+        assert_ledgers_as_predicted(ledgers, plans, engine.model.config, parallel_config(**settings), rules)

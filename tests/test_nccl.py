@@ -17,7 +17,6 @@ from layout_cases import (
     as_prompts,
     closing,
     make_subject,
-    parallel_config,
     tokens_of,
 )
 from planned_run import assert_ledgers_as_predicted, record_plans
@@ -28,6 +27,7 @@ from torch._C._distributed_c10d import HashStore
 
 from headrace import LLM
 from headrace.config import AllReduceDtype, Device, EngineConfig, LoadConfig, ParallelConfig, Transport
+from headrace.config.settings import parallel_config
 from headrace.costs.exchanges import rules_of
 from headrace.costs.sites import Phase
 from headrace.engine.devices import Gpu, GpuFacts
@@ -446,14 +446,14 @@ RUNS = [
 @pytest.mark.parametrize(("layout", "how", "change_kernels"), RUNS)
 def test_an_engine_exchanges_what_is_predicted(llama, make_fabrics, layout, how, change_kernels) -> None:
     settings = CROWDED | LAYOUTS[layout] | how
-    fabrics = make_fabrics(parallel_config(settings).world_size)
+    fabrics = make_fabrics(parallel_config(**settings).world_size)
     llm = thread_llm(llama.folder, fabrics=fabrics, transport=Transport.NCCL, change_kernels=change_kernels, **settings)
     with closing(llm):
         plans = record_plans(llm)
         outputs = llm.generate(as_prompts(PROMPTS[i] for i in ORDER), GREEDY)
         assert tokens_of(outputs) == [llama.tokens[i] for i in ORDER]
         executor, model = llm.engine.model.executor, llm.engine.model.config
-        assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, parallel_config(settings), RULES)
+        assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, parallel_config(**settings), RULES)
         assert [worker.exchange_differences() for worker in executor.workers] == [[]] * len(fabrics)
 
 
@@ -468,7 +468,7 @@ def test_bytes_of_sums_in_another_type(llama, make_fabrics, dtype, sums) -> None
         llm.generate(as_prompts(PROMPTS), GREEDY)
         executor, model = llm.engine.model.executor, llm.engine.model.config
         num_bytes = 4 if dtype == "float32" else 2
-        config = parallel_config(settings)
+        config = parallel_config(**settings)
         assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, config, RULES, activation_bytes=num_bytes)
 
 
@@ -493,4 +493,4 @@ def test_sampled_requests(llama, make_fabrics) -> None:
         plans = record_plans(llm)
         assert sampled(llm) == expected
         executor, model = llm.engine.model.executor, llm.engine.model.config
-        assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, parallel_config(settings), RULES)
+        assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, parallel_config(**settings), RULES)

@@ -5,12 +5,13 @@ from datetime import timedelta
 import pytest
 import torch
 from checkpoints import BY_NAME
-from layout_cases import CROWDED, GREEDY, LAYOUTS, ORDER, PROMPTS, as_prompts, closing, parallel_config, tokens_of
+from layout_cases import CROWDED, GREEDY, LAYOUTS, ORDER, PROMPTS, as_prompts, closing, tokens_of
 from planned_run import assert_ledgers_as_predicted, record_plans
 from torch._C._distributed_c10d import HashStore
 
 from headrace import LLM
 from headrace.config import Transport
+from headrace.config.settings import parallel_config
 from headrace.costs.exchanges import rules_of
 from headrace.costs.sites import Phase
 from headrace.errors import RankError
@@ -106,7 +107,7 @@ def tokens(llama) -> list[list[int]]:
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "tp4", "tp2-pp2"])
 def test_ranks_exchange_what_is_predicted_and_give_the_tokens_of_one(llama, tokens, layout) -> None:
     settings = CROWDED | LAYOUTS[layout]
-    num_ranks = parallel_config(settings).world_size
+    num_ranks = parallel_config(**settings).world_size
     if num_ranks > NUM_GPUS:
         pytest.skip(f"{num_ranks} ranks need as many GPUs, and there are {NUM_GPUS}")
     with closing(LLM(str(llama), dtype="float32", device="cuda", **settings)) as llm:
@@ -117,4 +118,4 @@ def test_ranks_exchange_what_is_predicted_and_give_the_tokens_of_one(llama, toke
         assert tokens_of(outputs) == [tokens[i] for i in ORDER]
         if not llm.engine.model.kernels.pads_steps:
             rules = rules_of(Transport.NCCL)
-            assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, parallel_config(settings), rules)
+            assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, parallel_config(**settings), rules)

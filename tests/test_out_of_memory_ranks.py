@@ -6,11 +6,12 @@ import failing_rank
 import pytest
 from checkpoints import BY_NAME, random_tokens
 from failing_memory import Faults
-from layout_cases import CROWDED, LAYOUTS, closing, deep_enough, parallel_config
+from layout_cases import CROWDED, LAYOUTS, closing, deep_enough
 from thread_group import ThreadGroup
 from thread_world import thread_llm
 
 from headrace import LLM, RequestOutput, SamplingParams
+from headrace.config.settings import parallel_config
 from headrace.engine import load_rank, start
 from headrace.parallel.world import World
 
@@ -66,7 +67,7 @@ def assert_same(outputs: list[RequestOutput], expected: list[RequestOutput]) -> 
 def test_nothing_is_lost_wherever_memory_runs_out(folders, case) -> None:
     name, layout = CASES[case]
     settings = CROWDED | layout | {"num_blocks": 40}
-    faults = Faults(parallel_config(settings).world_size, period=101)
+    faults = Faults(parallel_config(**settings).world_size, period=101)
     with closing(thread_llm(folders(name), change_kernels=faults.kernels, **settings)) as llm:
         expected = run(llm)
         assert not faults.num_faults

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 from checkpoints import BY_NAME, HAS_NATIVE
-from layout_cases import CROWDED, GREEDY, LAYOUTS, MAX_MODEL_LEN, PROMPTS, as_prompts, closing, parallel_config
+from layout_cases import CROWDED, GREEDY, LAYOUTS, MAX_MODEL_LEN, PROMPTS, as_prompts, closing
 from planned_run import assert_ledgers_as_predicted, record_plans
 from thread_world import thread_llm
 
 from headrace import LLM, PoolingParams
 from headrace.config import Transport
+from headrace.config.settings import parallel_config
 from headrace.costs.exchanges import rules_of
 
 LAST, MEAN = PoolingParams(), PoolingParams(pooling="mean", normalize=False)
@@ -56,7 +57,7 @@ def test_embeddings_are_those_of_one_process_and_bytes_those_predicted(folders, 
         found, tokens = run(llm)
         executor, model = llm.engine.model.executor, llm.engine.model.config
         rules = rules_of(Transport.GLOO)
-        assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, parallel_config(layout), rules)
+        assert_ledgers_as_predicted(executor.ledger_rows(), plans, model, parallel_config(**layout), rules)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
     assert tokens == expected_tokens
 

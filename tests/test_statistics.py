@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from checkpoints import HAS_NATIVE
-from layout_cases import LAYOUTS, closing, parallel_config
+from layout_cases import LAYOUTS, closing
 from planned_run import record_plans, run_of
 from thread_world import thread_llm
 
 from headrace import LLM, SamplingParams
 from headrace.config import Transport
+from headrace.config.settings import parallel_config
 from headrace.costs.exchanges import Layout, rules_of
 from headrace.costs.volume import predict_run, totals_of
 from headrace.demo_model import demo_model_path
@@ -131,7 +132,7 @@ class TestExchanges:
             ledgers = llm.engine.model.executor.ledger_rows()
             model = llm.engine.model.config
         assert_predicted_as_counted(statistics)
-        parallel = parallel_config(LAYOUTS[layout])
+        parallel = parallel_config(**LAYOUTS[layout])
         rules = rules_of(Transport.GLOO)
         volume = Layout(model=model, parallel=parallel, activation_bytes=4, rules=rules)
         planned = predict_run(volume, run_of(plans, model.vocab_size, parallel.tensor_parallel_size))

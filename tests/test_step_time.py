@@ -9,7 +9,7 @@ import pytest
 
 from headrace import LLM, RequestOutput, SamplingParams
 from headrace.cli import serve
-from headrace.cli.options import engine_config
+from headrace.cli.model_options import engine_config
 from headrace.config.engine import SERVING_STEP_S
 from headrace.demo_model import demo_model_path
 from headrace.engine import engine as engine_module

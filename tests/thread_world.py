@@ -11,9 +11,9 @@ from typing import Any
 from thread_group import TIMEOUT_S, ThreadGroup, thread_groups
 
 from headrace import LLM
-from headrace.config import Device, Dtype, LoadConfig, ParallelConfig, Quantize, Transport
+from headrace.config import ParallelConfig, Transport
+from headrace.config.settings import engine_config
 from headrace.engine.engine import Engine
-from headrace.engine.llm import _engine_config
 from headrace.engine.load_rank import load_rank
 from headrace.engine.plan import StepPlan, StepResult
 from headrace.engine.rank_statistics import RankStatistics
@@ -130,9 +130,9 @@ def thread_llm(
     of_one_rank = {k: v for k, v in settings.items() if k not in ParallelConfig.__dataclass_fields__}
     llm = LLM(str(folder), dtype=dtype, quantize=quantize, device="cpu", **of_one_rank)
     model, fabric = llm.engine.model, ThreadFabric()
-    load = LoadConfig(model=str(folder), dtype=Dtype(dtype), quantize=Quantize(quantize or "none"))
     # Ranks in threads bring whole tensors to every sum, as gloo's do.
-    config = _engine_config(load, Device.parse("cpu"), settings | {"transport": transport.value})
+    settings |= {"dtype": dtype, "quantize": quantize or "none", "transport": transport.value}
+    config = engine_config(model=str(folder), device="cpu", **settings)
 
     agreement = ThreadAgreement(config.parallel.world_size)
 

@@ -15,7 +15,7 @@ from headrace.cli.bench_options import (
     resolve_settings,
 )
 from headrace.cli.environment import machine, versions
-from headrace.cli.options import add_model_options, engine_config
+from headrace.cli.model_options import add_model_options, engine_config
 from headrace.cli.progress_line import progress_line
 from headrace.cli.terminal import aligned, format_rate, is_watched
 from headrace.config import EngineConfig

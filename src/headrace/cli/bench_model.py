@@ -4,9 +4,11 @@ import argparse
 import json
 
 from headrace.cli.bench_options import ProtocolDefaults, add_protocol_options, check_positive, resolve_settings
-from headrace.cli.options import add_model_options, make_llm, parallel_config
+from headrace.cli.model_options import add_model_options, make_llm
+from headrace.cli.parallel_options import parallel_settings
 from headrace.cli.progress_line import progress_line
 from headrace.cli.terminal import is_watched
+from headrace.config.settings import parallel_config
 from headrace.demo_model import DEMO
 
 _DEFAULTS = ProtocolDefaults(
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         peak_memory_bytes=peak_memory_bytes,
         num_threads=args.num_threads,
         remarks=tuple(remarks),
-        parallel=parallel_config(args),
+        parallel=parallel_config(**parallel_settings(args)),
     )
     if args.json:
         print(json.dumps(report.to_json(), allow_nan=False))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.cli.bench_options import check_left_out
 from headrace.cli.environment import machine, versions
-from headrace.cli.options import add_model_options, engine_config
+from headrace.cli.model_options import add_model_options, engine_config
 from headrace.cli.progress_line import progress_line
 from headrace.cli.terminal import aligned, format_bytes
 from headrace.cli.text_input import read_texts

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli.options import add_model_options, engine_config
+from headrace.cli.model_options import add_model_options, engine_config
 from headrace.cli.terminal import aligned, is_watched, note
 from headrace.cli.text_input import read_texts
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from headrace.cli.conversation import Conversation, Message
 from headrace.cli.interrupt import deferred_interrupt
 from headrace.cli.line_input import LineInput
-from headrace.cli.options import add_model_options, add_sampling_options, make_llm, sampling_changes
+from headrace.cli.model_options import add_model_options, make_llm
 from headrace.cli.results import summary_line
+from headrace.cli.sampling_options import add_sampling_options, sampling_changes
 from headrace.cli.terminal import is_watched, note
 from headrace.cli.text_input import check_text
 from headrace.demo_model import DEMO

@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from headrace.cli.options import engine_config
+from headrace.cli.model_options import engine_config
 from headrace.errors import ParallelismError
 
 

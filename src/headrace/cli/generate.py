@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headrace.cli.form_options import add_form_options, form_changes
-from headrace.cli.options import add_model_options, add_sampling_options, make_llm, parse_token_ids, sampling_changes
+from headrace.cli.model_options import add_model_options, make_llm
+from headrace.cli.option_values import parse_token_ids
 from headrace.cli.results import summary, to_json
+from headrace.cli.sampling_options import add_sampling_options, sampling_changes
 from headrace.cli.terminal import bold, is_watched, note
 from headrace.cli.text_input import check_text, read_file
 from headrace.errors import ConfigError, RequestError

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from headrace.cli.environment import machine, versions
-from headrace.cli.options import add_model_options, engine_config
+from headrace.cli.model_options import add_model_options, engine_config
 from headrace.cli.terminal import aligned, bold, format_bytes, is_watched
 from headrace.config import Device
 

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headrace.cli.options import add_model_options, add_step_time_option, engine_config, parse_bytes
+from headrace.cli.model_options import add_model_options, add_step_time_option, engine_config
+from headrace.cli.option_values import parse_bytes
 from headrace.cli.terminal import is_watched
 from headrace.config.launched import launched_from
 from headrace.config.observability import LogFormat, ObservabilityConfig

@@ -7,7 +7,7 @@ from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli.options import add_model_options, make_llm
+from headrace.cli.model_options import add_model_options, make_llm
 from headrace.cli.terminal import is_watched, note
 from headrace.errors import ConfigError
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headrace.cli.options import add_model_options, engine_config, make_llm
+from headrace.cli.model_options import add_model_options, engine_config, make_llm
 from headrace.cli.terminal import is_watched
 from headrace.config import DeviceKind, EngineConfig, Transport
 from headrace.costs.exchanges import Layout, rules_of

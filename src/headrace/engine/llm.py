@@ -3,34 +3,19 @@
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
-from headrace.config import (
-    AllReduceDtype,
-    CacheConfig,
-    DataflowChoice,
-    Device,
-    Dtype,
-    EngineConfig,
-    KvCacheDtype,
-    KvSharding,
-    LoadConfig,
-    ParallelConfig,
-    PoolingParams,
-    Quantize,
-    SamplingParams,
-    SchedulerConfig,
-    Softmax,
-    Transport,
-)
+from headrace.config import PoolingParams, SamplingParams
+from headrace.config.settings import engine_config
+from headrace.engine.completion_stream import CompletionStream
 from headrace.engine.engine import Engine
 from headrace.engine.load import load_model
-from headrace.engine.outputs import CompletionChunk, RequestOutput, RequestUpdate
-from headrace.errors import ConfigError, RequestError, nearest_name
+from headrace.engine.outputs import RequestOutput, RequestUpdate
+from headrace.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -72,15 +57,17 @@ class LLM:
         require_tokenizer: bool = False,
         **settings: Any,
     ) -> None:
-        load = LoadConfig(
+        config = engine_config(
             model=str(model),
             revision=revision,
-            dtype=_member(Dtype, "dtype", dtype),
-            quantize=_member(Quantize, "quantize", quantize or "none"),
+            dtype=dtype,
+            quantize=quantize or "none",
+            device=device,
             show_progress=show_progress,
             require_tokenizer=require_tokenizer,
+            **settings,
         )
-        self.engine = Engine(load_model(_engine_config(load, Device.parse(str(device)), settings)))
+        self.engine = Engine(load_model(config))
         for remark in self.engine.model.plan.remarks:
             logger.warning(remark)
         self._request_ids = count()
@@ -140,7 +127,7 @@ class LLM:
             raise RequestError(f"pooling_params are {params!r:.80}; give PoolingParams(...)")
         return self._run([(*self._encode(prompt), params) for prompt in _as_list(prompts)])
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "CompletionStream":
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> CompletionStream:
         """Complete one prompt, piece by piece."""
         return self._stream(*self._encode(prompt), sampling_params)
 
@@ -150,7 +137,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> "CompletionStream":
+    ) -> CompletionStream:
         """Answer one conversation, piece by piece."""
         text = self.chat_prompt(messages, tools=tools)
         return self._stream(*self._encode(text, add_special_tokens=False), sampling_params)
@@ -227,7 +214,7 @@ class LLM:
                 self._stop(request_id)
         return [outputs[request_id] for request_id in ids]
 
-    def _stream(self, token_ids: Any, prompt: str | None, params: SamplingParams | None) -> "CompletionStream":
+    def _stream(self, token_ids: Any, prompt: str | None, params: SamplingParams | None) -> CompletionStream:
         [(_, params)] = self._pairs([prompt], params)
         request_id = self._next_id()
         self.engine.add_request(request_id, token_ids, params, prompt)
@@ -265,98 +252,5 @@ class LLM:
         return f"request-{next(self._request_ids)}"
 
 
-class CompletionStream:
-    """Chunks of one request as they come; `output` is the whole result once the stream has ended.
-
-        with llm.stream("Hello") as stream:
-            for chunk in stream:
-                print(chunk.text, end="", flush=True)
-
-    Leaving early (`close`, or the end of the `with`) stops the request and keeps what it has so far in `output`.
-    Streams of one LLM may be read in turn: a step that one of them asks for moves them all on.
-    """
-
-    def __init__(self, *, step: Callable[[], bool], stop: Callable[[], RequestUpdate | None]) -> None:
-        self.output: RequestOutput | None = None
-        self._step, self._stop = step, stop
-        self._is_ended = False
-        self._chunks: deque[CompletionChunk] = deque()
-
-    def __iter__(self) -> Iterator[CompletionChunk]:
-        while not self.is_finished:
-            yield from self.advance()
-
-    @property
-    def is_finished(self) -> bool:
-        """Every chunk has been handed out."""
-        return self._is_ended and not self._chunks
-
-    def advance(self) -> list[CompletionChunk]:
-        """Chunks that wait, or those of one more step, which may be none: a long prompt takes many steps.
-
-        For readers who must look up between steps, to stop for Ctrl-C say.
-        """
-        if not self._chunks and not self._is_ended:
-            self._is_ended = not self._step()
-        chunks = list(self._chunks)
-        self._chunks.clear()
-        return chunks
-
-    def listen(self, update: RequestUpdate) -> None:
-        self._chunks.extend(update.chunks)
-        self.output = update.finished
-        self._is_ended = update.finished is not None
-
-    def close(self) -> None:
-        """Stop the request, unless it has ended, and keep what it has so far."""
-        if not self._is_ended:
-            self._is_ended = True
-            update = self._stop()
-            self.output = update.finished if update else None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _engine_config(load: LoadConfig, device: Device, settings: dict[str, Any]) -> EngineConfig:
-    """Hand each setting to the config that has a field of its name."""
-    cache_fields, scheduler_fields = CacheConfig.__dataclass_fields__, SchedulerConfig.__dataclass_fields__
-    parallel_fields = ParallelConfig.__dataclass_fields__
-    own = {"num_threads", "graphs", "graph_budget_s"}
-    allowed = {*cache_fields, *scheduler_fields, *parallel_fields, *own, "dataflow", "softmax"}
-    for name in settings:
-        if name not in allowed:
-            raise ConfigError(f"LLM has no setting '{name}'; {nearest_name(name, allowed)}")
-    kinds = {
-        "kv_cache_dtype": KvCacheDtype,
-        "transport": Transport,
-        "all_reduce_dtype": AllReduceDtype,
-        "kv_sharding": KvSharding,
-    }
-    settings = settings | {k: _member(kind, k, settings[k]) for k, kind in kinds.items() if k in settings}
-    if settings.get("pipeline_layers") is not None:
-        settings["pipeline_layers"] = tuple(settings["pipeline_layers"])
-    return EngineConfig(
-        load=load,
-        cache=CacheConfig(**{k: v for k, v in settings.items() if k in cache_fields}),
-        scheduler=SchedulerConfig(**{k: v for k, v in settings.items() if k in scheduler_fields}),
-        parallel=ParallelConfig(**{k: v for k, v in settings.items() if k in parallel_fields}),
-        softmax=_member(Softmax, "softmax", settings.get("softmax", EngineConfig.softmax.value)),
-        dataflow=_member(DataflowChoice, "dataflow", settings.get("dataflow", EngineConfig.dataflow.value)),
-        device=device,
-        **{k: v for k, v in settings.items() if k in own},
-    )
-
-
 def _as_list(prompts: Any) -> list[Any]:
     return [prompts] if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) else list(prompts)
-
-
-def _member(kind: Any, name: str, value: str) -> Any:
-    allowed = [member.value for member in kind]
-    if value not in allowed:
-        raise ConfigError(f"{name} is '{value}'; {nearest_name(str(value), allowed)}")
-    return kind(value)
