@@ -13,7 +13,8 @@ from headrace.config import DataflowChoice, WeightFormat
 from headrace.engine import tune
 from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.kernels import KernelChoice, resolve_kernels
-from headrace.kernels.dataflow import Dataflow, Rotation
+from headrace.kernels.dataflow import Dataflow
+from headrace.kernels.linear_machine import Rotation
 from headrace.kernels.tuning import LINEAR, Inflections, LinearArm, LinearShape, Tiles, TunedShape
 from headrace.kernels.tuning_cache import DeviceTuningKey, TuningCache
 from headrace.kernels.weights import DenseWeight

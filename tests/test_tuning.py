@@ -16,7 +16,8 @@ from headrace.engine import tune
 from headrace.engine.tune import LinearWeights, prepare_dataflow
 from headrace.errors import ConfigError
 from headrace.kernels import KernelChoice, resolve_kernels
-from headrace.kernels.dataflow import DEFAULT_INFLECTIONS, Dataflow
+from headrace.kernels.dataflow import Dataflow
+from headrace.kernels.linear_machine import DEFAULT_INFLECTIONS
 from headrace.kernels.tuning import LINEAR, Inflections, LinearArm, LinearShape, TunedShape, find_inflections
 from headrace.kernels.tuning_cache import TuningCache, TuningKey, default_folder
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from headrace.kernels.capturing import capturing
-from headrace.kernels.dataflow import CpuMachine, Rotation, Stopwatch
+from headrace.kernels.linear_machine import CpuMachine, Rotation, Stopwatch
 from headrace.kernels.mixture_tuning import ExpertLaunch, MixtureShape
 from headrace.kernels.triton.expert_tiles import MOST_PAIRS, expert_tile_choices
 from headrace.kernels.triton.limits import device_limits
