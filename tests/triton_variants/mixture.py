@@ -8,8 +8,9 @@ import triton.language as tl
 from headrace.config import WeightFormat
 from headrace.kernels.mixture_tuning import ExpertLaunch, ExpertMatrix, MixtureShape
 from headrace.kernels.triton.expert_tiles import expert_tile_choices
+from headrace.kernels.triton.expert_weights import WeightKind
 from headrace.kernels.triton.limits import H100
-from headrace.kernels.triton.mixture import experts_down_kernel, experts_up_kernel, weighted_sum_kernel
+from headrace.kernels.triton.mixture_kernels import experts_down_kernel, experts_up_kernel, weighted_sum_kernel
 from headrace.kernels.triton.routing import group_kernel, route_kernel
 from triton_variants import Variant
 
@@ -60,11 +61,7 @@ def _experts(
         tiles.num_warps,
         out="*bf16" if is_up else "*fp32",
         **constants,
-        DTYPE=tl.bfloat16,
-        DOT_DTYPE=tl.bfloat16,
-        NUM_BITS=num_bits,
-        IS_ALIGNED=True,
-        IS_PTX=is_ptx,
+        WEIGHT=WeightKind(dtype=tl.bfloat16, dot_dtype=tl.bfloat16, num_bits=num_bits, is_aligned=True, is_ptx=is_ptx),
         BLOCK_EXPERTS=8,
         BLOCK_M=rows,
         BLOCK_N=tiles.block_n,

@@ -1,6 +1,7 @@
 """The weights of a mixture's experts, where they are: tables of addresses on the device, and products with tiles."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,26 +34,49 @@ class WeightTable:
     row_scales: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightKind:
+    """What products are compiled for.
+
+    dtype: of dense weights, and of results; dot_dtype: what is multiplied.
+    num_bits, is_aligned: as in `WeightTable`.
+    """
+
+    dtype: tl.dtype
+    dot_dtype: tl.dtype
+    num_bits: int
+    is_aligned: bool
+    is_ptx: bool
+
+
+class Matrix(NamedTuple):
+    """One expert's, [num_rows, num_columns]."""
+
+    values_address: Any
+    scales_address: Any
+    row_scales_address: Any
+    num_rows: Any
+    num_columns: Any
+
+
 @triton.jit
-def load_columns(
-    x_ptrs, is_row, begin, num_columns, DOT_DTYPE: tl.constexpr, NUM_BITS: tl.constexpr, SIZE: tl.constexpr
-):
+def load_columns(x_ptrs, is_row, begin, num_columns, WEIGHT: tl.constexpr, SIZE: tl.constexpr):
     """SIZE columns of some rows of x, transposed, zeros past their end: in pieces as `add_product` multiplies them."""
     pieces: tl.tuple
-    if NUM_BITS == 4:
+    if WEIGHT.num_bits == 4:
         pieces = (
-            _load_columns(x_ptrs, is_row, begin, num_columns, DOT_DTYPE, 16),
-            _load_columns(x_ptrs, is_row, begin + 16, num_columns, DOT_DTYPE, 16),
-            _load_columns(x_ptrs, is_row, begin + 32, num_columns, DOT_DTYPE, 16),
-            _load_columns(x_ptrs, is_row, begin + 48, num_columns, DOT_DTYPE, 16),
+            _load_columns(x_ptrs, is_row, begin, num_columns, WEIGHT.dot_dtype, 16),
+            _load_columns(x_ptrs, is_row, begin + 16, num_columns, WEIGHT.dot_dtype, 16),
+            _load_columns(x_ptrs, is_row, begin + 32, num_columns, WEIGHT.dot_dtype, 16),
+            _load_columns(x_ptrs, is_row, begin + 48, num_columns, WEIGHT.dot_dtype, 16),
         )
-    elif NUM_BITS == 8:
+    elif WEIGHT.num_bits == 8:
         pieces = (
-            _load_columns(x_ptrs, is_row, begin, num_columns, DOT_DTYPE, 32),
-            _load_columns(x_ptrs, is_row, begin + 32, num_columns, DOT_DTYPE, 32),
+            _load_columns(x_ptrs, is_row, begin, num_columns, WEIGHT.dot_dtype, 32),
+            _load_columns(x_ptrs, is_row, begin + 32, num_columns, WEIGHT.dot_dtype, 32),
         )
     else:
-        pieces = (_load_columns(x_ptrs, is_row, begin, num_columns, DOT_DTYPE, SIZE),)
+        pieces = (_load_columns(x_ptrs, is_row, begin, num_columns, WEIGHT.dot_dtype, SIZE),)
     return pieces
 
 
@@ -64,44 +88,30 @@ def _load_columns(x_ptrs, is_row, begin, num_columns, DOT_DTYPE: tl.constexpr, S
 
 
 @triton.jit
-def add_product(
-    out,
-    x,
-    values_address,
-    scales_address,
-    rows,
-    begin,
-    num_rows,
-    num_columns,
-    DTYPE: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
-    NUM_BITS: tl.constexpr,
-    IS_ALIGNED: tl.constexpr,
-    IS_PTX: tl.constexpr,
-    SCALES_SUMS: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """out + W x, of SIZE columns of one expert's matrix [num_rows, num_columns] from `begin` on, and x of them.
+def add_product(out, x, matrix, rows, begin, WEIGHT: tl.constexpr, SCALES_SUMS: tl.constexpr, SIZE: tl.constexpr):
+    """out + W x, of SIZE columns of one expert's matrix W from `begin` on, and x of them.
 
     Quantized, SIZE is 64. SCALES_SUMS: x is multiplied with exact integers, whose sums by group of 32 columns are then
     scaled (`blocked_flat_gemm`); else integers are, and rounded once, which pays where x has more than 32 rows. The
     scale of each row is left to `scale_rows`. Reads 16 bytes at a time where all rows begin at multiples.
     """
-    if NUM_BITS == 0:
+    if WEIGHT.num_bits == 0:
         columns = begin + tl.arange(0, SIZE)
-        is_inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-        w_ptr = _pointer(values_address, DTYPE, IS_ALIGNED)
-        w = tl.load(w_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :], mask=is_inside, other=0.0)
-        out = tl.dot(w.to(DOT_DTYPE), x[0], out, input_precision="ieee")
+        is_inside = (rows < matrix.num_rows)[:, None] & (columns < matrix.num_columns)[None, :]
+        w_ptr = _pointer(matrix.values_address, WEIGHT.dtype, WEIGHT.is_aligned)
+        w = tl.load(
+            w_ptr + rows.to(tl.int64)[:, None] * matrix.num_columns + columns[None, :], mask=is_inside, other=0.0
+        )
+        out = tl.dot(w.to(WEIGHT.dot_dtype), x[0], out, input_precision="ieee")
     else:
         # Blocks past the last one are another matrix's memory.
-        is_row = rows < tl.where(begin < num_columns, num_rows, 0)
-        place = (rows + begin // 64 * num_rows).to(tl.int64)
-        pair = tl.load(scales_address.to(tl.pointer_type(tl.int32)) + place, mask=is_row, other=0)
-        if NUM_BITS == 4:
-            words_ptr = _pointer(values_address, tl.int16, IS_ALIGNED) + place[:, None] * 16
+        is_row = rows < tl.where(begin < matrix.num_columns, matrix.num_rows, 0)
+        place = (rows + begin // 64 * matrix.num_rows).to(tl.int64)
+        pair = tl.load(matrix.scales_address.to(tl.pointer_type(tl.int32)) + place, mask=is_row, other=0)
+        if WEIGHT.num_bits == 4:
+            words_ptr = _pointer(matrix.values_address, tl.int16, WEIGHT.is_aligned) + place[:, None] * 16
             words = tl.load(words_ptr + tl.arange(0, 16)[None, :], mask=is_row[:, None], other=0)
-            q = unpack(words, DOT_DTYPE, IS_PTX)
+            q = unpack(words, WEIGHT.dot_dtype, WEIGHT.is_ptx)
             for group in tl.static_range(2):
                 scale = half(pair, group)[:, None]
                 if SCALES_SUMS:
@@ -109,29 +119,29 @@ def add_product(
                     sums = tl.dot(q[2 * group + 1], x[2 * group + 1], sums, input_precision="ieee")
                     out += sums * scale
                 else:
-                    w = (q[2 * group].to(tl.float32) * scale).to(DOT_DTYPE)
+                    w = (q[2 * group].to(tl.float32) * scale).to(WEIGHT.dot_dtype)
                     out = tl.dot(w, x[2 * group], out, input_precision="ieee")
-                    w = (q[2 * group + 1].to(tl.float32) * scale).to(DOT_DTYPE)
+                    w = (q[2 * group + 1].to(tl.float32) * scale).to(WEIGHT.dot_dtype)
                     out = tl.dot(w, x[2 * group + 1], out, input_precision="ieee")
         else:
-            bytes_ptr = _pointer(values_address, tl.int8, IS_ALIGNED) + place[:, None] * 64
+            bytes_ptr = _pointer(matrix.values_address, tl.int8, WEIGHT.is_aligned) + place[:, None] * 64
             for group in tl.static_range(2):
                 group_ptr = bytes_ptr + 32 * group + tl.arange(0, 32)[None, :]
                 q = tl.load(group_ptr, mask=is_row[:, None], other=0)
                 scale = half(pair, group)[:, None]
                 if SCALES_SUMS:
-                    out += tl.dot(q.to(DOT_DTYPE), x[group], input_precision="ieee") * scale
+                    out += tl.dot(q.to(WEIGHT.dot_dtype), x[group], input_precision="ieee") * scale
                 else:
-                    out = tl.dot((q.to(tl.float32) * scale).to(DOT_DTYPE), x[group], out, input_precision="ieee")
+                    out = tl.dot((q.to(tl.float32) * scale).to(WEIGHT.dot_dtype), x[group], out, input_precision="ieee")
     return out
 
 
 @triton.jit
-def scale_rows(out, row_scales_address, rows, num_rows, NUM_BITS: tl.constexpr):
+def scale_rows(out, matrix, rows, WEIGHT: tl.constexpr):
     """What `add_product` leaves to be done once."""
-    if NUM_BITS > 0:
-        row_scales_ptr = row_scales_address.to(tl.pointer_type(tl.float32))
-        out *= tl.load(row_scales_ptr + rows.to(tl.int64), mask=rows < num_rows, other=0.0)[:, None]
+    if WEIGHT.num_bits > 0:
+        row_scales_ptr = matrix.row_scales_address.to(tl.pointer_type(tl.float32))
+        out *= tl.load(row_scales_ptr + rows.to(tl.int64), mask=rows < matrix.num_rows, other=0.0)[:, None]
     return out
 
 
