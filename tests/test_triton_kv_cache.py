@@ -14,7 +14,8 @@ from headrace.errors import KernelError, ShapeError
 from headrace.kernels import NOT_STORED, AttentionShare, KvCacheSpec, reference
 from headrace.kernels.triton import kv_cache as gpu
 from headrace.kernels.triton.context_share import weigh_share
-from headrace.kernels.triton.rotary import rotary_store_kv_, rotary_table
+from headrace.kernels.triton.rotary import rotary_table
+from headrace.kernels.triton.rotary_store import rotary_store_kv_
 from headrace.kernels.triton.splits import max_num_splits, split_begin, split_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|All-NaN):RuntimeWarning")

@@ -14,7 +14,8 @@ from headrace.kernels.triton.attention_prefill import prefill_kernel
 from headrace.kernels.triton.attention_rows import UNALIGNED
 from headrace.kernels.triton.attention_tiles import DecodeShape, decode_tiles, prefill_tiles
 from headrace.kernels.triton.context_share import weigh_share_kernel
-from headrace.kernels.triton.rotary import rotary_store_kernel, rotary_table_kernel
+from headrace.kernels.triton.rotary import rotary_table_kernel
+from headrace.kernels.triton.rotary_store import StoredHeads, rotary_store_kernel
 from headrace.kernels.triton.softmax import ASYNCHRONIZED, LAZY, SYNCHRONIZED
 from triton_variants import Variant
 
@@ -114,15 +115,17 @@ def _store(cache: str, half: int, head_dim: int, *, interleaved: bool = False) -
         kernel=rotary_store_kernel,
         signature=_signature(rotary_store_kernel, cache),
         constexprs={
-            "NUM_HEADS": 32,
-            "NUM_KV_HEADS": 8,
-            "HEAD_DIM": head_dim,
-            "HALF": half,
-            "BLOCK_SIZE": 16,
-            "INTERLEAVED": interleaved,
-            "IS_INT8": cache == "i8",
+            "HEADS": StoredHeads(
+                num_heads=32,
+                num_kv_heads=8,
+                head_dim=head_dim,
+                half=half,
+                block_size=16,
+                interleaved=interleaved,
+                is_int8=cache == "i8",
+            ),
             "QUERY_PROGRAMS": 4 if half else 0,
-            "HEADS": 8,
+            "PROGRAM_HEADS": 8,
         },
         divisible=_DIVISIBLE,
         indivisible=_UNALIGNED,

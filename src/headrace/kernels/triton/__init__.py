@@ -23,7 +23,8 @@ from headrace.kernels.triton.linear import Linear
 from headrace.kernels.triton.machine_ops import MachineOps
 from headrace.kernels.triton.mixture import Mixture
 from headrace.kernels.triton.norm import add_, layer_norm, rms_norm
-from headrace.kernels.triton.rotary import rotary_store_kv_, rotary_table
+from headrace.kernels.triton.rotary import rotary_table
+from headrace.kernels.triton.rotary_store import rotary_store_kv_
 from headrace.kernels.triton.sampling import argmax, log_sum_exp, top_k
 from headrace.kernels.triton.weights import make_weight_builder, weight_num_bytes, weight_rows
 

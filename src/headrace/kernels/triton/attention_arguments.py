@@ -1,4 +1,7 @@
-"""What attention's kernels hand on to one another, in groups: constants that they are compiled for, and arguments."""
+"""What attention's kernels hand on to one another, in groups: constants that they are compiled for, and arguments.
+
+A launch passes constants as such a dataclass, and everything else one by one; kernels put the groups together.
+"""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -17,7 +17,7 @@ from headrace.kernels.triton.attention_rows import NO_WINDOW
 from headrace.kernels.triton.attention_tiles import DecodeShape
 from headrace.kernels.triton.kv_cache import gpu_cache
 from headrace.kernels.triton.launch import is_interpreted
-from headrace.kernels.triton.rotary import QUERY_DTYPES, by_token
+from headrace.kernels.triton.rotary_store import QUERY_DTYPES, by_token
 from headrace.kernels.triton.softmax import SCHEMES
 from headrace.kernels.triton.splits import split_unit_tokens
 
