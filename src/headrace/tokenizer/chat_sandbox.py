@@ -8,30 +8,25 @@ taking the server's time and memory:
 - seconds: looked at between steps. No operation can be interrupted, but each is bounded by the characters.
 
 Steps and characters are exact, so that the same chat always passes or never does; the time limit is a last resort.
+Operators, filters and methods pay here; loops and macros by what `chat_metering` adds to them.
 """
 
 import json
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import datetime
-from typing import Any, cast
+from typing import Any
 
-from jinja2 import TemplateError, filters, nodes, pass_context, pass_eval_context
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
+from jinja2 import filters, nodes, pass_context, pass_eval_context
+from jinja2.ext import loopcontrols
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 1_000_000
-MAX_CHARACTERS = 2**27
-MAX_SECONDS = 10.0
-_MACRO_STEPS = 10
+from headrace.tokenizer.chat_budget import Budget, BudgetError
+from headrace.tokenizer.chat_globals import GenerationTag, PlainNamespace, make_dict, raise_exception, strftime_now
+from headrace.tokenizer.chat_metering import Instrument, Metered
+
 _ITEM_CHARACTERS = 256
 _MAX_WIDTH = 256
 _MAX_INTEGER_BITS = 4096
@@ -39,29 +34,6 @@ _MAX_POWER_BITS = 20
 # Not used by chat templates, and each can build a large text or loop from a small input.
 _DROPPED_FILTERS = ("center", "pprint", "random", "urlize", "wordwrap", "xmlattr")
 _GROWING_METHODS = ("center", "expandtabs", "format", "format_map", "join", "ljust", "rjust", "translate", "zfill")
-
-
-class BudgetError(Exception):
-    pass
-
-
-class Budget:
-    """What one rendering may still spend."""
-
-    def __init__(self) -> None:
-        self._steps = MAX_STEPS
-        self._characters = MAX_CHARACTERS
-        self._deadline = time.monotonic() + MAX_SECONDS
-
-    def spend(self, characters: int, steps: int = 0) -> None:
-        self._steps -= steps
-        self._characters -= characters
-        if self._steps < 0:
-            raise BudgetError(f"it takes more than {MAX_STEPS} loop iterations")
-        if self._characters < 0:
-            raise BudgetError(f"it builds more than {MAX_CHARACTERS} characters")
-        if time.monotonic() > self._deadline:
-            raise BudgetError(f"it takes more than {MAX_SECONDS:g} seconds")
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
@@ -73,16 +45,16 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=[_GenerationTag, loopcontrols],
+            extensions=[GenerationTag, loopcontrols],
             optimized=False,  # no constant is computed before there is a budget
             finalize=self._pay_for_output,
         )
         self._budget: ContextVar[Budget | None] = ContextVar("budget", default=None)
         self.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": _strftime_now,
-            "dict": _make_dict,
-            "namespace": _PlainNamespace,
+            "raise_exception": raise_exception,
+            "strftime_now": strftime_now,
+            "dict": make_dict,
+            "namespace": PlainNamespace,
         }
         self.globals.pop("lipsum")
         for name in _DROPPED_FILTERS:
@@ -107,7 +79,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
     def from_source(self, source: str) -> Any:
         """A compiled template whose loops and macros pay for each turn."""
-        tree = _Instrument().visit(self.parse(source))
+        tree = Instrument().visit(self.parse(source))
         return self.template_class.from_code(self, self.compile(tree), self.make_globals(None))
 
     def spend(self, characters: int, steps: int = 0) -> None:
@@ -127,9 +99,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             self.spend(_ITEM_CHARACTERS + (len(item) if isinstance(item, (str, bytes)) else 0))
         return value
 
-    def metered(self, values: Any, literal: int) -> "_Metered":
+    def metered(self, values: Any, literal: int) -> Metered:
         """What a loop runs over, each item at the price of a step and of the literal text in the loop."""
-        return _Metered(self, values, literal)
+        return Metered(self.spend, values, literal)
 
     @pass_context
     def _pay_for_output(self, _context: Context, value: Any) -> Any:
@@ -221,99 +193,6 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             raise BudgetError(f"it indents JSON by more than {_MAX_WIDTH} characters")
         self.spend_text(value)
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-class _Instrument(NodeTransformer):
-    """Makes each turn of a loop or macro pay for itself and its literal text, and `~` for what it builds.
-
-    The added calls reach the environment by a node that no template can spell, so that none can replace them.
-    """
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        args = [cast(nodes.Expr, node.iter), nodes.Const(_literal_length(node))]
-        node.iter = _call_environment("metered", args, node.lineno)
-        return self._pay_first(node) if node.recursive else node
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return self._pay_first(node)
-
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return self._pay_first(node)
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _call_environment("concat_checked", node.nodes, node.lineno)
-
-    def _pay_first(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
-        price: list[nodes.Expr] = [nodes.Const(_literal_length(node)), nodes.Const(_MACRO_STEPS)]
-        node.body.insert(0, nodes.ExprStmt(_call_environment("spend", price, node.lineno), lineno=node.lineno))
-        return node
-
-
-def _literal_length(node: nodes.Node) -> int:
-    return sum(len(text.data) for text in node.find_all(nodes.TemplateData))
-
-
-def _call_environment(name: str, args: list[nodes.Expr], lineno: int) -> nodes.Call:
-    return nodes.Call(nodes.EnvironmentAttribute(name), args, [], None, None, lineno=lineno)
-
-
-class _Metered:
-    """An iterable that pays for each item; as long as what it wraps, for `loop.length`."""
-
-    def __init__(self, environment: ChatEnvironment, values: Any, literal: int) -> None:
-        self._environment, self._values, self._literal = environment, values, literal
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __iter__(self) -> Iterator[Any]:
-        for value in self._values:
-            self._environment.spend(self._literal, steps=1)
-            yield value
-
-
-class _GenerationTag(Extension):
-    """{% generation %} ... {% endgeneration %}: marks the assistant's text for training; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012  # jinja2 declares it so
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _PlainNamespace(Namespace):
-    """A namespace without names that begin with an underscore, which jinja2 and Python read as their own."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # no `self`: it may be one of the names
-        Namespace.__init__(*args, **kwargs)
-        for name in dict(*args[1:], **kwargs):
-            _check_public(name)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_public(name)
-        super().__setitem__(name, value)
-
-
-def _check_public(name: Any) -> None:
-    if str(name).startswith("_"):
-        raise SecurityError(f"a namespace has no attribute '{name}'")
-
-
-def _strftime_now(format: str) -> str:  # noqa: A002  # templates may use the name
-    return datetime.now().strftime(format)
-
-
-def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
 
 
 def _length(value: Any) -> int:

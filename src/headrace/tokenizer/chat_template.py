@@ -8,7 +8,8 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from headrace.config.refusals import shown
 from headrace.errors import CheckpointError, RequestError, nearest_name
-from headrace.tokenizer.chat_sandbox import BudgetError, ChatEnvironment
+from headrace.tokenizer.chat_budget import BudgetError
+from headrace.tokenizer.chat_sandbox import ChatEnvironment
 from headrace.tokenizer.tokenizer_files import TokenizerConfig, read_json_object
 
 _DEFAULT, _TOOL_USE = "default", "tool_use"
