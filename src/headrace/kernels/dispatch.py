@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from functools import partial
 from importlib import import_module
@@ -98,33 +98,8 @@ class Kernels:
         return self.choices
 
 
-_OPS = (
-    "linear",
-    "embedding",
-    "rms_norm",
-    "layer_norm",
-    "rotary_table",
-    "rotary_store_kv_",
-    "add_",
-    "attention",
-    "attention_share",
-    "join_heads",
-    "weigh_share",
-    "make_kv_cache",
-    "kv_cache_num_bytes",
-    "read_kv",
-    "activation",
-    "gated_activation",
-    "mixture",
-    "argmax",
-    "log_sum_exp",
-    "top_k",
-    "quantize_rows",
-    "make_weight_builder",
-    "weight_num_bytes",
-    "weight_rows",
-    "record",
-)
+_OPS = tuple(field.name for field in fields(Kernels) if field.name in reference.__all__)
+"""What each implementation may provide: the reference defines every op."""
 
 
 def resolve_kernels(
