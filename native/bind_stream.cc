@@ -42,7 +42,9 @@ Tensor EmptyTensor(const Stream& stream, const std::vector<size_t>& shape, DType
 void DefineStream(nb::module_& m) {
   nb::class_<Graph>(m, "Graph")
       .def("launch", &Graph::Launch, Unlocked())
+      .def("__call__", &Graph::Launch, Unlocked())
       .def("launch_timed", &Graph::LaunchTimed, Unlocked())
+      .def("then", &Graph::Then, nb::arg("following"))
       .def_prop_ro("num_ops", &Graph::num_ops);
   nb::class_<Stream>(m, "Stream")
       .def(nb::init<>())

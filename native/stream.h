@@ -56,6 +56,12 @@ class Graph {
   }
   // Launches, and adds up seconds by name.
   std::map<std::string, double> LaunchTimed() const;
+  // What this graph does and then what `following` does, as one graph of the same arena.
+  std::unique_ptr<Graph> Then(const Graph& following) const {
+    auto both = std::make_unique<Graph>(*this);
+    both->ops_.insert(both->ops_.end(), following.ops_.begin(), following.ops_.end());
+    return both;
+  }
   size_t num_ops() const { return ops_.size(); }
   void Add(GraphOp op) { ops_.push_back(std::move(op)); }
 

@@ -1,7 +1,7 @@
 """What Python takes of a decode step: `python -m scripts.python_share --model MODEL --quantize int4`.
 
-A step's time less that of the two recordings it replays, layers and head. Medians over the steps of a round, and of the
-rounds the best and the middle one. Asking for the time costs some microseconds of it.
+A step's time less that of the recording it replays, layers and head in one. Medians over the steps of a round, and of
+the rounds the best and the middle one. Asking for the time costs some microseconds of it.
 """
 
 import argparse
@@ -37,12 +37,10 @@ class Replays:
         if not isinstance(executor, LocalExecutor):
             raise SystemExit("only steps of one process are replayed from the caller's own thread")
         step = executor.worker.decode_step
-        for recorded in (step._layers, step._heads):
-            entry = recorded[num_seqs]
-            if entry.recording.replay is None:
-                raise SystemExit(f"steps are not replayed: {entry.recording.obstacle}")
-            timed = replace(entry.recording, replay=self._timed(entry.recording.replay))
-            recorded[num_seqs] = replace(entry, recording=timed)  # type: ignore[type-var]
+        if num_seqs not in step._whole:
+            raise SystemExit(f"steps are not replayed: {step.obstacle}")
+        whole = step._whole[num_seqs]
+        step._whole[num_seqs] = whole._replace(replay=self._timed(whole.replay))
 
     def _timed(self, replay: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:

@@ -82,6 +82,22 @@ def test_logits_of_many_sizes_are_kept_within_bounds(runner, monkeypatch) -> Non
         assert kept <= 5
 
 
+def test_steps_from_rows_to_logits_in_one_go_outlive_no_recording(runner, monkeypatch) -> None:
+    """They are made of layers and heads, which are forgotten all at once, and heads one by one to make room."""
+    vocab_size = runner._decoder.config.vocab_size
+    monkeypatch.setattr(module, "_MAX_KEPT_LOGITS_BYTES", 5 * 4 * vocab_size)
+    for position, num_seqs in enumerate((1, 3, 3, 1, 1, 3, 2, 2, 3, 3, 2, 1, 1)):
+        expected = runner._decoder.compute_logits(runner.run(rows(num_seqs, position))).clone()
+        logits, largest = runner.next_logits(rows(num_seqs, position))
+        assert torch.equal(logits, expected)
+        assert list(largest.token_ids) == expected.argmax(1).tolist()
+        assert list(largest.logits) == expected.max(1).values.tolist()
+        if position == 8:
+            runner.decode_step.forget()
+            assert runner.decode_step.run_to_logits(rows(num_seqs, position)) is None
+        assert sum(runner.decode_step._whole) <= 5
+
+
 def test_a_head_that_torch_takes_part_in_is_not_replayed(runner) -> None:
     """Gemma 2 caps its logits in torch; its layers are replayed all the same."""
     runner._decoder.lm_head._soft_cap = 2.0

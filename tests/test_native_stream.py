@@ -57,6 +57,29 @@ def test_a_replay_equals_asking_op_by_op(num_rows, weight_format):
         assert torch.equal(out, expected)
 
 
+def test_joined_replays_do_what_both_do_in_their_order():
+    """Of two graphs one is made; a replay that is more than a graph, as one that counts, is called all the same."""
+    mlp, x = SmallMlp(), torch.randn(3, 32)
+    half_way, first = mlp.stream.record(lambda: mlp(x))
+    out, second = mlp.stream.record(lambda: mlp(half_way))
+    calls = []
+
+    def counted() -> None:
+        calls.append(1)
+        second.replay()
+
+    joined = cpu.join_replays(first.replay, second.replay)
+    del first
+    for replay in (joined, cpu.join_replays(joined, counted)):
+        x.copy_(torch.randn(3, 32))
+        expected = mlp(mlp(x))
+        out.fill_(torch.nan)
+        replay()
+        assert torch.equal(out, expected)
+    assert calls == [1]
+    assert cpu.join_replays(second.replay, second.replay).__self__.num_ops == 2 * second.num_ops
+
+
 def test_recorded_memory_is_reused_within_a_recording_and_between_recordings():
     mlp, x = SmallMlp(), torch.randn(8, 32)
     out, _first = mlp.stream.record(lambda: mlp(x))

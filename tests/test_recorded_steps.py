@@ -179,6 +179,17 @@ class TestStep:
             part = runner.run(self.rows(num_seqs, 0))
             torch.testing.assert_close(part, whole[:num_seqs], rtol=1e-3, atol=1e-3)
 
+    def test_a_size_that_ranks_have_given_up_runs_as_the_next_one(self, runner) -> None:
+        step, rows = runner.decode_step, self.rows(3, 0)
+        step.record(1e9)
+        expected = runner.next_logits(rows).logits.clone()
+        answers = iter((True, True, False))
+        assert step.record(1e9, all_agree=lambda _: next(answers)) == (1, 2, 4)
+        host = step.inputs.arrays.host
+        host["context_lens"][:] = 7
+        torch.testing.assert_close(runner.next_logits(rows).logits, expected, rtol=1e-3, atol=1e-3)
+        assert host["context_lens"].tolist() == [1, 1, 1, 0, 0]
+
     def test_nothing_but_what_was_sent_is_read(self, runner, monkeypatch) -> None:
         """Whatever the host holds is overwritten as soon as it is sent."""
         expected = [runner.run(self.rows(n, 2)).clone() for n in (2, 5, 3)]

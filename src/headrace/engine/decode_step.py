@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.batch import ForwardBatch
-from headrace.engine.logits import AnyLargest, DeviceLargest, Largest, Logits
+from headrace.engine.logits import DeviceLargest, Largest, Logits
 from headrace.engine.rows import Row
 from headrace.engine.step_inputs import StepInputs
 from headrace.engine.step_sizes import StepSizes
@@ -31,16 +32,33 @@ class _Layers:
 
 @dataclass(frozen=True, kw_only=True)
 class _Head:
-    """largest: of the last run's first rows."""
+    """Shapes: logits [num_rows, vocab_size]; token_ids and largest, of those [num_rows]"""
 
     recording: Recording
     logits: Tensor
-    largest: Callable[[int], AnyLargest]
+    token_ids: Tensor
+    largest: Tensor
+
+    def first(self, num_seqs: int) -> Logits:
+        """What each run leaves of the first rows, as views: torch's code has left the CPU's caches since the last step,
+        and a device is not waited for."""
+        logits, token_ids, largest = self.logits[:num_seqs], self.token_ids[:num_seqs], self.largest[:num_seqs]
+        if logits.is_cpu:
+            return Logits(logits, Largest(token_ids.numpy().data, largest.numpy().data))
+        return Logits(logits, DeviceLargest(token_ids, largest))
+
+
+class _WholeStep(NamedTuple):
+    """Layers and head of num_rows rows, and what each run leaves of them."""
+
+    num_rows: int
+    replay: Callable[[], None]
+    logits: Logits
 
 
 class DecodeStep:
-    """Runs decode steps on inputs that stay where they are, so that a step of a size met before can be replayed as two
-    calls, for layers and head, instead of being asked for op by op.
+    """Runs decode steps on inputs that stay where they are, so that a step of a size met before can be replayed
+    instead of being asked for op by op: layers and head each by a call, or by one where all rows are to be sampled.
 
     What a step computes for a sequence does not depend on whether it is replayed, nor on what else is in it.
 
@@ -63,6 +81,8 @@ class DecodeStep:
         self.sizes = sizes
         self._layers: dict[int, _Layers] = {}
         self._heads: dict[int, _Head] = {}
+        self._whole: dict[int, _WholeStep] = {}
+        """By number of sequences, those that have been run; made of layers and heads that are kept."""
         self._obstacle: str | None = None
         """Of steps that have no recording any more."""
         self._last: tuple[_Layers, Tensor, int] | None = None
@@ -81,6 +101,7 @@ class DecodeStep:
         """Record anew from now on: a recording keeps the implementations that were chosen when it was made."""
         self._layers.clear()
         self._heads.clear()
+        self._whole.clear()
         self._last = None
 
     def record(
@@ -109,6 +130,7 @@ class DecodeStep:
                 self._obstacle = self.obstacle or "another rank cannot record them"
                 break
             recorded.append(num_rows)
+        self._whole.clear()
         left = tuple(size for size in self.sizes.buckets if size not in recorded)
         if all_agree is not None and left:
             for num_rows in left:
@@ -148,16 +170,14 @@ class DecodeStep:
 
     def run_to_logits(self, rows: Sequence[Row]) -> Logits | None:
         """`logits` of `run`, in one go; None, and nothing done, where one of the two is not recorded."""
-        num_seqs, num_rows = len(rows), self.sizes.of(len(rows))
-        layers, head = self._layers.get(num_rows), self._heads.get(num_rows)
-        if layers is None or head is None or layers.recording.replay is None or head.recording.replay is None:
+        step = self._whole.get(len(rows)) or self._join(len(rows))
+        if step is None:
             return None
+        num_rows, replay, logits = step
         self.inputs.fill(rows, num_rows)
-        layers.recording.replay()
-        head.recording.replay()
         self._last = None
-        logits = head.logits if num_seqs == num_rows else head.logits[:num_seqs]
-        return Logits(logits, head.largest(num_seqs))
+        replay()
+        return logits
 
     def logits(self, hidden_states: Tensor) -> Logits | None:
         """Logits of what the last run returned, valid until the next one; None of anything that was not replayed."""
@@ -171,8 +191,18 @@ class DecodeStep:
             return None
         else:
             head.recording.replay()
-        logits = head.logits if num_seqs == layers.num_rows else head.logits[:num_seqs]
-        return Logits(logits, head.largest(num_seqs))
+        return head.first(num_seqs)
+
+    def _join(self, num_seqs: int) -> _WholeStep | None:
+        if num_seqs > self.sizes.largest:
+            return None
+        num_rows = self.sizes.of(num_seqs)
+        layers, head = self._layers.get(num_rows), self._heads.get(num_rows)
+        if layers is None or head is None or layers.recording.replay is None or head.recording.replay is None:
+            return None
+        replay = self._kernels.join_replays(layers.recording.replay, head.recording.replay)
+        step = self._whole[num_seqs] = _WholeStep(num_rows, replay, head.first(num_seqs))
+        return step
 
     def _record_size(self, num_rows: int) -> None:
         """Layers, and the head where there is one, of a step that stands for nobody."""
@@ -198,26 +228,16 @@ class DecodeStep:
         (logits, token_ids, largest), recording = self._kernels.record(run)
         if not self.sizes.buckets:
             self._make_room(logits.nbytes)
-        return _Head(recording=recording, logits=logits, largest=_reader(token_ids, largest))
+        return _Head(recording=recording, logits=logits, token_ids=token_ids, largest=largest)
 
     def _make_room(self, num_bytes: int) -> None:
         """Forget the heads recorded first until another one fits."""
+        self._whole.clear()
         kept = sum(head.logits.nbytes for head in self._heads.values())
         for num_rows in tuple(self._heads):
             if kept + num_bytes <= _MAX_KEPT_LOGITS_BYTES:
                 return
             kept -= self._heads.pop(num_rows).logits.nbytes
-
-
-def _reader(token_ids: Tensor, logits: Tensor) -> Callable[[int], AnyLargest]:
-    """Of the first rows of tensors that change with every run. Where steps are short, torch is not asked for anything:
-    its code has left the caches since the last one."""
-    if not token_ids.is_cpu:
-        return lambda num_rows: DeviceLargest(token_ids[:num_rows], logits[:num_rows])
-    whole, num_all = Largest(token_ids.numpy().data, logits.numpy().data), len(token_ids)
-    return lambda num_rows: (
-        whole if num_rows == num_all else Largest(whole.token_ids[:num_rows], whole.logits[:num_rows])
-    )
 
 
 def _no_largest(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,17 +47,14 @@ class ModelRunner:
             share=share,
             device=decoder.kernels.device,
         )
+        self.has_head = decoder.lm_head is not None
+        """The last stage computes logits; the others hand their hidden states on and keep none."""
         head = decoder.compute_logits if self.has_head else None
         self._decode_step = DecodeStep(decoder.kernels, self._forward, head, inputs, sizes)
 
     @property
     def decode_step(self) -> DecodeStep:
         return self._decode_step
-
-    @property
-    def has_head(self) -> bool:
-        """The last stage computes logits; the others hand their hidden states on and keep none."""
-        return self._decoder.lm_head is not None
 
     @property
     def kernels(self) -> Kernels:
@@ -93,8 +90,7 @@ class ModelRunner:
 
     def next_logits(self, rows: Sequence[Row]) -> Logits:
         """`logits` of `run`, for rows of one token each, all of them to be sampled."""
-        is_small = len(rows) <= self._decode_step.sizes.largest
-        replayed = self._decode_step.run_to_logits(rows) if is_small else None
+        replayed = self._decode_step.run_to_logits(rows)
         return self.logits(self.run(rows)) if replayed is None else replayed
 
     def logits(self, hidden_states: Tensor) -> Logits:

@@ -48,6 +48,7 @@ class Kernels:
 
     device: where tensors that ops read and write lie.
     pads_steps: what `record` makes is dear, so that decode steps are recorded for a few sizes, and padded to them.
+    join_replays: of two things that were recorded.
     dataflow, tuning_key: None where linear layers have one implementation only.
     prefill_library_obstacle: None where attention of prompts has one implementation only (`Dataflow`).
     stream: None where ops run in torch.
@@ -84,6 +85,7 @@ class Kernels:
     choices: tuple[OpChoice, ...]
     device: torch.device = _CPU
     pads_steps: bool = False
+    join_replays: ops.JoinReplaysOp = ops.call_in_turn
     dataflow: Dataflow | None = None
     tuning_key: TuningKeyMaker | None = None
     prefill_library_obstacle: ops.LibraryPrefillObstacle | None = None
@@ -229,6 +231,7 @@ def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> K
         set_num_threads=cpu.set_num_threads,
         softmax_schemes=tuple(SoftmaxScheme),
         choices=choices,
+        join_replays=cpu.join_replays,
         dataflow=dataflow,
         stream=stream,
         tuning_key=lambda num_threads: TuningKey(

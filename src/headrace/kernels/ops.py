@@ -235,6 +235,22 @@ class RecordOp(Protocol):
     def __call__(self, forward: Callable[[], T]) -> tuple[T, Recording]: ...
 
 
+class JoinReplaysOp(Protocol):
+    """Two replays, one after the other, as one call."""
+
+    def __call__(self, first: Callable[[], None], second: Callable[[], None], /) -> Callable[[], None]: ...
+
+
+def call_in_turn(first: Callable[[], None], second: Callable[[], None], /) -> Callable[[], None]:
+    """The `JoinReplaysOp` that knows nothing of what it joins."""
+
+    def replay() -> None:
+        first()
+        second()
+
+    return replay
+
+
 class NativeStream(Protocol):
     """What native ops are launched on: those that join ranks run, are recorded and are replayed among the others.
 

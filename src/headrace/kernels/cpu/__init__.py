@@ -18,7 +18,7 @@ from headrace.kernels.cpu.norm import Norm
 from headrace.kernels.cpu.packing import make_weight_builder, quantize_rows, weight_num_bytes, weight_rows
 from headrace.kernels.cpu.rotary import RotaryStoreKv, RotaryTable
 from headrace.kernels.cpu.sampling import Sampling
-from headrace.kernels.cpu.stream import Stream
+from headrace.kernels.cpu.stream import Stream, join_replays
 from headrace.kernels.cpu.targets import best_target, kernels_digest, set_num_threads, supported_targets
 from headrace.kernels.dataflow import Dataflow
 
@@ -36,6 +36,7 @@ __all__ = [
     "Sampling",
     "Stream",
     "best_target",
+    "join_replays",
     "kernels_digest",
     "kv_cache_num_bytes",
     "make_kv_cache",

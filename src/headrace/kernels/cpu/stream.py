@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headrace import _native
 from headrace.kernels.cpu.dtypes import DTYPES
-from headrace.kernels.ops import Recording, T
+from headrace.kernels.ops import Recording, T, call_in_turn
 
 
 class Stream:
@@ -37,8 +37,15 @@ class Stream:
         finally:
             graph = self.native.end_capture()
         if detector.found is None:
-            return out, Recording(replay=graph.launch, num_ops=graph.num_ops)
+            return out, Recording(replay=graph, num_ops=graph.num_ops)
         return out, Recording(obstacle=f"{detector.found} runs in torch between the kernels")
+
+
+def join_replays(first: Callable[[], None], second: Callable[[], None], /) -> Callable[[], None]:
+    """See `JoinReplaysOp`. Two graphs become one: coming back to Python in between costs as much as a small op."""
+    if isinstance(first, _native.Graph) and isinstance(second, _native.Graph):
+        return first.then(second).launch
+    return call_in_turn(first, second)
 
 
 class _ComputeDetector(TorchDispatchMode):  # type: ignore[no-untyped-call]
