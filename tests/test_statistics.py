@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain, count
 from types import SimpleNamespace
@@ -31,11 +30,6 @@ SETTINGS = {"num_threads": 1, "max_model_len": 256}
 GREEDY = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
 
 
-def set_clock(monkeypatch: pytest.MonkeyPatch, monotonic: Callable[[], float]) -> None:
-    for module in ("engine", "open_requests"):
-        monkeypatch.setattr(f"headrace.engine.{module}.time", SimpleNamespace(monotonic=monotonic))
-
-
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM(str(demo_model_path()), **SETTINGS)
@@ -46,7 +40,7 @@ class TestTimes:
         """Steps take 1, 2, 4, ... s by a clock that stands still otherwise. The second output waits a step for the
         first one's prompt."""
         clock = SimpleNamespace(now_s=0.0)
-        set_clock(monkeypatch, lambda: clock.now_s)
+        monkeypatch.setattr("headrace.engine.engine.time", SimpleNamespace(monotonic=lambda: clock.now_s))
         llm.engine.add_request("a", range(5, 25), replace(GREEDY, n=2))
         latencies_s: dict[int, list[float | None]] = {0: [], 1: []}
         first_s = []
@@ -90,7 +84,7 @@ class TestCounters:
 
     def test_time_is_split_into_computing_exchanging_and_waiting(self, llm, monkeypatch):
         clock = SimpleNamespace(now_s=100.0)
-        set_clock(monkeypatch, lambda: clock.now_s)
+        monkeypatch.setattr("headrace.engine.engine.time", SimpleNamespace(monotonic=lambda: clock.now_s))
         engine = Engine(llm.engine.model)
         execute = engine.model.executor.worker.execute
 

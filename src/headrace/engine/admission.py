@@ -1,4 +1,11 @@
-"""Prompts of a step: passes 2 and 3 of the scheduler. No tensors."""
+"""Prompts of a step: passes 2 and 3 of the scheduler. No tensors.
+
+Both passes share one room (`prompt_room`): each prompt gets all it needs as long as that fits. The first that does
+not, the long one, gets the rest, but for up to half of it, which goes to short prompts behind it, the shortest first:
+those with at most half as many tokens left. So a short prompt need not wait for a long one, and the long one, which is
+the oldest as soon as the older ones are done, gets at least half of what is there in every step. Who waits may overtake
+others who wait only if all of them could start at once: it takes from them nothing but room for tokens.
+"""
 
 from operator import itemgetter
 

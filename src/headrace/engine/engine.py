@@ -130,7 +130,7 @@ class Engine:
 
     def abort(self, request_id: str) -> RequestUpdate | None:
         """Drop a request in whatever state it is; None if it has already finished."""
-        update = self._requests.abort(request_id, self._scheduler)
+        update = self._requests.abort(request_id, self._scheduler, time.monotonic())
         if update is not None:
             self._pending.pop(request_id, None)
             self._drain_if_idle()
@@ -216,7 +216,7 @@ class Engine:
             self._counters.busy_s += time.monotonic() - start_s
 
     def _fail_all(self, error: str) -> None:
-        for update in self._requests.fail_all(error):
+        for update in self._requests.fail_all(error, time.monotonic()):
             self._keep(update)
         self._counters.num_preemptions += self._scheduler.num_preemptions
         self._start_afresh()
@@ -247,7 +247,8 @@ class Engine:
             if plan is None:
                 return
             if plan.new:
-                self._requests.mark_scheduled(plan, searches_cache=self.model.plan.cache.enable_prefix_caching)
+                searches_cache = self.model.plan.cache.enable_prefix_caching
+                self._requests.mark_scheduled(plan, time.monotonic(), searches_cache=searches_cache)
             plan = self._guides.masked(plan)
             executor.submit(plan)
             in_flight.append(plan)
@@ -264,7 +265,7 @@ class Engine:
         if self._pace is not None and start_s is not None:
             self._pace.record(plan.num_prefill_tokens, time.monotonic() - start_s)
         self._counters.count_step(plan)
-        return self._requests.take(plan, result, self._scheduler)
+        return self._requests.take(plan, result, self._scheduler, time.monotonic())
 
     def _ask_ranks(self, _start_s: float) -> tuple[list[RankStatistics], float]:
         """What they have counted, and the seconds that this one was in exchanges; steps in flight are collected."""
@@ -287,8 +288,8 @@ class Engine:
             self._is_last_try = True
             return []
         self._is_last_try = False
-        oldest = self._scheduler.oldest_running.seq_id
-        return [self._requests.update(self._requests.fail(oldest, reason, self._scheduler))]
+        failed = self._requests.fail(self._scheduler.oldest_running.seq_id, reason, self._scheduler)
+        return [self._requests.update(failed, time.monotonic())]
 
     def _undo_rest(self, _start_s: float) -> None:
         self._scheduler.undo(self._collect_rest())

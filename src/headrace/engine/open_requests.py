@@ -1,7 +1,5 @@
 """Requests from admission to their last update: what steps bring them, and what is reported of that."""
 
-import time
-
 from headrace.engine.engine_counters import EngineCounters
 from headrace.engine.guides import Guides
 from headrace.engine.output_state import OutputState
@@ -15,6 +13,8 @@ from headrace.engine.sequence import FinishReason
 class OpenRequests:
     """Owns the states of requests and tells the scheduler of sequences that have ended. Whatever comes back from the
     ranks of other sequences is of no interest any more.
+
+    now_s, everywhere: by the clock that requests arrived by.
     """
 
     def __init__(self, guides: Guides, counters: EngineCounters) -> None:
@@ -34,17 +34,16 @@ class OpenRequests:
         self._requests[request.request_id] = request
         self._by_sequence |= {output.sequence.seq_id: (request, output) for output in request.outputs}
 
-    def mark_scheduled(self, plan: StepPlan, *, searches_cache: bool) -> None:
+    def mark_scheduled(self, plan: StepPlan, now_s: float, *, searches_cache: bool) -> None:
         """Sequences that run for the first time. searches_cache: for blocks of their prompts."""
         for new in plan.new:
             request, output = self._by_sequence[new.seq_id]
-            is_first = request.mark_scheduled(time.monotonic())
+            is_first = request.mark_scheduled(now_s)
             self._counters.count_scheduled(output.sequence, is_first=is_first, searches_cache=searches_cache)
 
-    def take(self, plan: StepPlan, result: StepResult, scheduler: Scheduler) -> list[RequestUpdate]:
+    def take(self, plan: StepPlan, result: StepResult, scheduler: Scheduler, now_s: float) -> list[RequestUpdate]:
         """What a step brought to each request, and to the scheduler. Sequences that have left while it ran are passed
         over."""
-        now_s = time.monotonic()
         touched: dict[str, RequestState] = {}
         if result.failed or result.prompt_logprobs:
             self._take_prompts(result, scheduler, touched)
@@ -65,7 +64,7 @@ class OpenRequests:
                 self.fail(token.seq_id, form.error, scheduler)
         if result.embeddings:
             self._take_embeddings(result, scheduler, touched)
-        return [self.update(request) for request in touched.values()]
+        return [self.update(request, now_s) for request in touched.values()]
 
     def fail(self, seq_id: int, error: str, scheduler: Scheduler) -> RequestState:
         request, output = self._by_sequence[seq_id]
@@ -73,14 +72,14 @@ class OpenRequests:
         self._end(output, scheduler, FinishReason.ERROR)
         return request
 
-    def fail_all(self, error: str) -> list[RequestUpdate]:
+    def fail_all(self, error: str, now_s: float) -> list[RequestUpdate]:
         """Nothing of them is left."""
         requests = list(self._requests.values())
         for request in requests:
             request.fail_unfinished(error)
-        return [self.update(request) for request in requests]
+        return [self.update(request, now_s) for request in requests]
 
-    def abort(self, request_id: str, scheduler: Scheduler) -> RequestUpdate | None:
+    def abort(self, request_id: str, scheduler: Scheduler, now_s: float) -> RequestUpdate | None:
         """None if there is no such request any more."""
         request = self._requests.get(request_id)
         if request is None:
@@ -88,14 +87,14 @@ class OpenRequests:
         for output in request.outputs:
             scheduler.finish(output.sequence, FinishReason.ABORT)
         request.abort()
-        return self._close(request, ())
+        return self._close(request, (), now_s)
 
-    def update(self, request: RequestState) -> RequestUpdate:
+    def update(self, request: RequestState, now_s: float) -> RequestUpdate:
         """What has not been reported of it; with its last output it is closed."""
-        chunks = request.take_chunks()
+        chunks, request.chunks = request.chunks, ()
         if request.num_unfinished:
             return RequestUpdate(request.request_id, chunks)
-        return self._close(request, chunks)
+        return self._close(request, chunks, now_s)
 
     def _take_prompts(self, result: StepResult, scheduler: Scheduler, touched: dict[str, RequestState]) -> None:
         """Those that were scored, and those of which nothing came."""
@@ -122,13 +121,13 @@ class OpenRequests:
         self._guides.drop(seq_id)
         scheduler.finish(output.sequence, reason)
 
-    def _close(self, request: RequestState, chunks: tuple[CompletionChunk, ...]) -> RequestUpdate:
+    def _close(self, request: RequestState, chunks: tuple[CompletionChunk, ...], now_s: float) -> RequestUpdate:
         """The last update of a request; nothing of it stays behind."""
         del self._requests[request.request_id]
         for output in request.outputs:
             seq_id = output.sequence.seq_id
             self._by_sequence.pop(seq_id, None)
             self._guides.drop(seq_id)
-        finished = request.finish(now_s=time.monotonic())
+        finished = request.finish(now_s=now_s)
         self._counters.count_finished(finished)
         return RequestUpdate(request_id=request.request_id, chunks=chunks, finished=finished)

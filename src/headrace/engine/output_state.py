@@ -19,6 +19,8 @@ class OutputState:
     __slots__ = (
         "_detokenizer",
         "_eos_token_ids",
+        "_index",
+        "_is_watched",
         "_last_token_s",
         "_matcher",
         "_max_tokens",
@@ -44,6 +46,7 @@ class OutputState:
         self.sequence = sequence
         self.output = CompletionOutput(index=index, logprobs=None if params.logprobs is None else [])
         self.finish_reason: FinishReason | None = None
+        self._index = index
         self._num_tokens = 0
         self._texts: list[str] = []
         self._last_token_s: float | None = None
@@ -59,29 +62,23 @@ class OutputState:
             else None
         )
         self._matcher = StopStringMatcher(params.stop, params.include_stop_str_in_output) if params.stop else None
+        # There is more to each token than its text.
+        self._is_watched = self._matcher is not None or params.logprobs is not None
 
     def append(self, token: SampledToken, now_s: float, *, is_complete: bool = False) -> CompletionChunk:
         """Take a sampled token; the chunk has a finish_reason if it was the last.
 
         is_complete: nothing may follow it.
         """
-        _, token_id, logprobs = token
+        token_id = token.token_id
         self._num_tokens = num_tokens = self._num_tokens + 1
-        if (
-            token_id in self._stop_token_ids
-            or num_tokens >= self._max_tokens
-            or self._matcher is not None
-            or is_complete
-        ):
-            chunk = self._append_and_check(token_id, is_complete=is_complete)
+        if self._is_watched or is_complete or num_tokens >= self._max_tokens or token_id in self._stop_token_ids:
+            chunk = self._append_and_check(token, is_complete=is_complete)
         else:
             # Most tokens: nothing ends here, and nothing is held back.
             text = "" if self._detokenizer is None else self._detokenizer.append(token_id)
             self._texts.append(text)
-            chunk = CompletionChunk(self.output.index, text, (token_id,))
-        if self.output.logprobs is not None:
-            chunk.logprobs = (decode_logprobs(logprobs, self._tokenizer),)
-            self.output.logprobs.extend(chunk.logprobs)
+            chunk = CompletionChunk(self._index, text, (token_id,))
         if self._last_token_s is not None:
             chunk.itl_s = now_s - self._last_token_s
         self._last_token_s = now_s
@@ -103,8 +100,8 @@ class OutputState:
         self._flush()
         self._end(FinishReason.ABORT)
 
-    def _append_and_check(self, token_id: int, *, is_complete: bool) -> CompletionChunk:
-        before = len(self._texts)
+    def _append_and_check(self, token: SampledToken, *, is_complete: bool) -> CompletionChunk:
+        before, token_id = len(self._texts), token.token_id
         reason = self._check_token(token_id)
         is_silent = reason is FinishReason.STOP and not self._params.include_stop_str_in_output
         if is_complete:
@@ -114,7 +111,11 @@ class OutputState:
             reason = FinishReason.STOP
         if reason is not None:
             self._end(reason)
-        return self._chunk(before, (token_id,))
+        chunk = self._chunk(before, (token_id,))
+        if self.output.logprobs is not None:
+            chunk.logprobs = (decode_logprobs(token.logprobs, self._tokenizer),)
+            self.output.logprobs.extend(chunk.logprobs)
+        return chunk
 
     def _check_token(self, token_id: int) -> FinishReason | None:
         """Why the token may be the last one, whatever its text."""

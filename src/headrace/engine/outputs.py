@@ -25,7 +25,7 @@ TokenLogprobs = dict[int, Logprob]
 """By token id: the chosen token and the most likely ones."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class CompletionOutput:
     """One generated text.
 

@@ -1,4 +1,15 @@
-"""Who waits, who runs, and who goes back to waiting. No tensors."""
+"""Who waits, who runs, and who goes back to waiting. No tensors.
+
+Blocks change hands while plans that use them are in flight, which needs no waiting: every rank runs every plan after
+the one before it, so all that an earlier plan reads and writes is done when a later one starts.
+
+-  Freed blocks (a sequence finished, aborted or preempted in flight) may be given away in the next plan. What the
+   earlier plan still writes to them is overwritten: a sequence writes every slot of its blocks before it reads it.
+-  A block becomes findable by others once the plan that fills it has come back, if its sequence still holds it then. It
+   is full from then on and nobody writes to it, so those who share it read what was published.
+-  A preempted sequence is not admitted again before all plans of its former life have come back, so a chunk that comes
+   back belongs to the blocks that its sequence holds, or to none. The token it brings is kept.
+"""
 
 from bisect import bisect_left, insort
 from operator import attrgetter
@@ -29,6 +40,21 @@ class Queues:
     @property
     def oldest(self) -> Sequence | None:
         return min(self.live.values(), key=_by_arrival, default=None)
+
+    def check_new(self, sequence: Sequence) -> None:
+        """
+        Raises:
+            ValueError: the sequence was added before, or repeats a sibling that was not, or another prompt.
+        """
+        if sequence.seq_id in self.live or sequence.status is not SequenceStatus.WAITING:
+            raise ValueError(f"sequence {sequence.seq_id} was added before; each output needs its own sequence and id")
+        sibling = sequence.forked_from
+        if sibling is None:
+            return
+        if sibling.prompt_token_ids != sequence.prompt_token_ids:
+            raise ValueError(f"sequence {sequence.seq_id} is forked from {sibling.seq_id}, whose prompt is another")
+        if sibling.status is not SequenceStatus.FINISHED and sibling.seq_id not in self.live:
+            raise ValueError(f"sequence {sequence.seq_id} is forked from {sibling.seq_id}; add that one first")
 
     def add(self, sequence: Sequence) -> None:
         """To the end of the line."""

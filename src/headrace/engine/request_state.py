@@ -15,15 +15,15 @@ from headrace.engine.sequence import Sequence
 
 
 class RequestState:
-    """outputs: in the order of their indices. num_unfinished: of those."""
+    """outputs: in the order of their indices. num_unfinished: of those. chunks: what has not been reported of them."""
 
     __slots__ = (
-        "_chunks",
         "_embedding",
         "_metrics",
         "_prompt",
         "_prompt_logprobs",
         "_tokenizer",
+        "chunks",
         "num_unfinished",
         "outputs",
         "request_id",
@@ -49,7 +49,7 @@ class RequestState:
             ]
         )
         self.num_unfinished = len(self.outputs)
-        self._chunks: tuple[CompletionChunk, ...] = ()
+        self.chunks: tuple[CompletionChunk, ...] = ()
         self._prompt_logprobs: dict[int, TokenLogprobs] | None = None if params.prompt_logprobs is None else {}
         self._embedding: NDArray[np.float32] | None = None
         num_prompt_tokens = sequences[0].num_prompt_tokens
@@ -67,7 +67,7 @@ class RequestState:
     def append(self, output: OutputState, token: SampledToken, now_s: float, *, is_complete: bool = False) -> None:
         """Take a token of one output. is_complete: nothing may follow it."""
         chunk = output.append(token, now_s, is_complete=is_complete)
-        self._chunks += (chunk,)
+        self.chunks += (chunk,)
         if chunk.itl_s is None and self._metrics.first_token_s is None:
             self._metrics.first_token_s = now_s
             chunk.ttft_s = self._metrics.ttft_s
@@ -77,11 +77,11 @@ class RequestState:
     def take_embedding(self, output: OutputState, found: Embedding) -> None:
         """The prompt has been pooled, which is all that was asked for."""
         self._embedding = np.frombuffer(found.values, dtype=np.float32).copy()
-        self._chunks += (output.stop(),)
+        self.chunks += (output.stop(),)
         self.num_unfinished -= 1
 
     def fail(self, output: OutputState, error: str) -> None:
-        self._chunks += (output.fail(error),)
+        self.chunks += (output.fail(error),)
         self.num_unfinished -= 1
 
     def fail_unfinished(self, error: str) -> None:
@@ -100,10 +100,6 @@ class RequestState:
         if self._prompt_logprobs is not None and found.seq_id == self.outputs[0].sequence.seq_id:
             for position, row in enumerate(found.rows, start=found.start):
                 self._prompt_logprobs[position] = decode_logprobs(row, self._tokenizer)
-
-    def take_chunks(self) -> tuple[CompletionChunk, ...]:
-        chunks, self._chunks = self._chunks, ()
-        return chunks
 
     def finish(self, *, now_s: float) -> RequestOutput:
         metrics = self._metrics

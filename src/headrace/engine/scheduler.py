@@ -4,13 +4,7 @@ A step has room for `max_num_batched_tokens` tokens of at most `max_num_seqs` se
 
 1. One token to every running sequence that decodes. They always fit, so no long prompt delays them.
 2. Prompt tokens to running sequences whose prompt is not computed yet, oldest first.
-3. Prompt tokens to waiting sequences, first come first served.
-
-Passes 2 and 3 share one room (`prompt_room`): each prompt gets all it needs as long as that fits. The first that does
-not, the long one, gets the rest, but for up to half of it, which goes to short prompts behind it, the shortest first:
-those with at most half as many tokens left. So a short prompt need not wait for a long one, and the long one, which is
-the oldest as soon as the older ones are done, gets at least half of what is there in every step. Who waits may overtake
-others who wait only if all of them could start at once: it takes from them nothing but room for tokens.
+3. Prompt tokens to waiting sequences, first come first served (`admission`).
 
 Beside sequences that decode, the room may be limited further (`prompt_limit` of `schedule`), so that their next tokens
 do not wait long.
@@ -26,15 +20,7 @@ waits for. The passes then become:
 2. and 3. At most `max_prompt_tokens` prompt tokens, so that even one prompt fills all stages. The next chunk of a
    prompt does not wait for the one before it.
 
-Blocks change hands while plans that use them are in flight, which needs no waiting: every rank runs every plan after
-the one before it, so all that an earlier plan reads and writes is done when a later one starts.
-
--  Freed blocks (a sequence finished, aborted or preempted in flight) may be given away in the next plan. What the
-   earlier plan still writes to them is overwritten: a sequence writes every slot of its blocks before it reads it.
--  A block becomes findable by others once the plan that fills it has come back, if its sequence still holds it then. It
-   is full from then on and nobody writes to it, so those who share it read what was published.
--  A preempted sequence is not admitted again before all plans of its former life have come back, so a chunk that comes
-   back belongs to the blocks that its sequence holds, or to none. The token it brings is kept.
+Blocks change hands while plans that use them are in flight (`queues`).
 """
 
 from collections.abc import Mapping
@@ -42,9 +28,10 @@ from collections.abc import Mapping
 from headrace.cache.block_manager import BlockManager
 from headrace.config import SchedulerConfig
 from headrace.config.checks import check_at_least_one
-from headrace.costs.micro_batches import decode_share, max_prompt_tokens
+from headrace.costs.micro_batches import max_prompt_tokens
 from headrace.engine.admission import Admission
-from headrace.engine.plan import NewSequence, ScheduledChunk, StepPlan
+from headrace.engine.decodes import Decodes
+from headrace.engine.plan import NewSequence, StepPlan
 from headrace.engine.prompt_room import PromptRoom
 from headrace.engine.queues import Queues
 from headrace.engine.sequence import FinishReason, Sequence, SequenceStatus
@@ -90,6 +77,7 @@ class Scheduler:
         self._blocks = block_manager
         self._block_size = block_manager.block_size
         self._queues = Queues(block_manager)
+        self._decodes = Decodes(self._queues, block_manager, max_in_flight)
         self._admission = Admission(self._queues, block_manager)
         self._finished: list[int] = []
         self._sampled: list[tuple[int, int]] = []
@@ -124,9 +112,7 @@ class Scheduler:
             ContextLengthError: the sequence could not run to its end even alone.
             ValueError: the sequence was added before, or repeats a sibling that was not, or another prompt.
         """
-        if sequence.seq_id in self._queues.live or sequence.status is not SequenceStatus.WAITING:
-            raise ValueError(f"sequence {sequence.seq_id} was added before; each output needs its own sequence and id")
-        self._check_sibling(sequence)
+        self._queues.check_new(sequence)
         self.limits.check_fits(sequence.num_prompt_tokens, sequence.max_tokens)
         self._queues.add(sequence)
 
@@ -166,7 +152,7 @@ class Scheduler:
             )
         queues, num_preemptions = self._queues, self._queues.num_preemptions
         new: tuple[NewSequence, ...] = ()
-        chunks, num_decode_tokens, prefilling = self._schedule_decodes()
+        chunks, num_decode_tokens, prefilling = self._decodes.schedule(self._step)
         if prefilling or queues.waiting:
             room = PromptRoom(self._num_prompt_tokens(len(chunks), num_decode_tokens, prompt_limit))
             # Blocks that a preemption has just freed go to those who still run, not to a newcomer that would go next.
@@ -205,7 +191,8 @@ class Scheduler:
                 continue
             if samples:
                 token_id = sampled[seq_id]
-                sequence.append(token_id)
+                sequence.output_token_ids.append(token_id)
+                sequence.num_tokens += 1
                 self._sampled.append((seq_id, token_id))
             if sequence.status is SequenceStatus.WAITING:
                 # Preempted since: the blocks are gone.
@@ -241,15 +228,6 @@ class Scheduler:
         if self._num_patient_steps == _PATIENCE_STEPS:
             self._max_num_running, self._num_patient_steps = self._max_num_running + 1, 0
 
-    def _check_sibling(self, sequence: Sequence) -> None:
-        sibling = sequence.forked_from
-        if sibling is None:
-            return
-        if sibling.prompt_token_ids != sequence.prompt_token_ids:
-            raise ValueError(f"sequence {sequence.seq_id} is forked from {sibling.seq_id}, whose prompt is another")
-        if sibling.status is not SequenceStatus.FINISHED and sibling.seq_id not in self._queues.live:
-            raise ValueError(f"sequence {sequence.seq_id} is forked from {sibling.seq_id}; add that one first")
-
     def _take_sampled(self) -> tuple[tuple[int, int], ...]:
         """Tokens that no plan has told yet, of sequences that go on."""
         sampled, live = self._sampled, self._queues.live
@@ -258,63 +236,12 @@ class Scheduler:
         self._sampled = []
         return tuple(sampled)
 
-    def _schedule_decodes(self) -> tuple[list[ScheduledChunk], int, list[Sequence]]:
-        """Pass 1: its chunks, how many of them are tokens of outputs, and who runs and is not done with its prompt. The
-        loop is the scheduler's hot path: what it touches of each sequence has left the caches since the last step."""
-        chunks: list[ScheduledChunk] = []
-        prefilling: list[Sequence] = []
-        num_decode_tokens, block_size = 0, self._block_size
-        num_free_seqs = self.num_running if self._max_in_flight == 1 else self._decode_share()
-        # Oldest first, while preemption takes from the end: nobody who has a chunk already loses its blocks.
-        for sequence in self._queues.running:
-            num_tokens = sequence.num_tokens
-            start = sequence.num_scheduled_tokens
-            if num_tokens - start != 1:
-                # Where none is left, the token that follows is on its way.
-                if num_tokens > start:
-                    prefilling.append(sequence)
-                continue
-            if not num_free_seqs:
-                continue
-            new_block_ids = () if start % block_size else self._append_blocks(sequence)
-            if new_block_ids is None:
-                continue
-            num_free_seqs -= 1
-            sequence.num_scheduled_tokens = num_tokens
-            chunks.append(ScheduledChunk(sequence.seq_id, start, 1, new_block_ids, False, sequence.pooling is None))
-            # The last token of a prompt may come alone, too.
-            if sequence.output_token_ids:
-                num_decode_tokens += 1
-        return chunks, num_decode_tokens, prefilling
-
     def _num_prompt_tokens(self, num_decodes: int, num_decode_tokens: int, prompt_limit: int | None) -> int:
         """The room of passes 2 and 3."""
         num_tokens = min(self._max_num_batched_tokens - num_decodes, self._max_prompt_tokens)
-        if prompt_limit is None or not (num_decode_tokens or self._has_open_decodes()):
+        if prompt_limit is None or not (num_decode_tokens or self._decodes.has_open()):
             return num_tokens
         return min(num_tokens, prompt_limit)
-
-    def _has_open_decodes(self) -> bool:
-        """Whether somebody waits for the next token of an output in a plan that is open."""
-        if self._max_in_flight == 1:
-            return False
-        running = self._queues.running
-        return any(s.output_token_ids and s.num_tokens - s.num_scheduled_tokens <= 1 for s in running)
-
-    def _decode_share(self) -> int:
-        """How many sequences may decode in the next of several steps at a time."""
-        num_decoding = sum([s.num_tokens - s.num_scheduled_tokens <= 1 for s in self._queues.running])
-        return decode_share(num_decoding, self._max_in_flight)
-
-    def _append_blocks(self, sequence: Sequence) -> tuple[int, ...] | None:
-        """Those that the sequence needs for the tokens it has. Preempts from the end until there are as many; None if
-        that took the sequence itself."""
-        while True:
-            new_block_ids = self._blocks.try_append(sequence.seq_id, sequence.num_tokens)
-            if new_block_ids is not None:
-                return new_block_ids
-            if self._queues.preempt_last(self._step) is sequence:
-                return None
 
     def _check_progress(self) -> None:
         """An empty plan with sequences left and nothing in flight would repeat for ever: an error is better than a

@@ -59,11 +59,6 @@ class Sequence:
     def __post_init__(self) -> None:
         self.num_tokens = len(self.prompt_token_ids) + len(self.output_token_ids)
 
-    def append(self, token_id: int) -> None:
-        """Take the next token of the output."""
-        self.output_token_ids.append(token_id)
-        self.num_tokens += 1
-
     @property
     def max_tokens(self) -> int | None:
         """Tokens to generate; None is as many as fit."""

@@ -22,6 +22,16 @@ class IncrementalDetokenizer:
     the prompt's last tokens and completed by the output counts as output.
     """
 
+    __slots__ = (
+        "_incomplete_prompt",
+        "_num_released",
+        "_skip_special_tokens",
+        "_skipped_ids",
+        "_text",
+        "_tokenizer",
+        "_window",
+    )
+
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
