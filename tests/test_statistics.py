@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from checkpoints import HAS_NATIVE
+from engine_clock import set_engine_clock
 from layout_cases import LAYOUTS, closing
 from planned_run import record_plans, run_of
 from thread_world import thread_llm
@@ -40,7 +41,7 @@ class TestTimes:
         """Steps take 1, 2, 4, ... s by a clock that stands still otherwise. The second output waits a step for the
         first one's prompt."""
         clock = SimpleNamespace(now_s=0.0)
-        monkeypatch.setattr("headrace.engine.engine.time", SimpleNamespace(monotonic=lambda: clock.now_s))
+        set_engine_clock(monkeypatch, lambda: clock.now_s)
         llm.engine.add_request("a", range(5, 25), replace(GREEDY, n=2))
         latencies_s: dict[int, list[float | None]] = {0: [], 1: []}
         first_s = []
@@ -84,7 +85,7 @@ class TestCounters:
 
     def test_time_is_split_into_computing_exchanging_and_waiting(self, llm, monkeypatch):
         clock = SimpleNamespace(now_s=100.0)
-        monkeypatch.setattr("headrace.engine.engine.time", SimpleNamespace(monotonic=lambda: clock.now_s))
+        set_engine_clock(monkeypatch, lambda: clock.now_s)
         engine = Engine(llm.engine.model)
         execute = engine.model.executor.worker.execute
 

@@ -3,16 +3,15 @@
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
+from engine_clock import set_engine_clock
 
 from headrace import LLM, RequestOutput, SamplingParams
 from headrace.cli import serve
 from headrace.cli.model_options import engine_config
 from headrace.config.engine import SERVING_STEP_S
 from headrace.demo_model import demo_model_path
-from headrace.engine import engine as engine_module
 from headrace.engine.engine import Engine
 from headrace.engine.load import LoadedModel
 from headrace.engine.plan import StepPlan, StepResult
@@ -54,7 +53,7 @@ def model() -> Iterator[LoadedModel]:
 @pytest.fixture
 def executor(model, monkeypatch) -> TimedExecutor:
     executor = TimedExecutor(model.executor.worker)
-    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=executor.monotonic))
+    set_engine_clock(monkeypatch, executor.monotonic)
     return executor
 
 

@@ -1,10 +1,7 @@
 """The loop: requests in, steps planned and run, updates out."""
 
-import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from typing import SupportsIndex, TypeVar
@@ -18,18 +15,16 @@ from headrace.engine.load import LoadedModel
 from headrace.engine.metrics import EngineMetrics, EngineStatistics
 from headrace.engine.open_requests import OpenRequests
 from headrace.engine.outputs import RequestUpdate
-from headrace.engine.plan import StepPlan
-from headrace.engine.prompt_pace import PromptPace
+from headrace.engine.prompt_pace import make_pace
 from headrace.engine.rank_statistics import RankStatistics, exchange_totals
 from headrace.engine.request_state import RequestState
 from headrace.engine.requests import NO_SAMPLING, checked_token_ids, make_pooling_sequence, make_sequences
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.sequence import Sequence
-from headrace.errors import OutOfDeviceMemory, RequestError
+from headrace.engine.steps_in_flight import StepsInFlight
+from headrace.errors import RequestError
 
 T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -47,9 +42,12 @@ class Engine:
         self.grammar_compiler = GrammarCompiler(model.tokenizer, model.config.vocab_size, model.eos_token_ids)
         """May be called from other threads, before `add_request` is."""
         self._guides = Guides(self.grammar_compiler)
-        self._requests = OpenRequests(self._guides, self._counters)
+        self._requests = OpenRequests(
+            self._guides, self._counters, searches_cache=model.plan.cache.enable_prefix_caching
+        )
         self._sequence_ids = count()
-        self._pace = _make_pace(model)
+        plan = model.plan
+        self._pace = make_pace(plan.scheduler.max_step_s, plan.cache.block_size, model.executor.max_in_flight)
         self._start_afresh()
 
     @property
@@ -149,8 +147,8 @@ class Engine:
         if self._pending:
             pending, self._pending = self._pending, {}
             return list(pending.values())
-        updates = self._guarded(self._advance)
-        if self._in_flight:
+        updates = self._guarded(self._steps.advance)
+        if self._steps.in_flight:
             self._drain_if_idle()
         return updates
 
@@ -189,10 +187,9 @@ class Engine:
         """An empty cache and an empty line."""
         plan = self.model.plan
         self._blocks = BlockManager(plan.num_blocks, plan.cache.block_size, plan.cache.enable_prefix_caching)
-        self._scheduler = Scheduler(plan.scheduler, self._blocks, self.model.executor.max_in_flight)
-        self._in_flight: deque[StepPlan] = deque()
-        self._is_last_try = False
-        """A step of one request has found no room, and is about to be tried again."""
+        executor = self.model.executor
+        self._scheduler = Scheduler(plan.scheduler, self._blocks, executor.max_in_flight)
+        self._steps = StepsInFlight(executor, self._scheduler, self._requests, self._guides, self._counters, self._pace)
 
     def _keep(self, update: RequestUpdate) -> None:
         """For the next step to report, with what it is to report of the same request already."""
@@ -235,84 +232,14 @@ class Engine:
         has_tokenizer = self.model.tokenizer is not None
         return checked_token_ids(values, params, self.model.config.vocab_size, has_tokenizer=has_tokenizer)
 
-    def _advance(self, start_s: float) -> list[RequestUpdate]:
-        """What the oldest step brings, when the ranks have as many as they can run at the same time."""
-        self._fill_pipeline()
-        return self._collect(self._in_flight.popleft(), start_s)
-
-    def _fill_pipeline(self) -> None:
-        in_flight, executor = self._in_flight, self.model.executor
-        while len(in_flight) < executor.max_in_flight:
-            plan = self._scheduler.schedule(None if self._pace is None else self._pace.limit)
-            if plan is None:
-                return
-            if plan.new:
-                searches_cache = self.model.plan.cache.enable_prefix_caching
-                self._requests.mark_scheduled(plan, time.monotonic(), searches_cache=searches_cache)
-            plan = self._guides.masked(plan)
-            executor.submit(plan)
-            in_flight.append(plan)
-            if not plan.chunks:
-                return
-
-    def _collect(self, plan: StepPlan, start_s: float | None = None) -> list[RequestUpdate]:
-        """start_s: since when its ranks had nothing else to do for it; None if that is not known."""
-        try:
-            result = self.model.executor.collect()
-        except OutOfDeviceMemory as error:
-            return self._make_room(plan, str(error))
-        self._is_last_try = False
-        if self._pace is not None and start_s is not None:
-            self._pace.record(plan.num_prefill_tokens, time.monotonic() - start_s)
-        self._counters.count_step(plan)
-        return self._requests.take(plan, result, self._scheduler, time.monotonic())
-
     def _ask_ranks(self, _start_s: float) -> tuple[list[RankStatistics], float]:
         """What they have counted, and the seconds that this one was in exchanges; steps in flight are collected."""
-        while self._in_flight:
-            for update in self._collect(self._in_flight.popleft()):
-                self._keep(update)
+        for update in self._steps.drain():
+            self._keep(update)
         return self.model.executor.statistics(), self.model.executor.exchange_s()
-
-    def _make_room(self, plan: StepPlan, reason: str) -> list[RequestUpdate]:
-        """Undo a plan that did not fit, and those that were begun after it: they may attend to what it left undone."""
-        self._scheduler.undo([plan, *self._collect_rest()])
-        if self._scheduler.preempt_newest():
-            logger.warning("%s; the newest of %d requests waits", reason, len(self._requests))
-            return []
-        if not self._scheduler.num_running:
-            # Whoever it was for has left.
-            return []
-        if not self._is_last_try:
-            # What torch had kept of the device's memory is free now, and in fewer pieces.
-            self._is_last_try = True
-            return []
-        self._is_last_try = False
-        failed = self._requests.fail(self._scheduler.oldest_running.seq_id, reason, self._scheduler)
-        return [self._requests.update(failed, time.monotonic())]
-
-    def _undo_rest(self, _start_s: float) -> None:
-        self._scheduler.undo(self._collect_rest())
-
-    def _collect_rest(self) -> list[StepPlan]:
-        """All plans in flight, whose results nobody wants."""
-        rest = list(self._in_flight)
-        self._in_flight.clear()
-        for _ in rest:
-            with suppress(OutOfDeviceMemory):
-                self.model.executor.collect()
-        return rest
 
     def _drain_if_idle(self) -> None:
         """Wait for plans that nobody waits for: an engine without requests has nothing in flight, so that its ranks can
         be asked for other things."""
-        if not self._in_flight or self._requests:
-            return
-        self._guarded(self._undo_rest)
-
-
-def _make_pace(model: LoadedModel) -> PromptPace | None:
-    plan = model.plan
-    if plan.scheduler.max_step_s is None:
-        return None
-    return PromptPace(plan.scheduler.max_step_s, plan.cache.block_size, model.executor.max_in_flight)
+        if self._steps.in_flight and not self._requests:
+            self._guarded(lambda _: self._steps.give_up())

@@ -14,12 +14,13 @@ class OpenRequests:
     """Owns the states of requests and tells the scheduler of sequences that have ended. Whatever comes back from the
     ranks of other sequences is of no interest any more.
 
-    now_s, everywhere: by the clock that requests arrived by.
+    searches_cache: for blocks of prompts. now_s, everywhere: by the clock that requests arrived by.
     """
 
-    def __init__(self, guides: Guides, counters: EngineCounters) -> None:
+    def __init__(self, guides: Guides, counters: EngineCounters, *, searches_cache: bool) -> None:
         self._guides = guides
         self._counters = counters
+        self._searches_cache = searches_cache
         self._requests: dict[str, RequestState] = {}
         self._by_sequence: dict[int, tuple[RequestState, OutputState]] = {}
         """Of unfinished sequences alone."""
@@ -34,12 +35,12 @@ class OpenRequests:
         self._requests[request.request_id] = request
         self._by_sequence |= {output.sequence.seq_id: (request, output) for output in request.outputs}
 
-    def mark_scheduled(self, plan: StepPlan, now_s: float, *, searches_cache: bool) -> None:
-        """Sequences that run for the first time. searches_cache: for blocks of their prompts."""
+    def mark_scheduled(self, plan: StepPlan, now_s: float) -> None:
+        """Sequences that run for the first time."""
         for new in plan.new:
             request, output = self._by_sequence[new.seq_id]
             is_first = request.mark_scheduled(now_s)
-            self._counters.count_scheduled(output.sequence, is_first=is_first, searches_cache=searches_cache)
+            self._counters.count_scheduled(output.sequence, is_first=is_first, searches_cache=self._searches_cache)
 
     def take(self, plan: StepPlan, result: StepResult, scheduler: Scheduler, now_s: float) -> list[RequestUpdate]:
         """What a step brought to each request, and to the scheduler. Sequences that have left while it ran are passed

@@ -46,3 +46,8 @@ class PromptPace:
         # A step that has taken no time on a coarse clock bounds nothing; neither does one of a nanosecond.
         num_blocks = int(self._step_s / max(token_s, 1e-9)) // self._block_size
         return max(num_blocks * self._block_size, self._min_tokens)
+
+
+def make_pace(max_step_s: float | None, block_size: int, max_in_flight: int) -> PromptPace | None:
+    """None where a step may take as long as it takes."""
+    return None if max_step_s is None else PromptPace(max_step_s, block_size, max_in_flight)

@@ -45,16 +45,15 @@ _PATIENCE_STEPS = 64
 class Scheduler:
     """Queues of sequences, and the plan of each step.
 
-    Owns the order of arrival, the waiting and the running queue and, through the block manager, every block table.
-    Writes a sequence's status, counters and output tokens. Knows nothing about tensors, text, stop conditions or
-    clients: whoever drives it calls `finish` when a sequence has its last token.
+    Owns the queues and, through the block manager, every block table. Writes a sequence's counters and output tokens.
+    Knows nothing about tensors, text, stop conditions or clients: whoever drives it calls `finish` when a sequence has
+    its last token.
 
     One step is `plan = schedule()`, then the ranks run the plan, then `update(plan, sampled)`. Between the two,
     sequences may be added and aborted, and up to `max_in_flight` plans may be open; they are updated in the order in
     which they were made. Sequence ids are never used again.
 
     Invariants:
-        Both queues are in order of arrival; only running sequences hold blocks.
         A plan has chunks, or another one is open, as long as a sequence is unfinished.
         A sequence is in at most one open plan that samples it, and in none after that one.
         Ranks hear of a sequence once when it is first scheduled and once when it has left.
@@ -75,14 +74,12 @@ class Scheduler:
         self._max_prompt_tokens = max_prompt_tokens(config.max_num_batched_tokens, max_in_flight)
         self._max_in_flight = max_in_flight
         self._blocks = block_manager
-        self._block_size = block_manager.block_size
         self._queues = Queues(block_manager)
         self._decodes = Decodes(self._queues, block_manager, max_in_flight)
         self._admission = Admission(self._queues, block_manager)
         self._finished: list[int] = []
         self._sampled: list[tuple[int, int]] = []
-        self._step = 0
-        self._updated_step = 0
+        self._step = self._updated_step = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -184,7 +181,7 @@ class Scheduler:
         self._updated_step = plan.step
         if self._max_num_running < self._max_num_seqs:
             self._take_heart()
-        live, block_size = self._queues.live, self._block_size
+        live, block_size = self._queues.live, self._blocks.block_size
         for seq_id, start, num_tokens, _, _, samples in plan.chunks:
             sequence = live.get(seq_id)
             if sequence is None:
@@ -230,10 +227,9 @@ class Scheduler:
 
     def _take_sampled(self) -> tuple[tuple[int, int], ...]:
         """Tokens that no plan has told yet, of sequences that go on."""
-        sampled, live = self._sampled, self._queues.live
+        sampled, self._sampled = self._sampled, []
         if self._finished:
-            sampled = [token for token in sampled if token[0] in live]
-        self._sampled = []
+            sampled = [token for token in sampled if token[0] in self._queues.live]
         return tuple(sampled)
 
     def _num_prompt_tokens(self, num_decodes: int, num_decode_tokens: int, prompt_limit: int | None) -> int:
@@ -244,8 +240,7 @@ class Scheduler:
         return min(num_tokens, prompt_limit)
 
     def _check_progress(self) -> None:
-        """An empty plan with sequences left and nothing in flight would repeat for ever: an error is better than a
-        hang."""
+        """An empty plan with sequences left and nothing in flight would repeat for ever: better an error."""
         oldest = self._queues.oldest
         if oldest is not None:
             raise RuntimeError(
