@@ -30,10 +30,10 @@ def default_inflections(shape: LinearShape) -> Inflections:
     """Before anything was measured.
 
     Dense: cuBLAS fills its tiles of 64 rows from there on. Integers: tensor cores from the first row on, because they
-    leave the CUDA cores to unpack (2.8 instructions for a weight of int4 in flat GEMM, 5.2 in GEMV, counted on sm_90);
-    dequantizing first moves 4.5 bytes for each weight (read 0.5, write 2, read 2) instead of 0.5, which pays once
-    products, at half of the rate of cuBLAS, take longer. float32 has no tensor cores: GEMM is cuBLAS from the first row
-    that GEMV does not take.
+    leave the CUDA cores to unpack: 2.8 instructions for a weight of int4 in flat GEMM; in GEMV 5.2, or 6.2 as Triton
+    3.6 compiles it, where an H100 has time for 4.8 at its bandwidth (counted on sm_90). Dequantizing first moves 4.5
+    bytes for each weight (read 0.5, write 2, read 2) instead of 0.5, which pays once products, at half of the rate of
+    cuBLAS, take longer. float32 has no tensor cores: GEMM is cuBLAS from the first row that GEMV does not take.
     """
     match shape.weight_format:
         case WeightFormat.FLOAT32:
