@@ -13,13 +13,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headrace.config import SamplingParams
 from headrace.costs.candidates import RowRecord, row_record
 from headrace.costs.sharding import shard_vocabulary, vocabulary_shard_sizes
+from headrace.engine.device_memory import Retrying
 from headrace.engine.logits import AnyLargest, DeviceLargest, Largest
 from headrace.engine.sampler import SampleOutcome, SamplingRow
 from headrace.engine.sharded_sampler import ShardedSampler
 from headrace.kernels import KernelChoice, Kernels, resolve_kernels
+from headrace.parallel.group import Group
 
 DEVICE = resolve_kernels(KernelChoice.REFERENCE)
 """The CPU, standing for a device."""
+
+
+def sampler_on_device(group: Group, vocab_size: int, retrying: Retrying, _: Kernels | None) -> ShardedSampler:
+    """In the place of a worker's own, which takes the CPU for no device."""
+    return ShardedSampler(group, vocab_size, retrying, DEVICE)
+
 
 EOS = 3
 VOCAB_SIZES = (1, 5, 16, 17, 33, 131, 257, 1000, 4099)

@@ -7,6 +7,7 @@ import pytest
 from checkpoints import BY_NAME, random_tokens
 from failing_memory import Faults
 from layout_cases import CROWDED, LAYOUTS, closing, deep_enough
+from sharded_ranks import sampler_on_device
 from thread_group import ThreadGroup
 from thread_world import thread_llm
 
@@ -18,6 +19,7 @@ from headrace.parallel.world import World
 LITERAL = dict.fromkeys(("shard_embedding", "send_residual", "slice_boundary", "gather_logits"), True)
 CASES = {
     "tp2": ("llama-gqa", LAYOUTS["tp2"]),
+    "tp2-on-device": ("llama-gqa", LAYOUTS["tp2"]),
     "tp4-shared": ("llama-gqa", LAYOUTS["tp4"] | {"kv_sharding": "sequence"}),
     "pp3": ("llama-gqa", LAYOUTS["pp3"]),
     "tp2-pp2": ("qwen3-moe", LAYOUTS["tp2-pp2"]),
@@ -64,8 +66,10 @@ def assert_same(outputs: list[RequestOutput], expected: list[RequestOutput]) -> 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_is_lost_wherever_memory_runs_out(folders, case) -> None:
+def test_nothing_is_lost_wherever_memory_runs_out(folders, monkeypatch, case) -> None:
     name, layout = CASES[case]
+    if case == "tp2-on-device":
+        monkeypatch.setattr("headrace.engine.worker.ShardedSampler", sampler_on_device)
     settings = CROWDED | layout | {"num_blocks": 40}
     faults = Faults(parallel_config(**settings).world_size, period=101)
     with closing(thread_llm(folders(name), change_kernels=faults.kernels, **settings)) as llm:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import HAS_NATIVE
+from sharded_ranks import sampler_on_device
 from thread_group import ThreadGroup, on_ranks, thread_groups
 from tiny_model import write_tiny_model
 
@@ -129,6 +130,14 @@ def test_ranks_sample_what_one_process_samples(folder, expected, world_size) -> 
     assert (Site.CANDIDATES in sites) == (world_size > 1)
     assert Site.EMBEDDING not in sites
     assert len({worker.fallback_rows for worker in executor.workers}) == 1
+
+
+def test_ranks_whose_logits_lie_on_a_device_sample_it_too(folder, expected, monkeypatch) -> None:
+    """The CPU stands for the device."""
+    monkeypatch.setattr("headrace.engine.worker.ShardedSampler", sampler_on_device)
+    llm, executor = make_llm(folder, ParallelConfig(tensor_parallel_size=2))
+    assert_same(generate(llm), expected)
+    assert len({each.fallback_rows for each in executor.workers}) == 1
 
 
 def test_literal_variants_sample_what_one_process_samples(folder, expected) -> None:
