@@ -94,6 +94,20 @@ def test_no_exchange_takes_more_than_is_set_aside(tmp_path, make_fabrics, num_to
             assert 0 < found <= largest_exchange_bytes(layout, rank, max_num_tokens=num_tokens, max_num_seqs=2)
 
 
+@pytest.mark.parametrize(("settings", "num_calls"), [({}, (1, 2)), ({"gather_logits": True}, (0, 0))])
+def test_a_rank_is_believed_from_its_candidates_on(tmp_path, settings, num_calls) -> None:
+    """Draws follow them unseen: who has brought candidates and finds no memory for draws cannot take them back."""
+    BY_NAME["llama-gqa"].write(tmp_path)
+    with closing(thread_llm(tmp_path, **CROWDED | LAYOUTS["tp2"] | settings)) as llm:
+        hollow = llm.engine.model.executor.workers[1]._exchanges.hollow
+        forward, plain, drawn = ForwardPass(Phase.DECODE, 1), *(SampledRows(Phase.DECODE, 1, 16, n) for n in (0, 4))
+        num_before = len(list(hollow.calls([forward])))
+        for sampled, expected in zip((plain, drawn), num_calls, strict=True):
+            assert hollow.num_sampling_calls([forward, sampled]) == expected
+            if expected:
+                assert len(list(hollow.calls([forward, sampled]))) == num_before + expected
+
+
 class TestReserve:
     def test_what_finds_no_memory_finds_that_which_was_set_aside(self) -> None:
         reserve, free = Reserve(torch.device("cpu"), 1000), []
