@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import BY_NAME
 from gloo_as_nccl import GlooAsNccl, make_fabrics
-from layout_cases import CROWDED, GREEDY, LAYOUTS, PROMPTS, as_prompts, closing, parallel_config
+from layout_cases import CROWDED, GREEDY, LAYOUTS, PROMPTS, as_prompts, closing
 from recorded_kernels import without_recordings
 from test_world import make_worlds
 from thread_world import thread_llm
@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import HashStore
 
 from headrace import LLM, SamplingParams
 from headrace.config import ParallelConfig, Transport
+from headrace.config.settings import parallel_config
 from headrace.engine import load
 from headrace.engine.loaded_rank import LoadedRank
 from headrace.engine.rank_process import run_rank
@@ -105,7 +106,7 @@ def test_no_step_makes_an_exchange_that_was_not_rehearsed(folder, make_fabrics, 
         notes.setdefault((rank, group, operation, brought.dtype), []).append(brought.nbytes)
 
     settings = CROWDED | settings
-    num_ranks, make_worker = parallel_config(settings).world_size, LoadedRank.make_worker
+    num_ranks, make_worker = parallel_config(**settings).world_size, LoadedRank.make_worker
     all_loaded = threading.Barrier(num_ranks)
 
     def make_worker_later(self: LoadedRank, **agreement: Any) -> Any:
