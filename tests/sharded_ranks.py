@@ -15,7 +15,8 @@ from headrace.costs.candidates import RowRecord, row_record
 from headrace.costs.sharding import shard_vocabulary, vocabulary_shard_sizes
 from headrace.engine.device_memory import Retrying
 from headrace.engine.logits import AnyLargest, DeviceLargest, Largest
-from headrace.engine.sampler import SampleOutcome, SamplingRow
+from headrace.engine.plan import StepResult
+from headrace.engine.sampler import SamplingRow
 from headrace.engine.sharded_sampler import ShardedSampler
 from headrace.kernels import KernelChoice, Kernels, resolve_kernels
 from headrace.parallel.group import Group
@@ -102,10 +103,10 @@ class Ranks:
         *,
         knows_largest: bool = False,
         counts_waits: bool = False,
-    ) -> SampleOutcome:
+    ) -> StepResult:
         whole = torch.from_numpy(np.array(logits, np.float32))
 
-        def run(group: ThreadGroup) -> SampleOutcome:
+        def run(group: ThreadGroup) -> StepResult:
             shard = self.shard(group, whole)
             sampler = self.samplers[group.rank]
             largest = largest_of(shard, is_on_device=self._kernels is not None) if knows_largest else None
@@ -148,7 +149,7 @@ def record_of(row: SamplingRow, vocab_size: int, world_size: int) -> RowRecord:
     return row_record(row.params, changes_logits=row.changes_logits, vocab_size=vocab_size, largest_shard=largest_shard)
 
 
-def assert_same(found: SampleOutcome, expected: SampleOutcome) -> None:
+def assert_same(found: StepResult, expected: StepResult) -> None:
     assert found.failed == expected.failed
     assert [(s.seq_id, s.token_id) for s in found.sampled] == [(s.seq_id, s.token_id) for s in expected.sampled]
     for mine, theirs in zip(found.sampled, expected.sampled, strict=True):

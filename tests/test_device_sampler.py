@@ -54,11 +54,11 @@ def make_logits(num_rows: int, vocab_size: int, seed: int = 0, scale: float = 3.
 def assert_same(logits: np.ndarray, rows: Sequence[SamplingRow], kernels: Kernels = REFERENCE) -> DeviceSampler:
     """Tokens, ranks and failures are the same; log probabilities nearly."""
     on_device, whole = DeviceSampler(kernels), torch.from_numpy(logits).to(kernels.device)
-    sampled, failed = on_device.sample(whole, rows)
-    expected, expected_failed = Sampler().sample(torch.from_numpy(logits), rows)
-    assert failed == expected_failed
-    assert [(t.seq_id, t.token_id) for t in sampled] == [(t.seq_id, t.token_id) for t in expected]
-    for token, other in zip(sampled, expected, strict=True):
+    result = on_device.sample(whole, rows)
+    expected = Sampler().sample(torch.from_numpy(logits), rows)
+    assert result.failed == expected.failed
+    assert [(t.seq_id, t.token_id) for t in result.sampled] == [(t.seq_id, t.token_id) for t in expected.sampled]
+    for token, other in zip(result.sampled, expected.sampled, strict=True):
         assert [(p.token_id, p.rank) for p in token.logprobs] == [(p.token_id, p.rank) for p in other.logprobs]
         for found, wanted in zip(token.logprobs, other.logprobs, strict=True):
             assert found.logprob == pytest.approx(wanted.logprob, abs=3e-6)
@@ -200,8 +200,8 @@ def test_the_largest_logits_may_be_known_already():
     known = Largest(logits.argmax(1), logits.max(1))
     rows = [make_row(0, temperature=0.0), make_row(1, seed=2), make_row(2, temperature=0.0, logprobs=3)]
     kernels = replace(REFERENCE, argmax=None)
-    sampled, _ = DeviceSampler(kernels).sample(torch.from_numpy(logits), rows, known)
-    expected, _ = Sampler().sample(torch.from_numpy(logits), rows)
+    sampled = DeviceSampler(kernels).sample(torch.from_numpy(logits), rows, known).sampled
+    expected = Sampler().sample(torch.from_numpy(logits), rows).sampled
     assert [t.token_id for t in sampled] == [t.token_id for t in expected]
 
 

@@ -16,7 +16,7 @@ from headrace import LLM, RequestOutput, SamplingParams
 from headrace.demo_model import demo_model_path
 from headrace.engine.plan import SampledToken, StepPlan, StepResult
 from headrace.engine.rows import Row
-from headrace.engine.sampler import SampleOutcome, SamplingRow
+from headrace.engine.sampler import SamplingRow
 from headrace.engine.wire import decode_plan, encode_plan
 from headrace.errors import CheckpointError, ConfigError, ContextLengthError, EngineStopped, RequestError
 
@@ -407,8 +407,8 @@ def test_plans_are_data_that_any_rank_can_run(monkeypatch: pytest.MonkeyPatch) -
 
 
 class OnlyZeros:
-    def sample(self, logits: torch.Tensor, rows: list[SamplingRow], largest: object) -> SampleOutcome:
-        return SampleOutcome(sampled=tuple(SampledToken(seq_id=r.seq_id, token_id=0) for r in rows), failed={})
+    def sample(self, logits: torch.Tensor, rows: list[SamplingRow], largest: object) -> StepResult:
+        return StepResult(sampled=tuple(SampledToken(seq_id=r.seq_id, token_id=0) for r in rows), failed={})
 
 
 def record_rows(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[object, ...]]]:

@@ -23,8 +23,9 @@ from headrace.engine.draw import draw_token, first_above, largest_tokens
 from headrace.engine.logits import Largest, largest_on_device, largest_on_host
 from headrace.engine.logprobs import float32_row, prompt_logprobs
 from headrace.engine.penalties import TokenCounts
+from headrace.engine.plan import StepResult
 from headrace.engine.random_stream import uniform_at
-from headrace.engine.sampler import SampleOutcome, Sampler, SamplingRow
+from headrace.engine.sampler import Sampler, SamplingRow
 from headrace.errors import KernelError, ShapeError
 
 VOCAB_SIZES = (1, 2, 5, 64, 131, 257, 1000, 4099)
@@ -417,7 +418,7 @@ def test_a_gpu_gives_the_same_tokens(dtype) -> None:
 
 
 def test_empty_batch() -> None:
-    assert Sampler().sample(torch.empty(0, 9), []) == SampleOutcome(sampled=(), failed={})
+    assert Sampler().sample(torch.empty(0, 9), []) == StepResult(sampled=(), failed={})
 
 
 @pytest.mark.parametrize("logits", [torch.zeros(2, 9), torch.zeros(9), torch.zeros(1, 0), torch.zeros(1, 9).long()])

@@ -141,6 +141,6 @@ def test_tokens_are_those_of_whole_rows():
         for i, (kind, mask) in enumerate(zip(kinds, masks, strict=True))
     ]
     sampler = DeviceSampler(resolve_kernels(KernelChoice.TRITON, device=DEVICE))
-    sampled, _ = sampler.sample(logits.to(DEVICE), rows)
+    sampled = sampler.sample(logits.to(DEVICE), rows).sampled
     assert [token.token_id for token in sampled] == [token.token_id for token in Sampler().sample(logits, rows).sampled]
     assert sampler.copied_rows == 0

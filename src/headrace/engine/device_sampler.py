@@ -27,9 +27,9 @@ from headrace.engine.device_logits import changed_logits
 from headrace.engine.draw import draw_among
 from headrace.engine.logits import AnyLargest, DeviceLargest, HostLogits, Largest, on_host
 from headrace.engine.logprobs import logprobs_among, logprobs_beside
-from headrace.engine.plan import SampledToken, TokenLogprob
+from headrace.engine.plan import SampledToken, StepResult, TokenLogprob
 from headrace.engine.row_outcomes import RowOutcomes
-from headrace.engine.sampler import SampleOutcome, Sampler, SamplingRow, check_changed_finite, check_finite
+from headrace.engine.sampler import Sampler, SamplingRow, check_changed_finite, check_finite
 from headrace.engine.transfers import download, upload
 from headrace.errors import KernelError
 from headrace.kernels import Kernels
@@ -58,7 +58,7 @@ class DeviceSampler(Sampler):
         self._kernels = kernels
         self.copied_rows = 0
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], largest: AnyLargest | None = None) -> SampleOutcome:
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], largest: AnyLargest | None = None) -> StepResult:
         """See `Sampler.sample`.
 
         Shapes:

@@ -45,7 +45,7 @@ class OpenRequests:
     def take(self, plan: StepPlan, result: StepResult, scheduler: Scheduler, now_s: float) -> list[RequestUpdate]:
         """What a step brought to each request, and to the scheduler. Sequences that have left while it ran are passed
         over."""
-        touched: dict[str, RequestState] = {}
+        touched: list[RequestState] = []
         if result.failed or result.prompt_logprobs:
             self._take_prompts(result, scheduler, touched)
         scheduler.update(plan, {token.seq_id: token.token_id for token in result.sampled})
@@ -55,7 +55,8 @@ class OpenRequests:
             if found is None:
                 continue
             request, output = found
-            touched[request.request_id] = request
+            if not request.chunks:
+                touched.append(request)
             self._counters.num_generation_tokens += 1
             form = forms.get(token.seq_id) if forms else None
             request.append(output, token, now_s, is_complete=form is not None and form.is_complete)
@@ -65,7 +66,7 @@ class OpenRequests:
                 self.fail(token.seq_id, form.error, scheduler)
         if result.embeddings:
             self._take_embeddings(result, scheduler, touched)
-        return [self.update(request, now_s) for request in touched.values()]
+        return [self.update(request, now_s) for request in touched]
 
     def fail(self, seq_id: int, error: str, scheduler: Scheduler) -> RequestState:
         request, output = self._by_sequence[seq_id]
@@ -97,23 +98,22 @@ class OpenRequests:
             return RequestUpdate(request.request_id, chunks)
         return self._close(request, chunks, now_s)
 
-    def _take_prompts(self, result: StepResult, scheduler: Scheduler, touched: dict[str, RequestState]) -> None:
+    def _take_prompts(self, result: StepResult, scheduler: Scheduler, touched: list[RequestState]) -> None:
         """Those that were scored, and those of which nothing came."""
         for prompt in result.prompt_logprobs:
             if prompt.seq_id in self._by_sequence:
                 self._by_sequence[prompt.seq_id][0].add_prompt_logprobs(prompt)
         for seq_id, error in result.failed.items():
             if seq_id in self._by_sequence:
-                request = self.fail(seq_id, error, scheduler)
-                touched[request.request_id] = request
+                _note(self.fail(seq_id, error, scheduler), touched)
 
-    def _take_embeddings(self, result: StepResult, scheduler: Scheduler, touched: dict[str, RequestState]) -> None:
+    def _take_embeddings(self, result: StepResult, scheduler: Scheduler, touched: list[RequestState]) -> None:
         for embedding in result.embeddings:
             if embedding.seq_id not in self._by_sequence:
                 continue
             request, output = self._by_sequence[embedding.seq_id]
-            touched[request.request_id] = request
             request.take_embedding(output, embedding)
+            _note(request, touched)
             self._end(output, scheduler, FinishReason.STOP)
 
     def _end(self, output: OutputState, scheduler: Scheduler, reason: FinishReason) -> None:
@@ -132,3 +132,9 @@ class OpenRequests:
         finished = request.finish(now_s=now_s)
         self._counters.count_finished(finished)
         return RequestUpdate(request_id=request.request_id, chunks=chunks, finished=finished)
+
+
+def _note(request: RequestState, touched: list[RequestState]) -> None:
+    """It has got a chunk, its first one perhaps."""
+    if len(request.chunks) == 1:
+        touched.append(request)

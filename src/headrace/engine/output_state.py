@@ -8,6 +8,8 @@ from headrace.engine.plan import SampledToken, TokenLogprob
 from headrace.engine.sequence import FinishReason, Sequence
 from headrace.tokenizer import IncrementalDetokenizer, StopStringMatcher, Tokenizer
 
+_NONE: frozenset[int] = frozenset()
+
 
 class OutputState:
     """Owns an output's text and decides when it ends. Knows nothing about steps, blocks or other requests.
@@ -51,8 +53,10 @@ class OutputState:
         self._texts: list[str] = []
         self._last_token_s: float | None = None
         self._params: SamplingParams = params
-        self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
-        self._stop_token_ids = self._eos_token_ids.union(params.stop_token_ids)
+        self._eos_token_ids = _NONE if params.ignore_eos else eos_token_ids
+        # One set for all outputs, where they add nothing to it.
+        own = params.stop_token_ids
+        self._stop_token_ids = self._eos_token_ids.union(own) if own else self._eos_token_ids
         room = max_model_len - sequence.num_prompt_tokens
         self._max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
         self._tokenizer = tokenizer

@@ -108,9 +108,9 @@ class Embedding(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """failed: why no token could be sampled, or no embedding made, by sequence id."""
+    """sampled: in the order of their rows. failed: why no token was sampled, or no embedding made, by sequence id."""
 
     sampled: tuple[SampledToken, ...]
-    prompt_logprobs: tuple[PromptLogprobs, ...]
     failed: Mapping[int, str]
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     embeddings: tuple[Embedding, ...] = ()

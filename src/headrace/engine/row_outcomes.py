@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from headrace.engine.logits import HostLogits
-from headrace.engine.plan import SampledToken
-from headrace.engine.sampler import SampleOutcome, Sampler, SamplingRow, explain_failure
+from headrace.engine.plan import SampledToken, StepResult
+from headrace.engine.sampler import Sampler, SamplingRow, explain_failure
 from headrace.errors import KernelError
 
 
@@ -31,6 +31,6 @@ class RowOutcomes:
             except KernelError as error:
                 self.fail(index, error)
 
-    def outcome(self) -> SampleOutcome:
+    def outcome(self) -> StepResult:
         failed = {self.rows[index].seq_id: reason for index, reason in sorted(self.failed.items())}
-        return SampleOutcome(tuple(token for _, token in sorted(self.sampled.items())), failed)
+        return StepResult(tuple(token for _, token in sorted(self.sampled.items())), failed)

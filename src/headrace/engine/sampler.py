@@ -12,7 +12,6 @@ several times faster than torch's on a CPU. Logits on a GPU come to the host for
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from headrace.engine.draw import Row, draw_token
 from headrace.engine.logits import AnyLargest, HostLogits, Largest, on_host
 from headrace.engine.logprobs import explain_not_finite, token_logprobs
 from headrace.engine.penalties import TokenCounts, add_bias_, allow_only_, forbid_, penalize_
-from headrace.engine.plan import SampledToken
+from headrace.engine.plan import SampledToken, StepResult
 from headrace.engine.random_stream import uniform_at
 from headrace.errors import KernelError
 
@@ -75,13 +74,6 @@ class SamplingRow:
         return self._is_plain_in_time and len(self.output_token_ids) >= self.params.min_tokens
 
 
-class SampleOutcome(NamedTuple):
-    """Tokens of the rows that gave one, in row order, and the reason for each row that did not, by seq_id."""
-
-    sampled: tuple[SampledToken, ...]
-    failed: Mapping[int, str]
-
-
 class Sampler:
     """Owns the token counts of sequences with penalties, and nothing a result depends on: they can be counted again.
 
@@ -99,7 +91,7 @@ class Sampler:
         """Of the rows with penalties that `follow` was given last, by sequence id."""
         return self._counts
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], largest: AnyLargest | None = None) -> SampleOutcome:
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], largest: AnyLargest | None = None) -> StepResult:
         """One token for each row; a row of NaN, +inf or nothing but -inf fails alone.
 
         Equal logits: the smallest id is taken when greedy, and is the more likely one to top_k and top_p.
@@ -119,10 +111,10 @@ class Sampler:
                     break
                 plain.append(SampledToken(row.seq_id, int(token_id)))
             else:
-                return SampleOutcome(tuple(plain), {})
+                return StepResult(tuple(plain), {})
         return self._sample_host(HostLogits(logits), rows, largest)
 
-    def _sample_host(self, host: HostLogits, rows: Sequence[SamplingRow], largest: Largest | None) -> SampleOutcome:
+    def _sample_host(self, host: HostLogits, rows: Sequence[SamplingRow], largest: Largest | None) -> StepResult:
         if largest is None:
             host.check(len(rows))
             candidates: Iterable[tuple[int, float]] = host.largest()
@@ -141,7 +133,7 @@ class Sampler:
                 sampled.append(self.sample_row(host.row(index), row))
             except KernelError as error:
                 failed[row.seq_id] = explain_failure(row, error)
-        return SampleOutcome(tuple(sampled), failed)
+        return StepResult(tuple(sampled), failed)
 
     def whole_rows(self, logits: Tensor) -> Tensor:
         """Logits over the whole vocabulary."""

@@ -33,8 +33,8 @@ from headrace.engine.device_memory import Retrying, call_once
 from headrace.engine.device_shard import DeviceShard
 from headrace.engine.host_shard import HostShard
 from headrace.engine.logits import AnyLargest, HostLogits
-from headrace.engine.plan import SampledToken
-from headrace.engine.sampler import SampleOutcome, Sampler, SamplingRow, check_finite, explain_failure
+from headrace.engine.plan import SampledToken, StepResult
+from headrace.engine.sampler import Sampler, SamplingRow, check_finite, explain_failure
 from headrace.engine.shard import RecordedRows, Shard
 from headrace.engine.shared_step import SharedStep, largest_of_all
 from headrace.errors import KernelError, OutOfDeviceMemory
@@ -70,7 +70,7 @@ class ShardedSampler:
         )
         self.fallback_rows = 0
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], largest: AnyLargest | None = None) -> SampleOutcome:
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], largest: AnyLargest | None = None) -> StepResult:
         """One token for each row, the same on every rank; see `Sampler.sample`.
 
         largest: that of each row of this shard, ids counted from the shard's first token, if it is known already.
@@ -134,12 +134,12 @@ class ShardedSampler:
             raise OutOfDeviceMemory(f"a step does not fit the memory of rank {without[0]} of {self._group.name}")
         return words
 
-    def _sample_largest(self, own: Tensor, rows: Sequence[SamplingRow]) -> SampleOutcome:
+    def _sample_largest(self, own: Tensor, rows: Sequence[SamplingRow]) -> StepResult:
         words = self._read(self._exchange(own))
         token_ids, logits = largest_of_all(words.reshape(-1, len(rows), LARGEST_WORDS))
         if np.isfinite(logits).all():
             drawn = zip(rows, token_ids.tolist(), strict=True)
-            return SampleOutcome(tuple([SampledToken(row.seq_id, token_id) for row, token_id in drawn]), {})
+            return StepResult(tuple([SampledToken(row.seq_id, token_id) for row, token_id in drawn]), {})
         sampled, failed = [], {}
         for row, token_id, logit in zip(rows, token_ids.tolist(), logits.tolist(), strict=True):
             try:
@@ -147,7 +147,7 @@ class ShardedSampler:
                 sampled.append(SampledToken(row.seq_id, token_id))
             except KernelError as error:
                 failed[row.seq_id] = explain_failure(row, error)
-        return SampleOutcome(tuple(sampled), failed)
+        return StepResult(tuple(sampled), failed)
 
     def _sample_gathered(self, step: SharedStep, logits: Tensor) -> None:
         self.fallback_rows += len(step.whole)

@@ -95,7 +95,7 @@ class Worker:
         for new in plan.new:
             self._sequences[new.seq_id] = WorkerSequence.of(new, self._eos_token_ids)
         if not plan.chunks:
-            return StepResult(sampled=(), prompt_logprobs=(), failed={})
+            return StepResult((), {})
         if self._needs_device:
             # Each thread has a GPU of its own to launch on, the first one if it does not say, and callers are many.
             torch.cuda.set_device(self.device)
@@ -226,11 +226,10 @@ class Worker:
         if len(sampling) == len(rows) == plan.num_decode_tokens:
             # Each row is the last token of an output: no prompt is to be scored or pooled.
             logits, largest = self._runner.next_logits(rows)
-            sampled, failed = self._sampler.sample(logits, sampling, largest)
-            return StepResult(sampled, (), failed)
+            return self._sampler.sample(logits, sampling, largest)
         hidden_states = self._runner.run(rows)
         if not self._runner.has_head:
-            return StepResult(sampled=(), prompt_logprobs=(), failed={})
+            return StepResult((), {})
         return self._sample(plan, hidden_states, sampling)
 
     def _set_phase(self, phase: Phase) -> None:
@@ -262,13 +261,13 @@ class Worker:
         failed |= pooled.failed
         if not sampling:
             self._pooler.keep(pooled)
-            return StepResult((), tuple(prompts), failed, pooled.embeddings)
+            return StepResult((), failed, tuple(prompts), pooled.embeddings)
         if len(last_rows) < row:
             hidden_states = hidden_states[last_rows]
         logits, largest = self._runner.logits(hidden_states)
-        outcome = self._sampler.sample(logits, sampling, largest)
+        result = self._sampler.sample(logits, sampling, largest)
         self._pooler.keep(pooled)
-        return StepResult(outcome.sampled, tuple(prompts), {**outcome.failed, **failed}, pooled.embeddings)
+        return StepResult(result.sampled, {**result.failed, **failed}, tuple(prompts), pooled.embeddings)
 
     def _whole_logits(self, hidden_states: Tensor) -> Tensor:
         return self._sampler.whole_rows(self._runner.logits(hidden_states).logits)
