@@ -19,7 +19,7 @@
 // m of its positions. context_share.h joins those of all ranks.
 //
 // p is as exact as the cache: float32; bfloat16 where the machine multiplies those (float32 elsewhere); for int8 two digits
-// (16 bits; 14 with AVX2) of a tile's largest p times its largest scale, since a long context's many small p must not be
+// (16 bits; 14 with AVX2) of a tile's largest p times its value's scale, since a long context's many small p must not be
 // lost. Queries of int8 have 8 bits of the row's largest entry, as keys have (SageAttention, Zhang et al. 2024).
 #ifndef HEADRACE_NATIVE_ATTENTION_H_
 #define HEADRACE_NATIVE_ATTENTION_H_
@@ -44,7 +44,8 @@ constexpr float kLazyThreshold = 8.0f;  // in t: p stays below 2^8
 // The numbers of kAsynchronized, all in t.
 //
 // A row of n keys is sound if o is finite and n 2^-102 <= sum <= 2^126: then what was lost below the least float is less
-// than 2^-24 of the sum. For int8, whose values are scaled before they meet p, n 2^-64.
+// than 2^-24 of the sum. For int8, whose values are scaled before they meet p, n 2^-64; what is lost there are values whose
+// products with p are below 1e-33, whatever the scheme.
 // is_strict also asks of each t that it lies between least and largest (exclusively), as FlashDecoding++ published it;
 // -infinity, which contributes nothing, is exempt.
 struct UnifiedMax {

@@ -44,54 +44,71 @@ void Bfloat16Probabilities(const SoftmaxBlock& block, const float* reference, in
   });
 }
 
-// The values' scales of the panels that a block sees, and 0 where their groups of kSplitPanels reach further; returns the
-// largest of each lane. Those of places nobody wrote may be anything, and 0 times them must be 0; a value that is no number
-// shows in its t too.
-inline F32x16 LoadValueScales(const TilePanels& panels, Range visible, float* scales) {
-  const Range groups = SplitGroups(visible);
-  F32x16 largest = Broadcast(0.0f);
-  FillPanels(0.0f, {groups.begin * kSplitPanels, visible.begin}, scales);
-  for (int64_t i = visible.begin; i < visible.end; ++i) {
-    const F32x16 positive = Max(Load(panels.Scales(i) + kPanelPositions), Broadcast(0.0f));
-    const F32x16 finite = Min(positive, Broadcast(std::numeric_limits<float>::max()));
-    largest = Max(finite, largest);
-    Store(scales + i * kPanelPositions, finite);
-  }
-  FillPanels(0.0f, {visible.end, groups.end * kSplitPanels}, scales);
-  return largest;
-}
-
-// The largest scale of a value that row r sees.
-inline float LargestScale(const TilePanels& panels, const SoftmaxBlock& block, int r, const float* scales) {
-  F32x16 largest = Broadcast(0.0f);
-  for (int64_t i = block.visible.begin; i < block.visible.end; ++i) {
-    const Lanes lanes = VisibleLanes(panels, i, block.rows[r]);
-    const F32x16 scale = Load(scales + i * kPanelPositions);
-    largest = Max(SelectLanes(lanes.begin, lanes.end, scale, Broadcast(0.0f)), largest);
-  }
-  return MaxLane(largest);
-}
-
 // How p times the values' scales becomes two digits, for each row of a block.
 struct Digits {
   float scales[kTilePositions];
-  float inverse[kLanes];  // times this they are whole numbers below 2^(2 kDigitBits)
+  float exponents[kTilePositions];  // no less than log2 of the scales, and of normal ones by kLogError more at most
+  float inverse[kLanes];            // times this they are whole numbers below 2^(2 kDigitBits)
 };
 
-// No p exceeds that of the largest t, and no product this p times the largest scale, wherever the two lie.
+// log2(1 + f) - f is at most 0.08607; the rest is for what floats of size 256 lose, three times.
+constexpr float kLogError = 0.0862f;
+
+// From a float's bits: its exponent plus the fraction of its mantissa.
+inline F32x16 ExponentsOf(const F32x16& scales) {
+  I32x16 bits;
+  memcpy(&bits, &scales, sizeof bits);
+  return Sub(Mul(ToFloat(bits), Broadcast(0x1p-23f)), Broadcast(127.0f - kLogError));
+}
+
+// Loads the values' scales of the panels that a block sees, and 0 where their groups of kSplitPanels reach further. Those of
+// places nobody wrote may be anything, and 0 times them must be 0; a value that is no number shows in its t too. Returns the
+// log2 of the largest if no other is far smaller, and infinity else.
+inline float LoadValueScales(const TilePanels& panels, Range visible, Digits& digits) {
+  constexpr float kEven = 2.0f;  // as much as the bound may be too large, in bits
+  const Range groups = SplitGroups(visible);
+  F32x16 largest = Broadcast(-kInfinity), least = Broadcast(kInfinity);
+  FillPanels(0.0f, {groups.begin * kSplitPanels, visible.begin}, digits.scales);
+  for (int64_t i = visible.begin; i < visible.end; ++i) {
+    const F32x16 positive = Max(Load(panels.Scales(i) + kPanelPositions), Broadcast(0.0f));
+    const F32x16 finite = Min(positive, Broadcast(std::numeric_limits<float>::max()));
+    const F32x16 exponents = ExponentsOf(finite);
+    largest = Max(exponents, largest);
+    least = Min(exponents, least);
+    Store(digits.scales + i * kPanelPositions, finite);
+    Store(digits.exponents + i * kPanelPositions, exponents);
+  }
+  FillPanels(0.0f, {visible.end, groups.end * kSplitPanels}, digits.scales);
+  const float exponent = MaxLane(largest);
+  return exponent + MaxLane(Sub(Broadcast(0.0f), least)) <= kEven ? exponent : kInfinity;
+}
+
+// The largest t - reference + log2(scale) of a row: as t of what it does not see is -infinity, no such scale counts.
+inline float LargestProduct(const SoftmaxBlock& block, int r, float reference, const float* exponents) {
+  const float* t = block.t + r * kTilePositions;
+  const F32x16 minus_m = Broadcast(-reference);
+  F32x16 max = Broadcast(-kInfinity);
+  for (int64_t i = block.visible.begin * kPanelPositions; i < block.visible.end * kPanelPositions; i += kPanelPositions) {
+    max = Max(Add(AddByProduct(Load(t + i), minus_m), Load(exponents + i)), max);
+  }
+  return MaxLane(max);
+}
+
+// Digits count from the largest product, not from the largest p times the largest scale: the token that most of a row's
+// attention rests on may have a value next to nothing (Xiao et al. 2024), and what is left of the others is the result.
+// Where scales are much the same, which nearly all tiles are, that makes no odds and takes less time.
 inline void ChooseDigits(const TilePanels& panels, const SoftmaxBlock& block, const float* largest,
                          const float* reference, Digits& digits) {
   static_assert(kBlockRows <= kLanes);
   constexpr auto kLargest = static_cast<float>((1 << 2 * kDigitBits) - 1);
   constexpr float kSmallest = 1e-33f;  // kLargest over it is finite
-  const float whole_scale = MaxLane(LoadValueScales(panels, block.visible, digits.scales));
-  float exponent[kLanes] = {}, scale[kLanes] = {}, p_scale[kLanes];
+  float exponent[kLanes] = {}, p_scale[kLanes];
+  const float even = LoadValueScales(panels, block.visible, digits);
   for (int r = 0; r < block.count; ++r) {
-    const bool is_whole = SeesWhole(panels, block.visible, block.rows[r]);
-    exponent[r] = largest[r] - reference[r];
-    scale[r] = is_whole ? whole_scale : LargestScale(panels, block, r, digits.scales);
+    const bool is_even = even < kInfinity && SeesWhole(panels, block.visible, block.rows[r]);
+    exponent[r] = is_even ? largest[r] - reference[r] + even : LargestProduct(block, r, reference[r], digits.exponents);
   }
-  const F32x16 bound = Max(Mul(Exp2<4>(Load(exponent)), Load(scale)), Broadcast(kSmallest));
+  const F32x16 bound = Max(Exp2<4>(Load(exponent)), Broadcast(kSmallest));
   Store(digits.inverse, Div(Broadcast(kLargest), bound));
   Store(p_scale, Mul(bound, Broadcast(1.0f / kLargest)));
   for (int r = 0; r < block.count; ++r) block.p_scale[r] = p_scale[r];
@@ -105,9 +122,9 @@ void IntProbabilities(const SoftmaxBlock& block, const float* reference, const D
   float* sums = block.sum + row * kLanes;
   auto* high = reinterpret_cast<uint8_t*>(block.p) + row * 2 * kTilePositions;
   const Range groups = SplitGroups(block.visible);
-  F32x16 m[kRows], sum[kRows], inverse[kRows];
+  F32x16 minus_m[kRows], sum[kRows], inverse[kRows];
   Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
-    m[r] = Broadcast(reference[row + r]);
+    minus_m[r] = Broadcast(-reference[row + r]);
     sum[r] = Load(sums + r * kLanes);
     inverse[r] = Broadcast(digits.inverse[row + r]);
     FillPanels(-kInfinity, {groups.begin * kSplitPanels, block.visible.begin}, t + r * kTilePositions);
@@ -119,7 +136,8 @@ void IntProbabilities(const SoftmaxBlock& block, const float* reference, const D
     Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
       F32x16 p[kSplitPanels];
       Unroll<kSplitPanels>([&](auto j) HEADRACE_LAMBDA {
-        const F32x16 e = Exp2<4>(Sub(Load(t + r * kTilePositions + i + j * kPanelPositions), m[r]));
+        const float* from = t + r * kTilePositions + i + j * kPanelPositions;
+        const F32x16 e = Exp2<4>(AddByProduct(Load(from), minus_m[r]));
         sum[r] = Add(sum[r], e);
         p[j] = Mul(Mul(e, scale[j]), inverse[r]);
       });

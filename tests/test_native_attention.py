@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -358,6 +358,76 @@ class TestExtremes:
             assert torch.equal(actual[:50], expected[:50])
             if not is_key or math.isnan(bad):
                 assert not actual[50:, 4:].isfinite().any()
+
+
+class TestInt8Probabilities:
+    """Two digits hold p times a value's scale: what decides is the largest product, wherever p and scales are large."""
+
+    @each_target
+    @each_scheme
+    @pytest.mark.parametrize("sink_value", [0.0, 0.03], ids=["nothing", "little"])
+    def test_a_token_that_draws_all_attention_to_next_to_no_value(self, target, scheme, sink_value):
+        """The rest of the tile, each e^-11 of it, is then the whole result (Xiao et al. 2024)."""
+        problem = make_problem(KvCacheFormat.INT8, lens=((250, 3),), query_scale=0.5)
+        signs = torch.tensor([1.0, -1.0]).repeat(32)
+        problem.query.add_(signs * 11 / 8)
+        keys, values = cpu.read_kv(problem.cache, problem.slots(0))
+        keys -= (keys * signs).mean(-1, keepdim=True) * signs
+        keys[0] = signs
+        values[0] *= sink_value
+        store(problem.cache, keys, values, problem.slots(0))
+        assert_close_to_exact(target, problem, make_spec(scheme))
+
+    @each_target
+    @pytest.mark.parametrize("sigma", [2.0, 20.0])
+    @pytest.mark.parametrize("block_size", [16, 24])
+    def test_values_of_very_different_size(self, target, sigma, block_size):
+        """Zero too, beside places that nobody sees with infinite and huge values."""
+        problem = make_problem(KvCacheFormat.INT8, lens=((300, 40), (41, 1)), block_size=block_size)
+        generator = torch.Generator().manual_seed(1)
+        size = problem.cache.spec.num_blocks * block_size
+        stale = torch.tensor([torch.inf, 1e36]).repeat(size * 64)[: size * 2 * 64].view(size, 2, 64)
+        seen = [cpu.read_kv(problem.cache, problem.slots(seq)) for seq in range(2)]
+        store(problem.cache, stale, stale, torch.arange(size))
+        for seq, (keys, values) in enumerate(seen):
+            exponents = sigma * torch.randn(*values.shape[:2], 1, generator=generator)
+            values *= exponents.exp()
+            values[::7] = 0
+            store(problem.cache, keys, values, problem.slots(seq))
+        for window in (None, 21):
+            assert_close_to_exact(target, problem, make_spec(sliding_window=window))
+
+    @each_target
+    @pytest.mark.parametrize("mantissa", [1.0, 1.25, 1.44, 1.99])
+    def test_sums_of_the_largest_digits_do_not_overflow(self, target, mantissa):
+        """Every position of a tile with the largest p, value and scale."""
+        problem = make_problem(KvCacheFormat.INT8, lens=((256, 1),))
+        values = torch.full((256, 2, 64), 127 * mantissa)
+        values[:, 1] *= -1
+        store(problem.cache, torch.zeros_like(values), values, problem.slots(0))
+        for dtype in (torch.float32, torch.bfloat16):
+            out = run(target, replace(problem, query=problem.query.to(dtype)), make_spec())
+            assert torch.equal(out.sign(), values[:1].sign().repeat_interleave(4, dim=1).to(dtype))
+            assert (out.abs() / (127 * mantissa) - 1).abs().max() <= torch.finfo(dtype).eps / 2 + 2.0**-13
+
+    @each_target
+    def test_a_later_value_of_the_same_panel_does_not_show(self, target):
+        """Nor does its scale: a prompt's rows keep their bits whatever comes behind them."""
+        problem = make_problem(KvCacheFormat.INT8, lens=((40, 40),))
+        keys, values = cpu.read_kv(problem.cache, problem.slots(0))
+        expected = run(target, problem, make_spec())
+        for seen, size in ((1, 1e30), (20, 1e-30), (33, torch.inf)):
+            store(problem.cache, keys[seen:], values[seen:] * size, problem.slots(0)[seen:])
+            assert torch.equal(run(target, problem, make_spec())[:seen], expected[:seen])
+            store(problem.cache, keys, values, problem.slots(0))
+
+
+def assert_close_to_exact(target: str, problem: Problem, spec: AttentionSpec) -> None:
+    """Within a thousandth of the largest entry of each head's result, which rounding to bfloat16 would exceed."""
+    problem = replace(problem, query=problem.query.float())
+    expected = exact(problem, spec)
+    error = (run(target, problem, spec).double() - expected).abs().amax(-1)
+    assert (error <= 1e-3 * expected.abs().amax(-1)).all()
 
 
 class TestContract:

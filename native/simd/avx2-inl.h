@@ -65,6 +65,7 @@ inline void StoreBfloat16(uint16_t* to, const F32x16& a) {
 inline F32x16 Add(const F32x16& a, const F32x16& b) {
   return {{_mm256_add_ps(a.half[0], b.half[0]), _mm256_add_ps(a.half[1], b.half[1])}};
 }
+inline F32x16 AddByProduct(const F32x16& a, const F32x16& b) { return Add(a, b); }
 inline F32x16 Sub(const F32x16& a, const F32x16& b) {
   return {{_mm256_sub_ps(a.half[0], b.half[0]), _mm256_sub_ps(a.half[1], b.half[1])}};
 }

@@ -55,6 +55,12 @@ inline void StoreBfloat16(uint16_t* to, F32x16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
 }
 inline F32x16 Add(F32x16 a, F32x16 b) { return _mm512_add_ps(a, b); }
+// The same on the units that multiply: Zen 4 has others for sums, comparisons and powers of two, and softmax is mostly
+// those. In assembly, because GCC takes a product with 1 for none.
+inline F32x16 AddByProduct(F32x16 a, F32x16 b) {
+  asm("vfmadd132ps %2, %1, %0" : "+v"(a) : "v"(b), "v"(_mm512_set1_ps(1.0f)));
+  return a;
+}
 inline F32x16 Sub(F32x16 a, F32x16 b) { return _mm512_sub_ps(a, b); }
 inline F32x16 Mul(F32x16 a, F32x16 b) { return _mm512_mul_ps(a, b); }
 // a * b + c, rounded once.

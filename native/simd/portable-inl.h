@@ -51,6 +51,7 @@ inline void StoreBfloat16(uint16_t* to, const F32x16& a) {
 inline F32x16 Add(const F32x16& a, const F32x16& b) {
   return MakeF32([&](int i) { return a.lane[i] + b.lane[i]; });
 }
+inline F32x16 AddByProduct(const F32x16& a, const F32x16& b) { return Add(a, b); }
 inline F32x16 Sub(const F32x16& a, const F32x16& b) {
   return MakeF32([&](int i) { return a.lane[i] - b.lane[i]; });
 }
