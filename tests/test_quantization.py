@@ -361,6 +361,7 @@ def test_kernels_this_build_has_are_chosen_and_explained(value):
         "choices",
         "dataflow",
         "device",
+        "join_replays",
         "prefill_library_obstacle",
         "machine",
         "pads_steps",

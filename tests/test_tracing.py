@@ -105,7 +105,7 @@ def test_errors_and_requests_without_a_model():
 
 def test_without_the_extra_an_endpoint_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(ConfigError, match=r"pip install 'headrace\[otel\]'"):
+    with pytest.raises(ConfigError, match="pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"):
         make_tracer("http://localhost:4318/v1/traces", "demo")
     with pytest.raises(ConfigError, match="give a URL"):
         ObservabilityConfig(otlp_traces_endpoint="localhost:4318")
