@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ from headrace.errors import ConfigError
 from headrace.machine import cpu_limits, cpu_name
 
 if TYPE_CHECKING:
-    from headrace.bench.kernels import AttentionFigure, KernelLimits, LinearFigure
+    from headrace.bench.attention_kernels import AttentionFigure
+    from headrace.bench.linear_kernels import LinearFigure
 
 _SHAPES = ("tinyllama-1.1b", "smollm-135m", "llama2-7b")
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Each time is the best of several rounds, on weights and caches too large for any cache of the machine. Its\n"
         "limit is the time to read the weights, or the keys and values, once, or the time to do the multiplications,\n"
-        "whichever is longer. Peaks are measured in the same run, and memory bandwidth (huge pages, several streams)\n"
-        "in the same rounds, since it changes on a machine that is shared."
+        "whichever is longer. Memory bandwidth (huge pages, several streams) and the peak are measured anew beside\n"
+        "each of them, in the same rounds, since they change on a machine that is shared."
     )
     parser.add_argument(
         "--shape", choices=_SHAPES, default=_SHAPES[0], help="sizes of the layers (default: %(default)s)"
@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
     # From here on torch is needed.
     import torch
 
-    from headrace.bench.kernels import SHAPES, measure_attention, measure_kernel_limits, measure_linears
+    from headrace.bench.attention_kernels import measure_attention
+    from headrace.bench.kernels import SHAPES
+    from headrace.bench.linear_kernels import measure_linears
     from headrace.bench.machine import device_name
     from headrace.engine.devices import resolve_device
     from headrace.kernels import kernel_choice_from, resolve_kernels
@@ -74,28 +76,23 @@ def run(args: argparse.Namespace) -> int:
     weight_formats = [WeightFormat(name) for name in args.formats]
     lengths = [(n, 1) for n in args.contexts] + ([(_PREFILL, _PREFILL)] if args.contexts else [])
     with progress_line(is_shown=not args.json) as on_start, torch.inference_mode():
-        on_start("limits")
-        limits = measure_kernel_limits(kernels)
-        linears = list(measure_linears(kernels, shape, weight_formats, args.rows, limits, on_start))
+        linears = list(measure_linears(kernels, shape, weight_formats, args.rows, on_start))
         cache_formats = (KvCacheFormat.BFLOAT16, KvCacheFormat.INT8)
-        attention = list(measure_attention(kernels, shape, cache_formats, lengths, limits, on_start))
+        attention = list(measure_attention(kernels, shape, cache_formats, lengths, on_start))
     if args.json:
         facts = {"shape": args.shape, "device": name, "threads": num_threads, "cpu": cpu_name()}
-        print(json.dumps(_json(facts, limits, linears, attention), allow_nan=False))
+        print(json.dumps(_json(facts, linears, attention), allow_nan=False))
     else:
         where = name if kernels.device.type == "cuda" else f"{name}, {num_threads} threads"
-        print("\n".join(_text(f"{where}, {args.shape}", limits, linears, attention)))
+        print("\n".join(_text(f"{where}, {args.shape}", linears, attention)))
     return 0
 
 
-def _text(
-    title: str,
-    limits: "KernelLimits",
-    linears: "Sequence[LinearFigure]",
-    attention: "Sequence[AttentionFigure]",
-) -> Iterator[str]:
-    peaks = ", ".join(f"{f.value} {ops / 1e9:.0f}" for f, ops in limits.ops_per_s.items())
-    yield f"{title}: read {limits.read_bytes_per_s / 1e9:.1f} GB/s, Gop/s {peaks}"
+def _text(title: str, linears: "Sequence[LinearFigure]", attention: "Sequence[AttentionFigure]") -> Iterator[str]:
+    read = _range([figure.read_bytes_per_s for figure in (*linears, *attention)])
+    peaks = {f: _range([x.ops_per_s for x in linears if x.weight_format is f]) for f in WeightFormat}
+    told = ", ".join(f"{f.value} {peak}" for f, peak in peaks.items() if peak)
+    yield f"{title}: read {read} GB/s, Gop/s {told}"
     yield ""
     yield "linear layers: microseconds (share of the limit) for M rows"
     rows = list(dict.fromkeys(figure.num_rows for figure in linears))
@@ -119,22 +116,17 @@ def _text(
     yield from aligned(table, num_left=2)
 
 
+def _range(per_s: Sequence[float]) -> str:
+    """In 1e9: what was measured beside one figure after another, from the least to the most."""
+    return " to ".join(dict.fromkeys(f"{value / 1e9:.0f}" for value in (min(per_s), max(per_s)))) if per_s else ""
+
+
 def _json(
-    facts: dict[str, Any],
-    limits: "KernelLimits",
-    linears: "Sequence[LinearFigure]",
-    attention: "Sequence[AttentionFigure]",
+    facts: dict[str, Any], linears: "Sequence[LinearFigure]", attention: "Sequence[AttentionFigure]"
 ) -> dict[str, Any]:
     return {
         **facts,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "limits": {
-            "read_bytes_per_s": limits.read_bytes_per_s,
-            "ops_per_s": {f.value: ops for f, ops in limits.ops_per_s.items()},
-        },
-        "linear": [asdict(f) | {"weight_format": f.weight_format.value, "share": f.share} for f in linears],
-        "attention": [
-            asdict(f) | {"cache_format": f.cache_format.value, "scheme": f.scheme.value, "share": f.share}
-            for f in attention
-        ],
+        "linear": [f.to_json() for f in linears],
+        "attention": [f.to_json() for f in attention],
     }
