@@ -103,6 +103,13 @@ def test_echo_repeats_the_prompt_and_scores_it(client: openai.OpenAI, llm: LLM) 
     [
         ({"temperature": -1}, "temperature", "temperature is -1; it should be greater than or equal to 0"),
         ({"temperature": "hot"}, "temperature", "temperature is 'hot'; it should be a valid number"),
+        ({"temperature": True}, "temperature", "temperature is true; it should be a valid number"),
+        ({"max_tokens": "5"}, "max_tokens", "max_tokens is '5'; it should be a valid integer"),
+        ({"max_tokens": 5.0}, "max_tokens", "max_tokens is 5.0; it should be a valid integer"),
+        ({"echo": 1}, "echo", "echo is 1; it should be a valid boolean"),
+        ({"extra_body": {"logit_bias": {"5": "1"}}}, "logit_bias.5", "is '1'; it should be a valid number"),
+        ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage", "is 'yes'; it should be"),
+        ({"extra_body": {"best_of": True}}, "best_of", "'best_of' is not supported"),
         ({"max_tokens": -1}, "max_tokens", "max_tokens is -1; it should be greater than or equal to 0"),
         ({"stream": []}, "stream", "stream is a list; it should be a valid boolean"),
         ({"extra_body": {"no_such_field": 1}}, "no_such_field", "no_such_field"),
@@ -128,6 +135,7 @@ def test_a_wrong_field_is_named(client: openai.OpenAI, settings: dict, param: st
         ("/completions", b"[]", None, "the body is a list; it should be"),
         ("/chat/completions", b"{}", "messages", "messages is missing; send it"),
         ("/chat/completions", b'{"messages": [{"role": "usr", "content": "x"}]}', "messages", "the role 'usr'"),
+        ("/chat/completions", b'{"messages": [{"role": 5}]}', "messages.0.role", "messages.0.role is 5; it should be"),
         ("/responses", b'{"input": [{"role": "user", "content": "' + b"x " * 2000 + b'"}]}', "input", "the prompt has"),
     ],
 )
@@ -138,6 +146,11 @@ def test_a_wrong_body_is_explained(
         client.post(path, content=body, cast_to=object, options={"headers": {"Content-Type": "application/json"}})
     assert refused.value.param == param
     assert words in refused.value.message
+
+
+def test_a_whole_number_will_do_where_any_number_is_meant(client: openai.OpenAI) -> None:
+    sent = {"temperature": 1, "top_p": 1, "extra_body": {"logit_bias": {"5": 1}, "length_penalty": 1, "best_of": 1}}
+    assert client.completions.create(model="demo", prompt="Hello", max_tokens=1, **sent).usage
 
 
 def test_a_field_of_several_types_is_explained_once(client: openai.OpenAI) -> None:

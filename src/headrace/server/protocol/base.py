@@ -10,11 +10,14 @@ from pydantic_core import PydanticCustomError
 class RequestModel(BaseModel):
     """A body whose unknown fields are errors. A field that is null counts as left out.
 
+    Types are strict, as those of OpenAI's servers are: "5" is no number, nor is true, and 1 is no boolean. A whole
+    number will do where any number is meant.
+
     Fields that OpenAI or vLLM define and this server does not offer are listed in `_unsupported`, each with the values
     that ask for nothing.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
     @classmethod
     def unsupported(cls) -> Mapping[str, tuple[Any, ...]]:
@@ -32,7 +35,7 @@ class RequestModel(BaseModel):
             if name not in kept:
                 continue
             value = kept.pop(name)
-            if value is not None and value not in harmless:
+            if value is not None and not any(_is_equal(value, one) for one in harmless):
                 raise PydanticCustomError(
                     "unsupported", "'{name}' is not supported by this server; leave it out", {"name": name}
                 )
@@ -40,3 +43,8 @@ class RequestModel(BaseModel):
         for name in [name for name in kept if name not in known][1:]:
             del kept[name]
         return kept
+
+
+def _is_equal(value: Any, known: Any) -> bool:
+    """To Python, True is 1 and False is 0."""
+    return value == known and isinstance(value, bool) == isinstance(known, bool)

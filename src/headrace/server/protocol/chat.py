@@ -14,7 +14,7 @@ MAX_MESSAGES = 4096
 class ChatMessage(BaseModel):
     """One message. What else it has goes to the chat template, which knows what it can use."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
 
     role: str = Field(min_length=1, max_length=64)
     content: str | Objects | None = None
