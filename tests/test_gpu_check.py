@@ -68,11 +68,21 @@ def test_tables_of_attention_name_the_fastest_that_is_right() -> None:
     assert "| 1 | 128 | 3.0 | 1.0 WRONG | 2.0 | library |" in report.markdown(results)
 
 
+NOT_THERE = ("llguidance", "fastapi", "pydantic", "uvicorn", "httptools", "uvloop", "headrace._native")
+"""What serves, what structures outputs and what runs on CPUs: a GPU with torch and transformers need not have these."""
+
+
 @pytest.fixture(scope="module")
 def data(out: Path) -> dict[str, Any]:
-    """Of a dry run of everything."""
+    """Of a dry run of everything, whose processes find on PYTHONPATH that some packages are not installed."""
     folders = ["--out", str(out), "--folder", str(out / "caches"), "--models", str(out / "models")]
-    code = main(["--dry-run", *folders, "--stages", ",".join(dry_stages())])
+    carried = out / "carried"
+    carried.mkdir()
+    hidden = f"import sys\nopen({str(out / 'started')!r}, 'a').write('.')\nsys.modules |= dict.fromkeys({NOT_THERE})\n"
+    (carried / "sitecustomize.py").write_text(hidden)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(carried))
+        code = main(["--dry-run", *folders, "--stages", ",".join(dry_stages())])
     found: dict[str, Any] = json.loads((out / "results.json").read_text())
     assert [trouble for trouble in found["troubles"] if trouble["is_failure"]] == []
     assert code == 0
@@ -95,6 +105,9 @@ class TestDryRun:
         for group in ("prefill attention", "chunk attention"):
             by = {found["labels"]["by"] for found in data["figures"] if found["group"] == group}
             assert {"synchronized", "library", "torch SDPA", "FlexAttention"} <= by
+
+    def test_every_process_takes_packages_from_pythonpath(self, data, out) -> None:
+        assert len((out / "started").read_text()) >= len(data["tests"]) + 1
 
     def test_what_was_computed_was_compared(self, data) -> None:
         for group in ("linear", "decode attention", "prefill attention", "chunk attention", "agreement"):

@@ -1,6 +1,7 @@
 """Which tokens a grammar allows: against `regex`, which can tell a beginning of a match from what never becomes one."""
 
 import json
+import sys
 from functools import reduce
 
 import numpy as np
@@ -15,7 +16,8 @@ from tiny_tokenizers import byte_fallback_bpe, byte_level_bpe
 from headrace import StructuredOutputs
 from headrace.demo_model import demo_model_path
 from headrace.engine import grammar as grammar_module
-from headrace.engine.grammar import Grammar, GrammarCompiler, GrammarMatcher
+from headrace.engine.grammar import Grammar, GrammarMatcher
+from headrace.engine.grammar_compiler import GrammarCompiler
 from headrace.engine.json_schema import MAX_MULTIPLE, MAX_PROPERTIES
 from headrace.errors import RequestError
 from headrace.tokenizer import Tokenizer
@@ -289,6 +291,13 @@ def test_what_is_large_but_allowed_compiles():
     assert compiled(json={"enum": [f"value {i}" for i in range(5000)]})
     assert compiled(choice=[f"value {i}" for i in range(10_000)])
     assert compiled(regex="[a-z]{8000}")
+
+
+def test_without_the_library_a_form_is_refused_and_what_to_install_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.delitem(sys.modules, "headrace.engine.grammar")
+    with pytest.raises(RequestError, match=r"structured outputs need llguidance .*; pip install llguidance"):
+        compiled(regex="a")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken
 
 from headrace.config import SamplingParams, StructuredOutputs
-from headrace.engine.grammar import GrammarCompiler
+from headrace.engine.grammar_compiler import GrammarCompiler
 from headrace.errors import RequestError
 from headrace.server.tools import FORMATS, parse_tool_choice, parse_tools, parse_whole, plan_tools
 from headrace.tokenizer import Tokenizer

@@ -38,13 +38,15 @@ class Settings:
     command: tuple[str, ...] = (sys.executable, "-m", "scripts.gpu_check")
 
     def environment(self) -> dict[str, str]:
-        """Of every process: the package from this tree, and caches that this run has for itself."""
+        """Of every process: the package from this tree before what PYTHONPATH names (peers that were carried here, for
+        example), and caches that this run has for itself."""
+        paths = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if self.is_dry else {}
         return (
             os.environ
             | one_thread
             | {
-                "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+                "PYTHONPATH": os.pathsep.join(paths),
                 "PYTHONUNBUFFERED": "1",
                 "XDG_CACHE_HOME": str(self.folder / "cache"),
                 "TRITON_CACHE_DIR": str(self.folder / "triton"),

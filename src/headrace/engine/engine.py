@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import count
-from typing import SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, SupportsIndex, TypeVar
 
 from headrace.cache.block_manager import BlockManager
 from headrace.config import PoolingParams, SamplingParams
 from headrace.engine.engine_counters import EngineCounters
-from headrace.engine.grammar import Grammar, GrammarCompiler
+from headrace.engine.grammar_compiler import GrammarCompiler
 from headrace.engine.guides import Guides
 from headrace.engine.load import LoadedModel
 from headrace.engine.metrics import EngineMetrics, EngineStatistics
@@ -23,6 +23,9 @@ from headrace.engine.scheduler import Scheduler
 from headrace.engine.sequence import Sequence
 from headrace.engine.steps_in_flight import StepsInFlight
 from headrace.errors import RequestError
+
+if TYPE_CHECKING:
+    from headrace.engine.grammar import Grammar
 
 T = TypeVar("T")
 
@@ -75,7 +78,7 @@ class Engine:
         prompt_token_ids: Iterable[SupportsIndex],
         params: SamplingParams,
         prompt: str | None = None,
-        grammar: Grammar | None = None,
+        grammar: "Grammar | None" = None,
     ) -> None:
         """Queue a request, or refuse it and leave everything as it was.
 

@@ -4,11 +4,9 @@ A grammar is compiled when a request is admitted, under limits that bound its ti
 afterwards is bounded by the same limits; one that runs into them fails its own request.
 """
 
-import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
-from functools import cached_property
 
 import llguidance
 import numpy as np
@@ -47,56 +45,36 @@ _KINDS = {
 }
 
 
-class GrammarCompiler:
-    """From the form asked for to a grammar over one model's tokens. Any thread may call it.
-
-    tokenizer: of the model; without one there are no structured outputs.
-    vocab_size: of the logits. What the tokenizer does not have is never allowed.
-    eos_token_ids: all of them are allowed where an output may end.
+def compile_form(form: StructuredOutputs, vocabulary: Callable[[], "Vocabulary"]) -> "Grammar":
     """
+    vocabulary: of the model; asked for once the form is known to be one.
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._eos_token_ids = frozenset(eos_token_ids)
-        self._lock = threading.Lock()
-
-    def compile(self, form: StructuredOutputs) -> "Grammar":
-        """
-        Raises:
-            RequestError: the model has no tokenizer that llguidance reads; the form is not one, asks for what cannot be
-                enforced, allows nothing, or takes more time or memory than a request may.
-        """
-        try:
-            source = grammar_source(form)
-        except RecursionError:
-            raise _refused(form, "it is nested too deeply") from None
-        except ValueError as error:
-            raise _refused(form, str(error)) from None
-        with self._lock:
-            vocabulary = self._vocabulary
-        matcher = llguidance.LLMatcher(vocabulary.ll_tokenizer, source, log_level=0, limits=_LIMITS)
-        if matcher.is_error():
-            raise _refused(form, matcher.get_error())
-        warnings = matcher.get_grammar_warnings()
-        # A grammar may say of its own schemas that what cannot be enforced is to be read past.
-        if warnings and form.grammar is None:
-            raise _refused(form, warnings[0])
-        try:
-            start = GrammarMatcher(matcher, vocabulary)
-            start.fork(TimeBudget()).probe()
-        except RequestError as error:
-            raise _refused(form, str(error)) from None
-        if start.is_complete:
-            raise _refused(form, "it allows no output but an empty one")
-        return Grammar(start)
-
-    @cached_property
-    def _vocabulary(self) -> "Vocabulary":
-        """Takes 0.2 s with 32,000 tokens, so that it waits for the first request that needs it."""
-        if self._tokenizer is None:
-            raise RequestError("structured outputs need a tokenizer, and this model folder has none")
-        return Vocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids)
+    Raises:
+        RequestError: the form is not one, asks for what cannot be enforced, allows nothing, or takes more time or
+            memory than a request may.
+    """
+    try:
+        source = grammar_source(form)
+    except RecursionError:
+        raise _refused(form, "it is nested too deeply") from None
+    except ValueError as error:
+        raise _refused(form, str(error)) from None
+    known = vocabulary()
+    matcher = llguidance.LLMatcher(known.ll_tokenizer, source, log_level=0, limits=_LIMITS)
+    if matcher.is_error():
+        raise _refused(form, matcher.get_error())
+    warnings = matcher.get_grammar_warnings()
+    # A grammar may say of its own schemas that what cannot be enforced is to be read past.
+    if warnings and form.grammar is None:
+        raise _refused(form, warnings[0])
+    try:
+        start = GrammarMatcher(matcher, known)
+        start.fork(TimeBudget()).probe()
+    except RequestError as error:
+        raise _refused(form, str(error)) from None
+    if start.is_complete:
+        raise _refused(form, "it allows no output but an empty one")
+    return Grammar(start)
 
 
 class Vocabulary:

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.config import SamplingParams
-from headrace.engine.grammar import Grammar, GrammarCompiler, GrammarMatcher
+from headrace.engine.grammar_compiler import GrammarCompiler
 from headrace.engine.plan import SampledToken, StepPlan
 from headrace.engine.sequence import Sequence
 from headrace.errors import RequestError
+
+if TYPE_CHECKING:
+    from headrace.engine.grammar import Grammar, GrammarMatcher
 
 
 class Progress(NamedTuple):
@@ -30,7 +33,7 @@ class Guides:
         self._compiler = compiler
         self._matchers: dict[int, GrammarMatcher] = {}
 
-    def compile(self, params: SamplingParams, grammar: Grammar | None) -> Grammar | None:
+    def compile(self, params: SamplingParams, grammar: "Grammar | None") -> "Grammar | None":
         """What the parameters ask for, which may have been compiled before.
 
         Raises:
@@ -42,7 +45,7 @@ class Guides:
             return None
         return self._compiler.compile(params.structured_outputs) if grammar is None else grammar
 
-    def add(self, sequences: Sequences[Sequence], grammar: Grammar) -> None:
+    def add(self, sequences: Sequences[Sequence], grammar: "Grammar") -> None:
         self._matchers |= {s.seq_id: grammar.matcher(ignore_eos=s.params.ignore_eos) for s in sequences}
 
     def drop(self, seq_id: int) -> None:
