@@ -3,9 +3,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-needed='import sys; from importlib.util import find_spec; sys.exit(not (find_spec("torch") and find_spec("triton")))'
-if ! "$python" -c "$needed"; then
-  echo "$python has no torch and Triton; name one that has: PYTHON=.venv/bin/python scripts/gpu_check.sh" >&2
+needed='from importlib.util import find_spec
+names = "torch triton numpy safetensors tokenizers huggingface_hub jinja2 psutil rich"
+print(*(name for name in names.split() if find_spec(name) is None))'
+missing=$("$python" -c "$needed")
+if [ -n "$missing" ]; then
+  echo "$python has no $missing; name one that has: PYTHON=.venv/bin/python scripts/gpu_check.sh" >&2
   exit 1
 fi
 exec "$python" -m scripts.gpu_check "$@"

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -102,6 +104,8 @@ class TestDryRun:
             *({"ablation"} & {*dry_stages()}),
         }
         assert all(found["seconds"] > 0 for found in data["figures"])
+        variants = {found["labels"]["variant"] for found in data["figures"] if found["group"] == "ablation"}
+        assert not variants or {"all", "synchronized", "gemm", "none"} <= variants
         for group in ("prefill attention", "chunk attention"):
             by = {found["labels"]["by"] for found in data["figures"] if found["group"] == group}
             assert {"synchronized", "library", "torch SDPA", "FlexAttention"} <= by
@@ -376,6 +380,19 @@ def test_bad_options_are_refused(arguments, message, capsys) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_what_python_lacks_is_named(tmp_path) -> None:
+    """A Python that finds no package of the site."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+    python.chmod(0o755)
+    command = [str(ROOT / "scripts" / "gpu_check.sh"), "--minutes", "0"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "has no torch triton numpy safetensors" in done.stderr
 
 
 class TestTables:
