@@ -119,6 +119,7 @@ class DecodeStep:
 
         on_start: is told of each size. all_agree: whether all ranks say so; None for a rank alone.
         """
+        self._whole.clear()
         end_s, recorded = time.monotonic() + budget_s, list[int]()
         agree = all_agree or bool
         for num_rows in (*self.sizes.buckets[-1:], *self.sizes.buckets[:-1]):
@@ -130,7 +131,6 @@ class DecodeStep:
                 self._obstacle = self.obstacle or "another rank cannot record them"
                 break
             recorded.append(num_rows)
-        self._whole.clear()
         left = tuple(size for size in self.sizes.buckets if size not in recorded)
         if all_agree is not None and left:
             for num_rows in left:
