@@ -4,7 +4,7 @@ A step has room for `max_num_batched_tokens` tokens of at most `max_num_seqs` se
 
 1. One token to every running sequence that decodes. They always fit, so no long prompt delays them.
 2. Prompt tokens to running sequences whose prompt is not computed yet, oldest first.
-3. Prompt tokens to waiting sequences, first come first served (`admission`).
+3. Prompt tokens to waiting sequences, first come first served (`prefills`).
 
 Beside sequences that decode, the room may be limited further (`prompt_limit` of `schedule`), so that their next tokens
 do not wait long.
@@ -29,9 +29,9 @@ from headrace.cache.block_manager import BlockManager
 from headrace.config import SchedulerConfig
 from headrace.config.checks import check_at_least_one
 from headrace.costs.micro_batches import max_prompt_tokens
-from headrace.engine.admission import Admission
 from headrace.engine.decodes import Decodes
 from headrace.engine.plan import NewSequence, StepPlan
+from headrace.engine.prefills import Prefills
 from headrace.engine.prompt_room import PromptRoom
 from headrace.engine.queues import Queues
 from headrace.engine.sequence import FinishReason, Sequence, SequenceStatus
@@ -76,7 +76,7 @@ class Scheduler:
         self._blocks = block_manager
         self._queues = Queues(block_manager)
         self._decodes = Decodes(self._queues, block_manager, max_in_flight)
-        self._admission = Admission(self._queues, block_manager)
+        self._prefills = Prefills(self._queues, block_manager)
         self._finished: list[int] = []
         self._sampled: list[tuple[int, int]] = []
         self._step = self._updated_step = 0
@@ -154,9 +154,9 @@ class Scheduler:
             room = PromptRoom(self._num_prompt_tokens(len(chunks), num_decode_tokens, prompt_limit))
             # Blocks that a preemption has just freed go to those who still run, not to a newcomer that would go next.
             max_num_running = self._max_num_running if queues.num_preemptions == num_preemptions else 0
-            self._admission.fill(room, prefilling, max_num_running, self._updated_step)
+            self._prefills.fill(room, prefilling, max_num_running, self._updated_step)
             chunks += room.close()
-            new = self._admission.take_new()
+            new = self._prefills.take_new()
         if num_in_flight and not chunks:
             return None
         self._step += 1

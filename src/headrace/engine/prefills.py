@@ -16,7 +16,7 @@ from headrace.engine.queues import Queues
 from headrace.engine.sequence import Sequence, SequenceStatus
 
 
-class Admission:
+class Prefills:
     """Gives room for prompt tokens to who runs already, and starts who waits: with blocks for all tokens it has."""
 
     def __init__(self, queues: Queues, block_manager: BlockManager) -> None:
