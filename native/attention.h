@@ -19,8 +19,9 @@
 // m of its positions. context_share.h joins those of all ranks.
 //
 // p is as exact as the cache: float32; bfloat16 where the machine multiplies those (float32 elsewhere); for int8 two digits
-// (16 bits; 14 with AVX2) of a tile's largest p times its value's scale, since a long context's many small p must not be
-// lost. Queries of int8 have 8 bits of the row's largest entry, as keys have (SageAttention, Zhang et al. 2024).
+// (16 bits, 14 with AVX2, of which up to two are spare) of a tile's largest p times its value's scale, since a long
+// context's many small p must not be lost. Queries of int8 have 8 bits of the row's largest entry, as keys have
+// (SageAttention, Zhang et al. 2024).
 #ifndef HEADRACE_NATIVE_ATTENTION_H_
 #define HEADRACE_NATIVE_ATTENTION_H_
 

@@ -65,7 +65,7 @@ inline F32x16 ExponentsOf(const F32x16& scales) {
 // places nobody wrote may be anything, and 0 times them must be 0; a value that is no number shows in its t too. Returns the
 // log2 of the largest if no other is far smaller, and infinity else.
 inline float LoadValueScales(const TilePanels& panels, Range visible, Digits& digits) {
-  constexpr float kEven = 2.0f;  // as much as the bound may be too large, in bits
+  constexpr float kEven = 2.0f;  // bits by which the bound may be too large
   const Range groups = SplitGroups(visible);
   F32x16 largest = Broadcast(-kInfinity), least = Broadcast(kInfinity);
   FillPanels(0.0f, {groups.begin * kSplitPanels, visible.begin}, digits.scales);
@@ -96,7 +96,7 @@ inline float LargestProduct(const SoftmaxBlock& block, int r, float reference, c
 
 // Digits count from the largest product, not from the largest p times the largest scale: the token that most of a row's
 // attention rests on may have a value next to nothing (Xiao et al. 2024), and what is left of the others is the result.
-// Where scales are much the same, which nearly all tiles are, that makes no odds and takes less time.
+// Where all scales are within a factor of four that makes two bits at most, and looking at them apart takes less time.
 inline void ChooseDigits(const TilePanels& panels, const SoftmaxBlock& block, const float* largest,
                          const float* reference, Digits& digits) {
   static_assert(kBlockRows <= kLanes);
