@@ -10,12 +10,12 @@ from headrace.config import SoftmaxScheme
 from headrace.errors import KernelError, ShapeError
 from headrace.kernels.cpu.dtypes import DTYPES
 from headrace.kernels.cpu.kv_cache import packed
-from headrace.kernels.cpu.rotary import by_token
 from headrace.kernels.cpu.stream import Stream
 from headrace.kernels.cpu.targets import check_target
 from headrace.kernels.dataflow import Dataflow
 from headrace.kernels.kv_cache import KvCache, PackedKvCache
 from headrace.kernels.ops import AttentionShare, AttentionSpec
+from headrace.kernels.token_heads import by_token
 
 _SCHEMES = {
     SoftmaxScheme.SYNCHRONIZED: _native.SoftmaxScheme.SYNCHRONIZED,

@@ -8,10 +8,10 @@ from torch import Tensor
 from headrace import _native
 from headrace.errors import KernelError, ShapeError
 from headrace.kernels.cpu.dtypes import native_dtype
-from headrace.kernels.cpu.rotary import by_token
 from headrace.kernels.cpu.stream import Stream
 from headrace.kernels.cpu.targets import native_target
 from headrace.kernels.ops import AttentionShare
+from headrace.kernels.token_heads import by_token
 
 
 class ContextShare:

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from headrace import _native
-from headrace.errors import KernelError, ShapeError
+from headrace.errors import KernelError
 from headrace.kernels.cpu.dtypes import DTYPES
 from headrace.kernels.cpu.kv_cache import packed
 from headrace.kernels.cpu.stream import Stream
 from headrace.kernels.cpu.targets import check_target
 from headrace.kernels.kv_cache import KvCache
+from headrace.kernels.token_heads import by_token, check_stored_heads
 
 
 class RotaryTable:
@@ -82,9 +83,7 @@ class RotaryStoreKv:
         """
         kv_cache = packed(kv_cache)
         num_tokens, half = len(query), 0 if cos_sin is None else cos_sin[0].shape[-1]
-        _check(query, key, value, kv_cache.spec.num_kv_heads, kv_cache.spec.head_dim, half)
-        if not is_by_token(query):
-            raise ShapeError(f"query has strides {query.stride()}; the heads of a token must lie side by side")
+        check_stored_heads(query, key, value, kv_cache.spec, half, DTYPES)
         key, value = by_token(key), by_token(value)
         slot_mapping = slot_mapping.contiguous()
         cos, sin = (None, None) if cos_sin is None else (cos_sin[0].contiguous(), cos_sin[1].contiguous())
@@ -105,28 +104,4 @@ class RotaryStoreKv:
             half,
             interleaved,
             slot_mapping.data_ptr(),
-        )
-
-
-def is_by_token(x: Tensor) -> bool:
-    """Whether each token's heads lie side by side: [num_tokens, num_heads, head_dim] with any stride between tokens."""
-    return x.stride(2) == 1 and x.stride(1) == x.shape[2]
-
-
-def by_token(x: Tensor) -> Tensor:
-    return x if is_by_token(x) else x.contiguous()
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor, num_kv_heads: int, head_dim: int, half: int) -> None:
-    expected = len(query), num_kv_heads, head_dim
-    if key.shape != expected or value.shape != expected or query.shape[2] != head_dim:
-        raise ShapeError(
-            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not fit a cache of "
-            f"{num_kv_heads} KV heads of {head_dim}"
-        )
-    if 2 * half > head_dim:
-        raise ShapeError(f"{half} rotary pairs do not fit a head of {head_dim}")
-    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
-        raise KernelError(
-            f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; allowed: all float32 or all bfloat16"
         )

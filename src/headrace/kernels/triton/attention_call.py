@@ -12,12 +12,13 @@ from headrace.config import KvCacheFormat, SoftmaxScheme
 from headrace.errors import KernelError, ShapeError
 from headrace.kernels.kv_cache import GpuKvCache, KvCache
 from headrace.kernels.ops import AttentionSpec
+from headrace.kernels.token_heads import by_token
 from headrace.kernels.triton.attention_arguments import Heads, SoftmaxKind
 from headrace.kernels.triton.attention_rows import NO_WINDOW
 from headrace.kernels.triton.attention_tiles import DecodeShape
 from headrace.kernels.triton.kv_cache import gpu_cache
 from headrace.kernels.triton.launch import is_interpreted
-from headrace.kernels.triton.rotary_store import QUERY_DTYPES, by_token
+from headrace.kernels.triton.rotary_store import QUERY_DTYPES
 from headrace.kernels.triton.softmax import SCHEMES
 from headrace.kernels.triton.splits import split_unit_tokens
 

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.config import KvCacheFormat
-from headrace.errors import KernelError, ShapeError
 from headrace.kernels.kv_cache import KvCache
+from headrace.kernels.token_heads import by_token, check_stored_heads
 from headrace.kernels.triton.attention_arguments import KeysAndValues
 from headrace.kernels.triton.kv_cache import gpu_cache
 
@@ -62,9 +62,7 @@ def rotary_store_kv_(
     cache = gpu_cache(kv_cache)
     spec = cache.spec
     half = 0 if cos_sin is None else cos_sin[0].shape[-1]
-    _check(query, key, value, spec.num_kv_heads, spec.head_dim, half)
-    if not is_by_token(query):
-        raise ShapeError(f"query has strides {query.stride()}; the heads of a token must lie side by side")
+    check_stored_heads(query, key, value, spec, half, QUERY_DTYPES)
     key, value = by_token(key), by_token(value)
     num_tokens, num_heads, head_dim = query.shape
     query_programs = triton.cdiv(num_heads, _PROGRAM_HEADS) if half else 0
@@ -219,28 +217,3 @@ def _quantized(x, inverse):
     """Zeros where the inverse is 0, of NaN and infinity too."""
     q = tl.where(inverse[:, None] > 0.0, x * inverse[:, None], 0.0)
     return ((q + _ROUND_TO_INTEGER) - _ROUND_TO_INTEGER).to(tl.int8)
-
-
-def is_by_token(x: Tensor) -> bool:
-    """Whether each token's heads lie side by side: [num_tokens, num_heads, head_dim] with any stride between tokens."""
-    return x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
-
-
-def by_token(x: Tensor) -> Tensor:
-    return x if is_by_token(x) else x.contiguous()
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor, num_kv_heads: int, head_dim: int, half: int) -> None:
-    expected = len(query), num_kv_heads, head_dim
-    if key.shape != expected or value.shape != expected or query.shape[2] != head_dim:
-        raise ShapeError(
-            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not fit a cache of "
-            f"{num_kv_heads} KV heads of {head_dim}"
-        )
-    if 2 * half > head_dim:
-        raise ShapeError(f"{half} rotary pairs do not fit a head of {head_dim}")
-    if query.dtype not in QUERY_DTYPES or not query.dtype == key.dtype == value.dtype:
-        raise KernelError(
-            f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; allowed: all float32, all bfloat16 or all "
-            "float16"
-        )
