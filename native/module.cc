@@ -75,7 +75,9 @@ void DefineTypes(nb::module_& m) {
       .value("PORTABLE", Target::kPortable)
       .value("AVX2", Target::kAvx2)
       .value("AVX512", Target::kAvx512)
-      .value("AVX512_BF16", Target::kAvx512Bf16);
+      .value("AVX512_BF16", Target::kAvx512Bf16)
+      .value("AMX", Target::kAmx)
+      .value("AMX_FP16", Target::kAmxFp16);
   nb::enum_<Arm>(m, "Arm").value("GEMV", Arm::kGemv).value("FLAT_GEMM", Arm::kFlatGemm).value("GEMM", Arm::kGemm);
 }
 

@@ -2,6 +2,9 @@
 #ifndef HEADRACE_NATIVE_TARGETS_H_
 #define HEADRACE_NATIVE_TARGETS_H_
 
+#include <cstddef>
+#include <initializer_list>
+
 #include "activation.h"
 #include "attention.h"
 #include "context_share.h"
@@ -35,30 +38,27 @@ HEADRACE_DECLARE_TARGET(avx2)
 HEADRACE_DECLARE_TARGET(avx512)
 HEADRACE_DECLARE_TARGET(avx512_bf16)
 #endif
+#ifdef HEADRACE_AMX
+HEADRACE_DECLARE_TARGET(amx)
+HEADRACE_DECLARE_TARGET(amx_fp16)
+#endif
 
-// One of four, by target.
+// The one of `kernels`, in the order of Target, that a target has; the portable one where this build lacks it.
 template <class Kernels>
-const Kernels& Choose(Target target, const Kernels& portable, [[maybe_unused]] const Kernels& avx2,
-                      [[maybe_unused]] const Kernels& avx512, [[maybe_unused]] const Kernels& avx512_bf16) {
-  switch (target) {
-    case Target::kAvx2:
-      return avx2;
-    case Target::kAvx512:
-      return avx512;
-    case Target::kAvx512Bf16:
-      return avx512_bf16;
-    case Target::kPortable:
-      break;
-  }
-  return portable;
+const Kernels& Choose(Target target, std::initializer_list<const Kernels*> kernels) {
+  const auto index = static_cast<size_t>(target);
+  return **(kernels.begin() + (index < kernels.size() ? index : 0));
 }
 
-#ifdef HEADRACE_X86
+#if defined(HEADRACE_AMX)
+#define HEADRACE_CHOOSE(target, kernels)                                                                   \
+  Choose(target, {&portable::kernels, &avx2::kernels, &avx512::kernels, &avx512_bf16::kernels, &amx::kernels, \
+                  &amx_fp16::kernels})
+#elif defined(HEADRACE_X86)
 #define HEADRACE_CHOOSE(target, kernels) \
-  Choose(target, portable::kernels, avx2::kernels, avx512::kernels, avx512_bf16::kernels)
+  Choose(target, {&portable::kernels, &avx2::kernels, &avx512::kernels, &avx512_bf16::kernels})
 #else
-#define HEADRACE_CHOOSE(target, kernels) \
-  Choose(target, portable::kernels, portable::kernels, portable::kernels, portable::kernels)
+#define HEADRACE_CHOOSE(target, kernels) Choose(target, {&portable::kernels})
 #endif
 
 }  // namespace headrace

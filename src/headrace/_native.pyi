@@ -26,6 +26,8 @@ class Target(Enum):
     AVX2 = 1
     AVX512 = 2
     AVX512_BF16 = 3
+    AMX = 4
+    AMX_FP16 = 5
 
 class NormKind(Enum):
     RMS = 0

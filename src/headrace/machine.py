@@ -23,6 +23,7 @@ _INSTRUCTION_SETS = {
     "avx_vnni": "AVX VNNI",
     "amx_bf16": "AMX BF16",
     "amx_int8": "AMX INT8",
+    "amx_fp16": "AMX FP16",
     "asimd": "NEON",
     "asimddp": "NEON dot product",
     "bf16": "NEON BF16",

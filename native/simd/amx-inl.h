@@ -1,0 +1,128 @@
+// Tiles of AMX: eight registers of up to 16 rows of 64 bytes, and products of two of them.
+//
+//   C [rows, 16] float32 += A [rows, 32] B [32, 16]        A: a row is 32 values, B: row i holds w[2 i][n] w[2 i + 1][n]
+//
+// An element of C is a chain of its own: within one product the even and the odd places along K are summed apart, each
+// by fused multiply-adds in ascending order, and the two sums, added, are added to C (Intel SDM, TDPBF16PS). It depends
+// on no other row or column, so that neither the shape of the tiles nor what else lies in them changes a bit of it.
+//
+// The compiler knows nothing of what tiles read, so all accesses here tell it that memory is used.
+#ifdef HEADRACE_AMX
+
+#include <cstdint>
+
+namespace headrace {
+namespace HEADRACE_TARGET {
+namespace {
+
+constexpr int kTileRows = 16;
+constexpr int kTileColumns = 32;  // of two bytes
+constexpr int kTileRowBytes = 64;
+constexpr int kTileBytes = kTileRows * kTileRowBytes;
+
+// Which tiles are what: two of A, two of B, and a C for each pair.
+constexpr int TileC(int a, int b) { return 2 * a + b; }
+constexpr int TileA(int a) { return 4 + a; }
+constexpr int TileB(int b) { return 6 + b; }
+
+// The tile registers of the calling thread while it lives.
+class Tiles {
+ public:
+  Tiles() = default;
+  ~Tiles() {
+    if (is_configured_) asm volatile("tilerelease" : : : "memory");
+  }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+  // Rows of the two tiles of A and of the products they take part in. Clears all tiles if that is new.
+  void SetRows(int first, int second) {
+    if (is_configured_ && first == rows_[0] && second == rows_[1]) return;
+    rows_[0] = first;
+    rows_[1] = second;
+    is_configured_ = true;
+    alignas(64) Configuration configuration = {};
+    configuration.palette = 1;
+    for (int tile = 0; tile < 8; ++tile) configuration.row_bytes[tile] = kTileRowBytes;
+    for (int a = 0; a < 2; ++a) {
+      configuration.rows[TileA(a)] = static_cast<uint8_t>(rows_[a]);
+      for (int b = 0; b < 2; ++b) configuration.rows[TileC(a, b)] = static_cast<uint8_t>(rows_[a]);
+    }
+    for (int b = 0; b < 2; ++b) configuration.rows[TileB(b)] = kTileRows;
+    asm volatile("ldtilecfg %0" : : "m"(configuration) : "memory");
+  }
+
+ private:
+  struct Configuration {
+    uint8_t palette;
+    uint8_t start_row;
+    uint8_t reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+  static_assert(sizeof(Configuration) == 64);
+
+  bool is_configured_ = false;
+  int rows_[2] = {0, 0};
+};
+
+template <int kTile>
+inline void ZeroTile() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(kTile) : "memory");
+}
+template <int kTile>
+inline void LoadTile(const void* from, int64_t row_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(kTile) : "memory");
+}
+template <int kTile>
+inline void StoreTile(void* to, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(row_bytes), "i"(kTile) : "memory");
+}
+
+// What the products of two bytes each are.
+struct Bf16Dot {
+  template <int kC, int kA, int kB>
+  static void Run() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB) : "memory");
+  }
+};
+#ifdef __AVX512FP16__
+struct Fp16Dot {
+  // tdpfp16ps, in bytes: assemblers before binutils 2.40 do not know it.
+  template <int kC, int kA, int kB>
+  static void Run() {
+    constexpr int kPrefix = (15 - kB) << 3 | 3, kModRm = 0xc0 | kC << 3 | kA;
+    asm volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1" : : "i"(kPrefix), "i"(kModRm) : "memory");
+  }
+};
+#endif
+
+// C += A B for each pair of num_a tiles of A and num_b tiles of B; all are loaded here.
+template <class Dot, int kNumA, int kNumB>
+inline void MultiplyTiles(const char* const (&a)[2], const char* const (&b)[2]) {
+  LoadTile<TileA(0)>(a[0], kTileRowBytes);
+  LoadTile<TileB(0)>(b[0], kTileRowBytes);
+  Dot::template Run<TileC(0, 0), TileA(0), TileB(0)>();
+  if constexpr (kNumB == 2) {
+    LoadTile<TileB(1)>(b[1], kTileRowBytes);
+    Dot::template Run<TileC(0, 1), TileA(0), TileB(1)>();
+  }
+  if constexpr (kNumA == 2) {
+    LoadTile<TileA(1)>(a[1], kTileRowBytes);
+    Dot::template Run<TileC(1, 0), TileA(1), TileB(0)>();
+    if constexpr (kNumB == 2) Dot::template Run<TileC(1, 1), TileA(1), TileB(1)>();
+  }
+}
+
+inline void ZeroProducts() {
+  ZeroTile<0>();
+  ZeroTile<1>();
+  ZeroTile<2>();
+  ZeroTile<3>();
+}
+
+}  // namespace
+}  // namespace HEADRACE_TARGET
+}  // namespace headrace
+
+#endif
