@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 
 #include "scratch.h"
@@ -10,25 +11,21 @@
 namespace headrace {
 namespace {
 
-// Bytes of activations that a block of rows may have, so that they stay in an L2 cache beside the panels passing by.
-constexpr int64_t kBlockBytes = 256 * 1024;
 // Multiplications below which a second thread costs more than it saves: a few microseconds of work.
 constexpr int64_t kMinParallelWork = 1 << 17;
 
-int64_t TilesPerBlock(Arm arm, RowTiles tiles, const Activations& activations) {
+int64_t TilesPerBlock(Arm arm, RowTiles tiles, const Activations& activations, int64_t block_bytes) {
   if (arm != Arm::kGemm) return tiles.num_tiles;
   // A single row may have any stride, even none.
   const int64_t tile_bytes = tiles.Rows(0).end * std::max<int64_t>(activations.row_bytes, 1);
-  return std::max<int64_t>(1, kBlockBytes / tile_bytes);
+  return std::max<int64_t>(1, block_bytes / tile_bytes);
 }
 
-Activations MakeActivations(const LinearKernels& kernels, const LinearCall& call) {
-  const int64_t row_bytes = kernels.prepared_row_bytes(call);
-  if (row_bytes == 0) {
-    const int64_t element_bytes = call.dtype == DType::kFloat32 ? 4 : 2;
-    return {static_cast<char*>(const_cast<void*>(call.x)), call.x_stride * element_bytes};
-  }
-  return {Scratch(static_cast<size_t>(call.num_rows * row_bytes)), row_bytes};
+// Activations as they are, or memory for them behind that of the threads.
+Activations MakeActivations(const LinearCall& call, int64_t row_bytes, char* memory) {
+  if (row_bytes != 0) return {memory, row_bytes};
+  const int64_t element_bytes = call.dtype == DType::kFloat32 ? 4 : 2;
+  return {static_cast<char*>(const_cast<void*>(call.x)), call.x_stride * element_bytes};
 }
 
 void CheckTypes(const LinearCall& call) {
@@ -42,25 +39,31 @@ void CheckTypes(const LinearCall& call) {
 void Linear(Target target, Arm arm, const LinearCall& call) {
   CheckTypes(call);
   if (call.num_rows == 0) return;
-  const LinearKernels& kernels = HEADRACE_CHOOSE(target, kLinear);
+  const LinearKernels& kernels = HEADRACE_CHOOSE(target, kLinear).kernels(call.weight.format, arm);
   const int64_t tile_rows = arm == Arm::kGemv ? 1 : kernels.max_tile_rows(call.weight.format);
   const RowTiles tiles = {call.num_rows, (call.num_rows - 1) / tile_rows + 1};
-  const Activations activations = MakeActivations(kernels, call);
-  const bool is_prepared = activations.values != call.x;
-  const int64_t tiles_per_block = TilesPerBlock(arm, tiles, activations);
+  const bool is_parallel = call.num_rows * call.weight.rows * call.weight.columns >= kMinParallelWork;
+  // The pool of now, whose threads are counted here: another one may be set meanwhile.
+  const std::shared_ptr<ThreadPool> pool = is_parallel ? Pool() : nullptr;
+  const int64_t row_bytes = kernels.prepared_row_bytes(call);
+  const int64_t part_bytes = kernels.scratch_bytes(call, tiles.num_tiles);
+  const int64_t parts_bytes = part_bytes * (is_parallel ? pool->num_threads() : 1);
+  char* memory = Scratch(static_cast<size_t>(parts_bytes + call.num_rows * row_bytes));
+  const Activations activations = MakeActivations(call, row_bytes, memory + parts_bytes);
+  const int64_t tiles_per_block = TilesPerBlock(arm, tiles, activations, kernels.block_bytes);
   const int64_t num_blocks = (tiles.num_tiles - 1) / tiles_per_block + 1;
   const int64_t num_panels = (call.weight.rows + kLanes - 1) / kLanes;
   const int64_t num_groups = (call.weight.padded_columns + kGroup - 1) / kGroup;
-  const bool is_parallel = call.num_rows * call.weight.rows * call.weight.columns >= kMinParallelWork;
   Barrier barrier;
-  RunParts(is_parallel, [&](int part, int num_parts) {
-    if (is_prepared) {
+  RunParts(pool.get(), [&](int part, int num_parts) {
+    if (row_bytes != 0) {
       kernels.prepare(call, tiles, Part({0, num_groups}, part, num_parts), activations);
       barrier.Wait(num_parts);
     }
     const Range panels = Part({0, num_panels}, part, num_parts);
     for (int64_t block = 0; block < num_blocks; ++block) {
-      kernels.compute(call, tiles, activations, {panels, Part({0, tiles.num_tiles}, block, num_blocks)});
+      kernels.compute(call, tiles, activations, {panels, Part({0, tiles.num_tiles}, block, num_blocks)},
+                      memory + part * part_bytes);
     }
   });
 }

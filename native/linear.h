@@ -1,13 +1,19 @@
 // out = x W^T + bias, W packed.
 //
-// Each output (m, n) is one chain of the same operations in the same order, whatever M, the arm, the tile or the number
-// of threads: a row's result never depends on what else is in the batch.
+// Each output (m, n) is one chain of the same operations in the same order, whatever M, the tile or the number of threads,
+// and but for the last case below whatever the arm: a row's result never depends on what else is in the batch.
 //
 //   float32    acc = fma(x[k], w[k], acc), k ascending
 //   bfloat16   the same for pairs (or the machine's dot product of two), x and w in bfloat16, acc in float32
 //   int8, int4 x is quantized by row and group of 32 with scales that are powers of two (prepare-inl.h). Then for each
 //              group, ascending, acc = fma(float(sum of q_x q_w) * scale_x, scale_w, acc), sum and product exact;
 //              out = acc * row_scale. A group of x with NaN, infinity or a magnitude of 2^111 makes its row NaN.
+//   bfloat16 with AMX
+//              the chain of tiles (simd/amx-inl.h), 32 columns at a time
+//   int8, int4 with AMX-FP16, kGemm alone
+//              the same of x, times a power of two for each row, and scale_w q_w, both rounded to float16
+//              (linear_tiles-inl.h); out = acc * 2^-e * row_scale. NaN where the other arms have it. Rounds less than
+//              they do, by a factor of some 20, and otherwise: targets with it are not batch invariant.
 //   then       acc + bias, rounded once to the type of out.
 #ifndef HEADRACE_NATIVE_LINEAR_H_
 #define HEADRACE_NATIVE_LINEAR_H_
@@ -57,6 +63,7 @@ struct RowTiles {
 // Activations in the form the kernels read; row m begins at values + m * row_bytes.
 //
 // Floating point: float32, or bfloat16 (as Bf16X), filled with zeros up to padded_columns.
+// Tiles: linear_tiles-inl.h.
 // Integers: a tile of R rows is one block of records, one for each group along K, in the order in which it is read:
 //   int8 q[R][32]      the group's quantized values
 //   int32 start[R]     where its sums of products begin: the bits of `shift`, less offset * sum of q
@@ -72,16 +79,27 @@ struct Block {
   Range tiles;
 };
 
-// What each target provides.
+// One way to compute products, with vectors or with tiles.
 struct LinearKernels {
   // The most rows a tile takes.
   int (*max_tile_rows)(Format format);
+  // Bytes of activations that a block of rows may have with kGemm, so that they stay in an L2 cache beside the panels
+  // passing by.
+  int64_t block_bytes;
   // Bytes of one prepared row; 0 if the kernel reads x as it is.
   int64_t (*prepared_row_bytes)(const LinearCall& call);
+  // Bytes of memory of its own that each caller of `compute` needs.
+  int64_t (*scratch_bytes)(const LinearCall& call, int64_t num_tiles);
   // Fills columns [kGroup * groups.begin, kGroup * groups.end) of all rows of activations.
   void (*prepare)(const LinearCall& call, RowTiles tiles, Range groups, const Activations& activations);
   // Computes a block of the output.
-  void (*compute)(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block);
+  void (*compute)(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block,
+                  char* scratch);
+};
+
+// What each target provides.
+struct LinearTarget {
+  const LinearKernels& (*kernels)(Format format, Arm arm);
 };
 
 }  // namespace headrace

@@ -20,6 +20,8 @@
 #include "load-inl.h"
 #include "prepare-inl.h"
 
+#include "linear_tiles-inl.h"
+
 namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
@@ -117,26 +119,43 @@ inline F32x16 LoadBias(const LinearCall& call, int64_t n, int64_t num_lanes) {
   return LoadAsFloat32(narrow);
 }
 
-// The end of every chain: scale the row, add the bias, round, store the lanes that exist.
+// The end of every chain of a panel: scale the row, add the bias, round, store the lanes that exist.
+template <class Out>
+class RowEnd {
+ public:
+  RowEnd(const LinearCall& call, int64_t panel)
+      : out_(reinterpret_cast<Out*>(OutputAt(call, 0, panel))),
+        stride_(call.weight.rows),
+        num_lanes_(std::min<int64_t>(call.weight.rows - panel * kLanes, kLanes)),
+        is_scaled_(IsQuantized(call.weight.format)),
+        has_bias_(call.bias != nullptr),
+        scale_(is_scaled_ ? Load(call.weight.row_scales + panel * kLanes) : Broadcast(1.0f)),
+        bias_(has_bias_ ? LoadBias(call, panel * kLanes, num_lanes_) : Broadcast(0.0f)) {}
+
+  void Store(int64_t row, F32x16 sum) const {
+    if (is_scaled_) sum = Mul(sum, scale_);
+    if (has_bias_) sum = Add(sum, bias_);
+    Out* out = out_ + row * stride_;
+    if (num_lanes_ == kLanes) return StoreAs(out, sum);
+    Out lanes[kLanes];
+    StoreAs(lanes, sum);
+    memcpy(out, lanes, num_lanes_ * sizeof(Out));
+  }
+
+ private:
+  Out* out_;
+  int64_t stride_;
+  int64_t num_lanes_;
+  bool is_scaled_;
+  bool has_bias_;
+  F32x16 scale_;
+  F32x16 bias_;
+};
+
 template <class Out, int kRows>
 void StoreRows(const LinearCall& call, int64_t row, int64_t panel, const F32x16 (&acc)[kRows]) {
-  const int64_t n = panel * kLanes;
-  const int64_t num_lanes = std::min<int64_t>(call.weight.rows - n, kLanes);
-  const bool is_scaled = IsQuantized(call.weight.format), has_bias = call.bias != nullptr;
-  const F32x16 scale = is_scaled ? Load(call.weight.row_scales + n) : Broadcast(1.0f);
-  const F32x16 bias = has_bias ? LoadBias(call, n, num_lanes) : Broadcast(0.0f);
-  Out lanes[kLanes];
-  Out* out = reinterpret_cast<Out*>(OutputAt(call, row, panel));
-  for (int r = 0; r < kRows; ++r, out += call.weight.rows) {
-    F32x16 sum = is_scaled ? Mul(acc[r], scale) : acc[r];
-    if (has_bias) sum = Add(sum, bias);
-    if (num_lanes == kLanes) {
-      StoreAs(out, sum);
-    } else {
-      StoreAs(lanes, sum);
-      memcpy(out, lanes, num_lanes * sizeof(Out));
-    }
-  }
+  const RowEnd<Out> end(call, panel);
+  for (int r = 0; r < kRows; ++r) end.Store(row + r, acc[r]);
 }
 
 template <int kRows>
@@ -278,6 +297,8 @@ const TileChoice* TilesOf() {
   return TileTable<Kernel, std::make_integer_sequence<int, MaxRows(Kernel::kIsQuantized)>>::tiles;
 }
 
+int MaxVectorRows(Format format) { return MaxRows(IsQuantized(format)); }
+
 const TileChoice* TilesOf(Format format) {
   switch (format) {
     case Format::kFloat32:
@@ -292,10 +313,9 @@ const TileChoice* TilesOf(Format format) {
   return TilesOf<Int4Kernel>();
 }
 
-int MaxTileRows(Format format) { return MaxRows(IsQuantized(format)); }
 
 // Every tile of a block, panels outside: what a tile reads of W stays in L1 or L2 for the next rows of x.
-void Compute(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block) {
+void ComputeVectors(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block, char*) {
   const TileChoice* choices = TilesOf(call.weight.format);
   const auto choice_of = [&](int64_t tile) { return choices[tiles.Rows(tile).end - tiles.Rows(tile).begin - 1]; };
   int64_t step = 1;
@@ -316,9 +336,44 @@ void Compute(const LinearCall& call, RowTiles tiles, const Activations& activati
 }
 
 }  // namespace
+}  // namespace HEADRACE_TARGET
+}  // namespace headrace
 
-extern const LinearKernels kLinear;
-const LinearKernels kLinear = {&MaxTileRows, &PreparedRowBytes, &Prepare, &Compute};
+#include "linear_tile_products-inl.h"
+
+namespace headrace {
+namespace HEADRACE_TARGET {
+namespace {
+
+int64_t NoScratch(const LinearCall&, int64_t) { return 0; }
+
+constexpr LinearKernels kVectorKernels = {
+    &MaxVectorRows, 256 * 1024, &VectorRowBytes, &NoScratch, &PrepareVectors, &ComputeVectors};
+
+#ifdef __AMX_TILE__
+
+int MaxTileRows(Format) { return kTileRows; }
+
+constexpr LinearKernels kTileKernels = {&MaxTileRows,  1024 * 1024,   &TileRowBytes,
+                                        &TileScratchBytes, &PrepareTiles, &ComputeTiles};
+
+// Integer weights read from memory row by row keep both units busy as vectors too, and need less time to unpack; from some
+// rows on tiles win. Theirs is another chain (linear.h).
+const LinearKernels& KernelsFor(Format format, Arm arm) {
+  const bool has_tiles = format == Format::kBfloat16 || (IsQuantized(format) && kHasHalfTiles && arm == Arm::kGemm);
+  return has_tiles ? kTileKernels : kVectorKernels;
+}
+
+#else
+
+const LinearKernels& KernelsFor(Format, Arm) { return kVectorKernels; }
+
+#endif
+
+}  // namespace
+
+extern const LinearTarget kLinear;
+const LinearTarget kLinear = {&KernelsFor};
 
 }  // namespace HEADRACE_TARGET
 }  // namespace headrace

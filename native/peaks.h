@@ -12,7 +12,8 @@ namespace headrace {
 struct PeakKernels {
   // Reads every cache line of a buffer of whole KiB, from several places at once.
   uint64_t (*read)(const uint8_t* buffer, int64_t num_bytes);
-  // Multiplies weights of a format that never leave the L1 cache, as fast as they can be loaded and unpacked. Returns
+  // Multiplies weights of a format that never leave the L1 cache, as fast as they can be loaded and unpacked; with
+  // tiles, where the target has them for the format, as fast as their registers allow. Returns
   // the operations done, a multiply and an add counted as two.
   int64_t (*multiply)(Format format, int64_t num_repeats);
 };

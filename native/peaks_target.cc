@@ -3,6 +3,8 @@
 
 #include "simd/simd-inl.h"
 
+#include "simd/amx-inl.h"
+
 namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
@@ -74,7 +76,34 @@ void Repeat(int64_t num_repeats, const Vector& start, const Load& load, const Mu
   chains.Keep();
 }
 
+#ifdef __AMX_TILE__
+
+// The four products of two tiles and two, again and again.
+template <class Dot>
+int64_t MultiplyTilesOnly(int64_t num_repeats) {
+  alignas(64) char zeros[kTileBytes] = {};
+  Tiles registers;
+  registers.SetRows(kTileRows, kTileRows);
+  ZeroProducts();
+  MultiplyTiles<Dot, 2, 2>({{zeros, zeros}, {0, 0}, {zeros, zeros}}, 1);
+  for (int64_t i = 0; i < num_repeats; ++i) {
+    Dot::template Run<TileC(0, 0), TileA(0), TileB(0)>();
+    Dot::template Run<TileC(0, 1), TileA(0), TileB(1)>();
+    Dot::template Run<TileC(1, 0), TileA(1), TileB(0)>();
+    Dot::template Run<TileC(1, 1), TileA(1), TileB(1)>();
+  }
+  return num_repeats * 4 * 2 * kTileRows * kLanes * kTileColumns;
+}
+
+#endif
+
 int64_t Multiply(Format format, int64_t num_repeats) {
+#ifdef __AVX512FP16__
+  if (IsQuantized(format)) return MultiplyTilesOnly<Fp16Dot>(num_repeats);
+#endif
+#ifdef __AMX_TILE__
+  if (format == Format::kBfloat16) return MultiplyTilesOnly<Bf16Dot>(num_repeats);
+#endif
   const auto bytes = [](const float* x) { return reinterpret_cast<const int8_t*>(x); };
   switch (format) {
     case Format::kFloat32:

@@ -77,7 +77,7 @@ void ExpandRow(const X* x, int64_t num_columns, Range columns, Out* out) {
   for (int64_t k = end; k < columns.end; ++k) out[k] = 0;
 }
 
-inline int64_t PreparedRowBytes(const LinearCall& call) {
+inline int64_t VectorRowBytes(const LinearCall& call) {
   const PackedView& w = call.weight;
   switch (w.format) {
     case Format::kFloat32:
@@ -106,7 +106,7 @@ void PrepareTile(const LinearCall& call, Range rows, Range groups, const Activat
   }
 }
 
-inline void Prepare(const LinearCall& call, RowTiles tiles, Range groups, const Activations& activations) {
+inline void PrepareVectors(const LinearCall& call, RowTiles tiles, Range groups, const Activations& activations) {
   for (int64_t t = 0; t < tiles.num_tiles; ++t) {
     if (call.dtype == DType::kFloat32) {
       PrepareTile<float>(call, tiles.Rows(t), groups, activations);

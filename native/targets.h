@@ -21,7 +21,7 @@
   extern const ActivationKernels kActivation;     \
   extern const AttentionKernels kAttention;       \
   extern const ContextShareKernels kContextShare; \
-  extern const LinearKernels kLinear;             \
+  extern const LinearTarget kLinear;              \
   extern const NormKernels kNorm;                 \
   extern const PeakKernels kPeaks;                \
   extern const QuantizeKernels kQuantize;         \

@@ -71,13 +71,16 @@ class Barrier {
 // another thread is inside a kernel is as safe, because nothing of the parent's pool is touched in the child.
 std::shared_ptr<ThreadPool> Pool();
 
-// task(part, num_parts) once for each part: on the threads of the pool, or on the calling one alone.
+// task(part, num_parts) once for each part: on the threads of the pool, or, without one, on the calling thread alone.
 template <class Task>
-void RunParts(bool is_parallel, const Task& task) {
-  if (!is_parallel) return task(0, 1);
-  const std::shared_ptr<ThreadPool> pool = Pool();
+void RunParts(ThreadPool* pool, const Task& task) {
+  if (pool == nullptr) return task(0, 1);
   const int num_threads = pool->num_threads();
   pool->Run([&](int thread) { task(thread, num_threads); });
+}
+template <class Task>
+void RunParts(bool is_parallel, const Task& task) {
+  RunParts((is_parallel ? Pool() : nullptr).get(), task);
 }
 
 // A kernel that runs meanwhile ends on the pool it began on. Throws std::invalid_argument if not positive.

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -123,22 +124,35 @@ def tolerance_of(case: Case, x: Tensor, expected: Tensor) -> Tensor:
     return error + EPS[x.dtype] * expected.double().abs() + 1e-30
 
 
-def expected_of(case: Case, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def has_half_tiles(target: str, arm: object, case: Case) -> bool:
+    """Whether x becomes float16 instead of int8."""
+    return target == "amx_fp16" and arm is native_linear.Arm.GEMM and case.is_quantized
+
+
+def expected_of(case: Case, x: Tensor, bias: Tensor | None = None, *, halves: bool = False) -> Tensor:
     """In float64 for floating-point weights; the reference's own definition for integer ones."""
     if isinstance(case.plain, QuantizedWeight):
-        return reference.linear_int8_activations(x.float(), case.plain, None if bias is None else bias.float())
+        define = reference.linear_float16_activations if halves else reference.linear_int8_activations
+        return define(x.float(), case.plain, None if bias is None else bias.float())
     out = x.double() @ case.exact.T
     return out if bias is None else out + bias.double()
 
 
+def arms_alike(target: str, case: Case) -> list[list[object]]:
+    """Implementations that give a row the same bits, together."""
+    if has_half_tiles(target, native_linear.Arm.GEMM, case):
+        return [ARMS[:2], ARMS[2:]]
+    return [ARMS]
+
+
 @cache
 def make_problem(
-    weight_format: WeightFormat, num_outputs: int, num_inputs: int, dtype: torch.dtype
+    weight_format: WeightFormat, num_outputs: int, num_inputs: int, dtype: torch.dtype, *, halves: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x with the most rows any test takes, the output expected for it, and the tolerance."""
     case = make_case(weight_format, num_outputs, num_inputs)
     x = make_x(max(ROWS), num_inputs, dtype)
-    expected = expected_of(case, x)
+    expected = expected_of(case, x, halves=halves)
     return x, expected, tolerance_of(case, x, expected)
 
 
@@ -155,7 +169,8 @@ class TestAgainstTheReference:
         for num_inputs in INPUTS:
             case = make_case(weight_format, num_outputs, num_inputs)
             for dtype in case.x_dtypes:
-                x, expected, tolerance = make_problem(weight_format, num_outputs, num_inputs, dtype)
+                halves = has_half_tiles(target, arm, case)
+                x, expected, tolerance = make_problem(weight_format, num_outputs, num_inputs, dtype, halves=halves)
                 for num_rows in ROWS:
                     actual = run(target, arm, x[:num_rows], case)
                     assert (actual.shape, actual.dtype) == ((num_rows, num_outputs), dtype)
@@ -163,13 +178,14 @@ class TestAgainstTheReference:
 
     @each_target
     @each_format
-    def test_bias(self, target: str, weight_format: WeightFormat) -> None:
+    @each_arm
+    def test_bias(self, target: str, weight_format: WeightFormat, arm: object) -> None:
         case = make_case(weight_format, 33, 100)
         for dtype in case.x_dtypes:
             x, bias = make_x(5, 100, dtype), 100 * make_x(1, 33, dtype)[0]
-            expected = expected_of(case, x, bias)
+            expected = expected_of(case, x, bias, halves=has_half_tiles(target, arm, case))
             tolerance = tolerance_of(case, x, expected) + 2 * EPS[torch.float32] * bias.double().abs()
-            assert_within(run(target, None, x, case, bias), expected, tolerance)
+            assert_within(run(target, arm, x, case, bias), expected, tolerance)
 
     @each_target
     @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
@@ -178,8 +194,9 @@ class TestAgainstTheReference:
         case = make_case(weight_format, 100, 1000)
         x = make_x(17, 1000, torch.float32)
         exact = x.double() @ case.exact.T
-        error = (run(target, None, x, case).double() - exact).norm() / exact.norm()
-        assert error < 0.01
+        for arm in ARMS:
+            error = (run(target, arm, x, case).double() - exact).norm() / exact.norm()
+            assert error < (0.001 if has_half_tiles(target, arm, case) else 0.01)
 
     @each_target
     @each_format
@@ -187,8 +204,8 @@ class TestAgainstTheReference:
         case = make_case(weight_format, 300, 512)
         for dtype in case.x_dtypes:
             x = make_x(200, 512, dtype)
-            expected = expected_of(case, x)
             for arm in ARMS:
+                expected = expected_of(case, x, halves=has_half_tiles(target, arm, case))
                 assert_within(run(target, arm, x, case), expected, tolerance_of(case, x, expected))
 
 
@@ -201,21 +218,22 @@ class TestARowDependsOnItselfAlone:
         case = make_case(weight_format, 300, 1000)
         for dtype in case.x_dtypes:
             x, bias = make_x(130, 1000, dtype), make_x(1, 300, dtype)[0]
-            alone = torch.cat([run(target, None, row, case, bias) for row in x.split(1)])
-            for num_threads in (1, 2, 3, 5):
-                _native.set_num_threads(num_threads)
-                for arm in ARMS:
+            for arms in arms_alike(target, case):
+                alone = torch.cat([run(target, arms[0], row, case, bias) for row in x.split(1)])
+                for arm, num_threads in product(arms, (1, 2, 3, 5)):
+                    _native.set_num_threads(num_threads)
                     for num_rows in (1, 2, 3, 8, 9, 17, 33, 64, 65, 130):
                         batch = run(target, arm, x[:num_rows], case, bias)
                         assert torch.equal(batch, alone[:num_rows]), (num_threads, arm, num_rows)
 
     @each_target
     @each_format
-    def test_place_in_the_batch_does_not_matter(self, target: str, weight_format: WeightFormat) -> None:
+    @each_arm
+    def test_place_in_the_batch_does_not_matter(self, target: str, weight_format: WeightFormat, arm: object) -> None:
         case = make_case(weight_format, 100, 256)
         x = make_x(19, 256, case.x_dtypes[0])
         order = torch.randperm(19, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(run(target, None, x, case)[order], run(target, None, x[order], case))
+        assert torch.equal(run(target, arm, x, case)[order], run(target, arm, x[order], case))
 
     @pytest.mark.skipif(not {"avx2", "avx512"} <= set(TARGETS), reason="needs AVX2 and AVX-512")
     @pytest.mark.parametrize(
@@ -231,15 +249,16 @@ class TestARowDependsOnItselfAlone:
 class TestInputs:
     @each_target
     @each_format
-    def test_any_alignment(self, target: str, weight_format: WeightFormat) -> None:
+    @each_arm
+    def test_any_alignment(self, target: str, weight_format: WeightFormat, arm: object) -> None:
         case = make_case(weight_format, 33, 100)
         for dtype in case.x_dtypes:
             x, bias = make_x(9, 100, dtype), make_x(1, 33, dtype)[0]
-            expected = run(target, None, x, case, bias)
+            expected = run(target, arm, x, case, bias)
             for offset in (1, 2, 3, 5):
                 shifted = torch.empty(x.numel() + offset, dtype=dtype)[offset:].view_as(x).copy_(x)
                 shifted_bias = torch.empty(33 + offset, dtype=dtype)[offset:].copy_(bias)
-                assert torch.equal(run(target, None, shifted, case, shifted_bias), expected)
+                assert torch.equal(run(target, arm, shifted, case, shifted_bias), expected)
 
     @each_target
     @each_format
@@ -261,11 +280,11 @@ class TestInputs:
     def test_what_is_not_a_number_stays_in_its_row(self, target: str, weight_format: WeightFormat, bad: float) -> None:
         case = make_case(weight_format, 33, 100)
         x = make_x(9, 100, case.x_dtypes[0])
-        clean = run(target, None, x, case)
-        x[4, 37] = bad
-        expected = (x.float() @ case.exact.float().T) if not case.is_quantized else expected_of(case, x)
+        dirty = x.clone()
+        dirty[4, 37] = bad
+        expected = (dirty.float() @ case.exact.float().T) if not case.is_quantized else expected_of(case, dirty)
         for arm in ARMS:
-            out = run(target, arm, x, case)
+            clean, out = run(target, arm, x, case), run(target, arm, dirty, case)
             assert torch.equal(out[4].float(), expected[4].float()) or torch.equal(out[4].isnan(), expected[4].isnan())
             assert not out[4].isfinite().any()
             others = torch.arange(9) != 4
@@ -276,15 +295,17 @@ class TestInputs:
     def test_what_is_too_large_to_quantize_stays_in_its_row(self, target: str, weight_format: WeightFormat) -> None:
         case = make_case(weight_format, 33, 100)
         x = make_x(9, 100, torch.float32)
-        clean = run(target, None, x, case)
-        x[4, 37] = -(2.0**111)
-        out = run(target, None, x, case)
-        assert out[4].isnan().all()
-        assert torch.equal(out[torch.arange(9) != 4], clean[torch.arange(9) != 4])
+        large = x.clone()
+        large[4, 37] = -(2.0**111)
+        for arm in ARMS:
+            clean, out = run(target, arm, x, case), run(target, arm, large, case)
+            assert out[4].isnan().all()
+            assert torch.equal(out[torch.arange(9) != 4], clean[torch.arange(9) != 4])
 
     @each_target
     @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
-    def test_extreme_activations(self, target: str, weight_format: WeightFormat) -> None:
+    @each_arm
+    def test_extreme_activations(self, target: str, weight_format: WeightFormat, arm: object) -> None:
         """Zeros, subnormals, huge and one lonely value in a group are quantized as the reference does it."""
         case = make_case(weight_format, 33, 100)
         rows = [torch.zeros(100), torch.full((100,), 1e-40), torch.full((100,), 1e30), torch.zeros(100)]
@@ -293,12 +314,13 @@ class TestInputs:
         rows += [torch.full((100,), 2.0**exponent) for exponent in (-121, -120, 110)]
         rows += [torch.full((100,), 2.0**111 * (1 - 2.0**-24)), torch.full((100,), -127.75)]
         x = torch.stack(rows)
-        expected = expected_of(case, x)
-        assert_within(run(target, None, x, case), expected, tolerance_of(case, x, expected))
+        expected = expected_of(case, x, halves=has_half_tiles(target, arm, case))
+        assert_within(run(target, arm, x, case), expected, tolerance_of(case, x, expected))
 
     @each_target
+    @each_arm
     @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
-    def test_extreme_integers_do_not_saturate(self, target: str, weight_format: WeightFormat) -> None:
+    def test_extreme_integers_do_not_saturate(self, target: str, weight_format: WeightFormat, arm: object) -> None:
         """All weights and activations at the end of their range, both signs; int8 even at -128."""
         low = -128 if weight_format is WeightFormat.INT8 else -8
         scales = torch.ones(16, 2)
@@ -309,7 +331,7 @@ class TestInputs:
         builder.write_quantized(0, stored, scales)
         x = torch.full((2, 64), 127.0)
         x[1] = -127.0
-        assert torch.equal(cpu.Linear(target, cpu.Stream())(x, builder.build()), x @ q.float().T)
+        assert torch.equal(cpu.Linear(target, cpu.Stream())(x, builder.build(), arm=arm), x @ q.float().T)
 
     @each_format
     def test_no_rows_and_more_dimensions(self, weight_format: WeightFormat) -> None:
@@ -475,7 +497,8 @@ class TestContract:
 
     def test_instruction_sets_are_forced_by_name_or_refused(self) -> None:
         assert TARGETS[0] == "portable"
-        assert cpu.best_target() == TARGETS[-1]
+        assert cpu.best_target(batch_invariant=False) == TARGETS[-1]
+        assert cpu.best_target() == [target for target in TARGETS if cpu.is_batch_invariant(target)][-1]
         for target in TARGETS:
             kernels = resolve_kernels(KernelChoice.CPU, instruction_set=target)
             [choice] = [c for c in kernels.explain() if c.op == "linear"]

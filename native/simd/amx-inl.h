@@ -7,7 +7,7 @@
 // on no other row or column, so that neither the shape of the tiles nor what else lies in them changes a bit of it.
 //
 // The compiler knows nothing of what tiles read, so all accesses here tell it that memory is used.
-#ifdef HEADRACE_AMX
+#ifdef __AMX_TILE__
 
 #include <cstdint>
 
@@ -97,20 +97,37 @@ struct Fp16Dot {
 };
 #endif
 
-// C += A B for each pair of num_a tiles of A and num_b tiles of B; all are loaded here.
+// Where a walk over steps of 32 columns begins: two tiles of A, each `a_bytes` from its next one, and two of B, which lie
+// one behind the other.
+struct TileWalk {
+  const char* a[2];
+  int64_t a_bytes[2];
+  const char* b[2];
+};
+
+// C += A B for each pair of kNumA tiles of A and kNumB tiles of B, step by step. A function of its own, so that nothing
+// else takes the registers that addresses are kept in.
 template <class Dot, int kNumA, int kNumB>
-inline void MultiplyTiles(const char* const (&a)[2], const char* const (&b)[2]) {
-  LoadTile<TileA(0)>(a[0], kTileRowBytes);
-  LoadTile<TileB(0)>(b[0], kTileRowBytes);
-  Dot::template Run<TileC(0, 0), TileA(0), TileB(0)>();
-  if constexpr (kNumB == 2) {
-    LoadTile<TileB(1)>(b[1], kTileRowBytes);
-    Dot::template Run<TileC(0, 1), TileA(0), TileB(1)>();
-  }
-  if constexpr (kNumA == 2) {
-    LoadTile<TileA(1)>(a[1], kTileRowBytes);
-    Dot::template Run<TileC(1, 0), TileA(1), TileB(0)>();
-    if constexpr (kNumB == 2) Dot::template Run<TileC(1, 1), TileA(1), TileB(1)>();
+__attribute__((noinline)) void MultiplyTiles(const TileWalk& walk, int64_t num_steps) {
+  const char *a0 = walk.a[0], *a1 = walk.a[1], *b0 = walk.b[0], *b1 = walk.b[1];
+  const int64_t a0_bytes = walk.a_bytes[0], a1_bytes = walk.a_bytes[1];
+  for (; num_steps > 0; --num_steps) {
+    LoadTile<TileA(0)>(a0, kTileRowBytes);
+    LoadTile<TileB(0)>(b0, kTileRowBytes);
+    Dot::template Run<TileC(0, 0), TileA(0), TileB(0)>();
+    if constexpr (kNumB == 2) {
+      LoadTile<TileB(1)>(b1, kTileRowBytes);
+      Dot::template Run<TileC(0, 1), TileA(0), TileB(1)>();
+    }
+    if constexpr (kNumA == 2) {
+      LoadTile<TileA(1)>(a1, kTileRowBytes);
+      Dot::template Run<TileC(1, 0), TileA(1), TileB(0)>();
+      if constexpr (kNumB == 2) Dot::template Run<TileC(1, 1), TileA(1), TileB(1)>();
+    }
+    a0 += a0_bytes;
+    a1 += a1_bytes;
+    b0 += kTileBytes;
+    b1 += kTileBytes;
   }
 }
 

@@ -19,7 +19,13 @@ from headrace.kernels.cpu.packing import make_weight_builder, quantize_rows, wei
 from headrace.kernels.cpu.rotary import RotaryStoreKv, RotaryTable
 from headrace.kernels.cpu.sampling import Sampling
 from headrace.kernels.cpu.stream import Stream, join_replays
-from headrace.kernels.cpu.targets import best_target, kernels_digest, set_num_threads, supported_targets
+from headrace.kernels.cpu.targets import (
+    best_target,
+    is_batch_invariant,
+    kernels_digest,
+    set_num_threads,
+    supported_targets,
+)
 from headrace.kernels.dataflow import Dataflow
 
 __all__ = [
@@ -36,6 +42,7 @@ __all__ = [
     "Sampling",
     "Stream",
     "best_target",
+    "is_batch_invariant",
     "join_replays",
     "kernels_digest",
     "kv_cache_num_bytes",

@@ -26,8 +26,10 @@ _ARMS = {
 class Linear:
     """x W^T + bias for packed weights, on one instruction set.
 
-    With an integer W, x is quantized on the fly to int8 in groups along K (`reference.linear_int8_activations`).
-    A row's result depends on that row alone, to the bit.
+    With an integer W, x is quantized on the fly to int8 in groups along K (`reference.linear_int8_activations`), or, by
+    GEMM on an instruction set that is not batch invariant, rounded to float16 (`reference.linear_float16_activations`).
+    A row's result depends on that row and on the implementation alone, to the bit, and where the instruction set is
+    batch invariant on the row alone.
 
     Raises:
         BackendUnavailable: an instruction set this machine cannot run.

@@ -4,7 +4,13 @@ from headrace.kernels.reference.activation import activation, gated_activation
 from headrace.kernels.reference.attention import attention, attention_share
 from headrace.kernels.reference.context_share import join_heads, weigh_share
 from headrace.kernels.reference.kv_cache import kv_cache_num_bytes, make_kv_cache, read_kv, rotary_store_kv_
-from headrace.kernels.reference.linear import embedding, linear, linear_int8_activations, weight_rows
+from headrace.kernels.reference.linear import (
+    embedding,
+    linear,
+    linear_float16_activations,
+    linear_int8_activations,
+    weight_rows,
+)
 from headrace.kernels.reference.machine_ops import MachineOps
 from headrace.kernels.reference.moe import mixture, route_experts
 from headrace.kernels.reference.norm import add_, layer_norm, rms_norm
@@ -28,6 +34,7 @@ __all__ = [
     "kv_cache_num_bytes",
     "layer_norm",
     "linear",
+    "linear_float16_activations",
     "linear_int8_activations",
     "log_sum_exp",
     "make_kv_cache",

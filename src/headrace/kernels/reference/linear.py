@@ -5,7 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.errors import KernelError, ShapeError
-from headrace.kernels.reference.quantize import dequantize, in_groups, quantize_activations, unpacked_values
+from headrace.kernels.reference.quantize import (
+    dequantize,
+    in_groups,
+    quantize_activations,
+    round_to_float16,
+    unpacked_values,
+)
 from headrace.kernels.weights import BlockedWeight, DenseWeight, PackedWeight, QuantizedWeight, Weight
 
 _EXPANDED_ELEMENTS = 2**19
@@ -58,6 +64,18 @@ def linear_int8_activations(x: Tensor, weight: QuantizedWeight, bias: Tensor | N
     if bias is not None:
         out += bias.float()
     return out.to(x.dtype)
+
+
+def linear_float16_activations(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias with each row of x, times a power of two, rounded to float16 (`round_to_float16`), in float64.
+
+    What native kernels with float16 tiles compute, but for their rounding of scale * q to float16 and their float32
+    sums. NaN, infinity or a magnitude of 2^111 makes its row NaN.
+
+    Shapes: as `linear`.
+    """
+    out = round_to_float16(x) @ dequantize(weight).double().T
+    return (out if bias is None else out + bias.double()).to(x.dtype)
 
 
 def embedding(

@@ -37,6 +37,25 @@ def quantize_rows(rows: Tensor, weight_format: WeightFormat) -> tuple[Tensor, Te
     return (_pack_int4(q) if weight_format is WeightFormat.INT4 else q.to(torch.int8)), scales.squeeze(-1)
 
 
+def round_to_float16(x: Tensor) -> Tensor:
+    """Round each row to float16 after a power of two has brought its largest magnitude into [2^14, 2^15).
+
+    An entry is off by at most 2^-12 of itself or 2^-39 of the row's largest one. A row whose largest magnitude is below
+    2^-120 is all zeros; one with NaN, infinity or 2^111 and more is NaN.
+
+    Shapes:
+        x:       [n, K]
+        returns: [n, K] float64
+    """
+    largest = x.double().abs().amax(dim=-1, keepdim=True)
+    is_too_large = ~(largest < 2.0**111)
+    is_zero = is_too_large | (largest < 2.0**-120)
+    exponent = torch.frexp(torch.where(is_zero, 1.0, largest)).exponent - 1
+    scales = torch.ldexp(torch.ones_like(largest), exponent - 14)
+    rounded = torch.where(is_zero, 0.0, x.double() / scales).half().double() * scales
+    return torch.where(is_too_large, torch.nan, rounded)
+
+
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize each row to int8 in groups of QUANTIZATION_GROUP_SIZE entries with powers of two as scales.
 

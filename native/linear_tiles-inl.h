@@ -1,0 +1,187 @@
+// Products with the tiles of AMX (simd/amx-inl.h): bfloat16 weights where they lie, integer ones unpacked to float16.
+//
+// 32 columns are one step. In a step, a panel of 16 outputs is one tile of B, which is how packed_matrix.h lays out pairs
+// of bfloat16 already. Integers of a group become scale * q, rounded to float16, in memory that stays in the L1 cache; a
+// product of tiles takes as long for one row as for sixteen, so that unpacking once serves them all and a batch of
+// sixteen reads weights as fast as a single row does. Rows of x lie in tiles of A, step by step.
+#ifdef __AMX_TILE__
+
+#include <algorithm>
+#include <cstring>
+
+#include "simd/amx-inl.h"
+
+namespace headrace {
+namespace HEADRACE_TARGET {
+namespace {
+
+static_assert(kTileColumns == kGroup && kTileRows == kLanes);
+
+// How far before it is multiplied a step is unpacked: tiles are loaded from the cache, not from stores under way.
+constexpr int kUnpackAhead = 4;
+// Unpacked steps that are kept: two panels of them fit the L1 cache beside a step of x.
+constexpr int kKeptSteps = 16;
+
+#ifdef __AVX512FP16__
+constexpr bool kHasHalfTiles = true;
+#else
+constexpr bool kHasHalfTiles = false;
+#endif
+
+inline int64_t NumSteps(const PackedView& w) { return (w.padded_columns + kTileColumns - 1) / kTileColumns; }
+
+// Rows of x as tiles of A: for each step R rows of 64 bytes, and at the end of a tile, of integer weights, what each of
+// its rows is to be multiplied by. One place more for each row holds that.
+inline int64_t TileRowBytes(const LinearCall& call) { return (NumSteps(call.weight) + 1) * kTileRowBytes; }
+
+// x times a power of two that brings the largest magnitude of its row into [2^14, 2^15), as float16: off by at most
+// 2^-12 of itself or 2^-39 of that largest one. Rows below 2^-120 count as zeros; NaN, infinity or a magnitude of 2^111
+// makes its row NaN. As where x becomes int8 (prepare-inl.h).
+constexpr int kHalfExponent = 14;
+
+#ifdef __AVX512FP16__
+
+template <class X>
+uint32_t LargestExponentOf(const X* x, int64_t columns) {
+  uint32_t largest = 0;
+  int64_t k = 0;
+  for (; k + 2 * kLanes <= columns; k += 2 * kLanes) {
+    largest = std::max(largest, LargestExponent(LoadAsFloat32(x + k), LoadAsFloat32(x + k + kLanes)));
+  }
+  if (k == columns) return largest;
+  X rest[2 * kLanes] = {};
+  memcpy(rest, x + k, (columns - k) * sizeof(X));
+  return std::max(largest, LargestExponent(LoadAsFloat32(rest), LoadAsFloat32(rest + kLanes)));
+}
+
+// Four columns lie in the order 0 2 1 3, as those of unpacked integers do.
+inline void StoreHalves(char* to, F32x16 first, F32x16 second, F32x16 factor) {
+  const __m256i low = _mm512_cvtps_ph(Mul(first, factor), _MM_FROUND_TO_NEAREST_INT);
+  const __m256i high = _mm512_cvtps_ph(Mul(second, factor), _MM_FROUND_TO_NEAREST_INT);
+  const __m512i halves = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  const __m512i order = _mm512_set4_epi32(0x0f0e0b0a, 0x0d0c0908, 0x07060302, 0x05040100);
+  _mm512_store_si512(to, _mm512_shuffle_epi8(halves, order));
+}
+
+template <class X>
+void PrepareHalves(const X* x, int64_t columns, Range steps, char* to, int64_t step_bytes, float* scale) {
+  constexpr uint32_t kTooLarge = 127 + 111, kTooSmall = 127 - 120;
+  const uint32_t largest = LargestExponentOf(x, columns);
+  const bool is_empty = largest < kTooSmall, is_too_large = largest >= kTooLarge;
+  const uint32_t exponent = is_empty || is_too_large ? 127 : std::max<uint32_t>(largest, kHalfExponent + 1) - kHalfExponent;
+  *scale = FromBits(is_too_large ? 0x7fc00000 : exponent << 23);
+  const F32x16 factor = Broadcast(is_empty ? 0.0f : FromBits((254 - exponent) << 23));
+  for (int64_t step = steps.begin; step < steps.end; ++step) {
+    const int64_t k = step * kTileColumns;
+    X padded[kTileColumns] = {};
+    const X* from = x + k;
+    if (columns - k < kTileColumns) from = static_cast<const X*>(memcpy(padded, from, (columns - k) * sizeof(X)));
+    StoreHalves(to + step * step_bytes, LoadAsFloat32(from), LoadAsFloat32(from + kLanes), factor);
+  }
+}
+
+// scale * q of a group of a panel, as a tile of B. The bits of an integer, put into those of a float16 of the right
+// magnitude, are that magnitude plus the integer; taking both offsets away is exact.
+inline void UnpackHalves(__m512i bits, __m512h offset, __m512h scale, char* to) {
+  _mm512_store_ph(to, _mm512_mul_ph(_mm512_sub_ph(_mm512_castsi512_ph(bits), offset), scale));
+}
+
+inline __m512h PairedScales(const uint16_t* scales) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+  return _mm512_castsi512_ph(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 16)));
+}
+
+constexpr int kOrBits = 0xea;  // (a & b) | c
+
+inline void UnpackInt4(const uint8_t* w, const uint16_t* scales, char* to) {
+  const __m512h scale = PairedScales(scales);
+  // Of 1024, whose last place is 1, and of 64, whose last place is 1 / 16.
+  const __m512i low = _mm512_set1_epi16(0x000f), low_base = _mm512_set1_epi16(0x6400);
+  const __m512i high = _mm512_set1_epi16(0x00f0), high_base = _mm512_set1_epi16(0x5400);
+  const __m512h low_offset = _mm512_set1_ph(1024 + kInt4Bias), high_offset = _mm512_set1_ph(64 + kInt4Bias);
+  for (int i = 0; i < kGroup / VectorColumns(Format::kInt4); ++i, w += kVectorBytes, to += 4 * kTileRowBytes) {
+    const __m512i even = _mm512_loadu_si512(w), odd = _mm512_srli_epi16(even, 8);
+    UnpackHalves(_mm512_ternarylogic_epi32(even, low, low_base, kOrBits), low_offset, scale, to);
+    UnpackHalves(_mm512_ternarylogic_epi32(odd, low, low_base, kOrBits), low_offset, scale, to + kTileRowBytes);
+    UnpackHalves(_mm512_ternarylogic_epi32(even, high, high_base, kOrBits), high_offset, scale, to + 2 * kTileRowBytes);
+    UnpackHalves(_mm512_ternarylogic_epi32(odd, high, high_base, kOrBits), high_offset, scale, to + 3 * kTileRowBytes);
+  }
+}
+
+inline void UnpackInt8(const uint8_t* w, const uint16_t* scales, char* to) {
+  const __m512h scale = PairedScales(scales), offset = _mm512_set1_ph(1024 + kInt8Bias);
+  const __m512i low = _mm512_set1_epi16(0x00ff), base = _mm512_set1_epi16(0x6400);
+  for (int i = 0; i < kGroup / VectorColumns(Format::kInt8); ++i, w += kVectorBytes, to += 2 * kTileRowBytes) {
+    const __m512i even = _mm512_loadu_si512(w);
+    UnpackHalves(_mm512_ternarylogic_epi32(even, low, base, kOrBits), offset, scale, to);
+    UnpackHalves(_mm512_or_si512(_mm512_srli_epi16(even, 8), base), offset, scale, to + kTileRowBytes);
+  }
+}
+
+struct Int8Tiles {
+  using Dot = Fp16Dot;
+  static constexpr int kStepVectors = kGroup / VectorColumns(Format::kInt8);
+  static void Unpack(const uint8_t* w, const uint16_t* scales, char* to) { UnpackInt8(w, scales, to); }
+};
+
+struct Int4Tiles {
+  using Dot = Fp16Dot;
+  static constexpr int kStepVectors = kGroup / VectorColumns(Format::kInt4);
+  static void Unpack(const uint8_t* w, const uint16_t* scales, char* to) { UnpackInt4(w, scales, to); }
+};
+
+#endif
+
+struct Bfloat16Tiles {
+  using Dot = Bf16Dot;
+  static constexpr int kStepVectors = kGroup / VectorColumns(Format::kBfloat16);
+};
+
+inline void PrepareBfloat16(const uint16_t* x, int64_t columns, Range steps, char* to, int64_t step_bytes) {
+  for (int64_t step = steps.begin; step < steps.end; ++step) {
+    const int64_t k = step * kTileColumns, count = std::min<int64_t>(columns - k, kTileColumns);
+    char* row = to + step * step_bytes;
+    if (count == kTileColumns) {
+      memcpy(row, x + k, kTileRowBytes);
+      continue;
+    }
+    memcpy(row, x + k, count * sizeof(uint16_t));
+    memset(row + count * sizeof(uint16_t), 0, (kTileColumns - count) * sizeof(uint16_t));
+  }
+}
+
+inline float* RowScales(const PackedView& w, char* tile, int64_t num_rows) {
+  return reinterpret_cast<float*>(tile + NumSteps(w) * num_rows * kTileRowBytes);
+}
+
+inline void PrepareTiles(const LinearCall& call, RowTiles tiles, Range steps, const Activations& activations) {
+  const int64_t columns = call.weight.columns;
+  for (int64_t t = 0; t < tiles.num_tiles; ++t) {
+    const Range rows = tiles.Rows(t);
+    const int64_t num_rows = rows.end - rows.begin, step_bytes = num_rows * kTileRowBytes;
+    char* tile = activations.values + rows.begin * activations.row_bytes;
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const int64_t at = (rows.begin + r) * call.x_stride;
+      char* to = tile + r * kTileRowBytes;
+      if (!IsQuantized(call.weight.format)) {
+        PrepareBfloat16(static_cast<const uint16_t*>(call.x) + at, columns, steps, to, step_bytes);
+        continue;
+      }
+#ifdef __AVX512FP16__
+      // Every thread finds all scales: that is quicker than to wait for the others in between. The first writes them.
+      float unused, *scale = steps.begin == 0 ? RowScales(call.weight, tile, num_rows) + r : &unused;
+      if (call.dtype == DType::kFloat32) {
+        PrepareHalves(static_cast<const float*>(call.x) + at, columns, steps, to, step_bytes, scale);
+      } else {
+        PrepareHalves(static_cast<const uint16_t*>(call.x) + at, columns, steps, to, step_bytes, scale);
+      }
+#endif
+    }
+  }
+}
+
+}  // namespace
+}  // namespace HEADRACE_TARGET
+}  // namespace headrace
+
+#endif
