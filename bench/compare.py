@@ -51,7 +51,8 @@ def command(spec: EngineSpec, threads: int, batch_sizes: Sequence[int], rounds: 
     common = ["--threads", str(threads), "--rounds", str(rounds), "--batch-sizes", *sizes]
     if spec.engine == HEADRACE:
         options = ["--model", str(spec.model), "--quantize", spec.format, "--max-num-seqs", str(max(batch_sizes))]
-        return [sys.executable, "-m", "headrace", "bench", "model", "--json", *options, *common]
+        invariance = "--batch-invariant" if spec.batch_invariant else "--no-batch-invariant"
+        return [sys.executable, "-m", "headrace", "bench", "model", "--json", invariance, *options, *common]
     return [str(spec.python), "-m", f"bench.peers.{spec.engine}", str(spec.model), *common]
 
 
@@ -157,7 +158,7 @@ def _engine_to_json(spec: EngineSpec, reports: Sequence[Report]) -> Report:
     is_headrace = spec.engine == HEADRACE
     return {
         "engine": "Headrace" if is_headrace else reports[0]["engine"],
-        "format": spec.format,
+        "format": spec.format_name,
         "version": f"headrace {reports[0]['versions']['headrace']}" if is_headrace else reports[0]["version"],
         "is_headrace": is_headrace,
         **best(reports),

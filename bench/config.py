@@ -6,6 +6,7 @@
     [[engine]]
     engine = "headrace"                 # runs in this environment
     format = "int4"                     # int4, int8 or none, as --quantize takes them
+    batch_invariant = false             # for --no-batch-invariant; a row of its own
 
     [[engine]]
     engine = "llamacpp"                 # a module of bench/peers
@@ -28,16 +29,25 @@ PEERS = ("llamacpp", "onnxruntime", "openvino", "ctranslate2", "transformers")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """One row of the comparison. python: the interpreter of the engine's own environment, None for this one."""
+    """One row of the comparison.
+
+    python: the interpreter of the engine's own environment, None for this one. batch_invariant: Headrace's own setting.
+    """
 
     engine: str
     format: str
     model: Path
     python: Path | None = None
+    batch_invariant: bool = True
+
+    @property
+    def format_name(self) -> str:
+        """For the table."""
+        return self.format if self.batch_invariant else f"{self.format}, not batch invariant"
 
     @property
     def key(self) -> str:
-        return f"{self.engine} {self.format}"
+        return f"{self.engine} {self.format_name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +85,15 @@ def _entries(data: Mapping[str, Any], file: Path) -> Sequence[Mapping[str, Any]]
 def _engine(entry: Mapping[str, Any], folder: Path, checkpoint: Path, file: Path) -> EngineSpec:
     engine = _text(entry, "engine", file)
     if engine == HEADRACE:
-        return EngineSpec(engine=engine, format=_text(entry, "format", file), model=checkpoint)
+        batch_invariant = entry.get("batch_invariant", True)
+        if not isinstance(batch_invariant, bool):
+            raise SystemExit(f"{file}: batch_invariant is {batch_invariant!r}; it must be true or false")
+        return EngineSpec(
+            engine=engine,
+            format=_text(entry, "format", file),
+            model=checkpoint,
+            batch_invariant=batch_invariant,
+        )
     if engine not in PEERS:
         raise SystemExit(f"{file}: engine '{engine}' is unknown; allowed: {', '.join((HEADRACE, *PEERS))}")
     return EngineSpec(

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import BY_NAME, HAS_NATIVE
 
 from headrace import LLM, SamplingParams
@@ -145,3 +146,30 @@ def test_decode_steps_are_replayed(folders, model):
     llm = make_llm(folders[model])
     results(llm, prompts())
     assert llm.engine.model.executor.worker.decode_step.obstacle is None
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_without_it_results_are_as_good(weights):
+    """Where a CPU has a faster way to multiply integer weights in large batches, it rounds less, not more: against the
+    model in bfloat16, scores are no further off than those of the invariant one."""
+    prompt = [{"prompt_token_ids": tokens} for tokens in ([7 + (i * 13) % 190 for i in range(90)],)]
+    folder = demo_model_path()
+
+    def scores(**settings) -> torch.Tensor:
+        [result] = results(make_llm(folder, enable_prefix_caching=False, **settings), prompt)
+        return torch.tensor(result[2])
+
+    exact, invariant = scores(**FORMATS["bfloat16"]), scores(**FORMATS[weights])
+    variant = scores(**FORMATS[weights], batch_invariant=False)
+    assert (variant - exact).abs().mean() <= 1.1 * (invariant - exact).abs().mean()
+
+
+def test_the_instruction_set_follows_it():
+    def instruction_sets(**settings) -> set[str]:
+        choices = make_llm(demo_model_path(), quantize="int4", **settings).engine.model.kernels.choices
+        return {choice.reason.rpartition(" ")[2] for choice in choices if choice.op == "linear"}
+
+    cpu = pytest.importorskip("headrace.kernels.cpu")
+    assert instruction_sets() == {cpu.best_target()}
+    assert instruction_sets(batch_invariant=False) == {cpu.supported_targets()[-1]}
+    assert cpu.is_batch_invariant(cpu.best_target())

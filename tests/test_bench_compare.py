@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,8 @@ class TestCompare:
         ours, theirs = (command(spec, 2, (1, 32), 3) for spec in (OURS, THEIRS))
         assert ours[:6] == [sys.executable, "-m", "headrace", "bench", "model", "--json"]
         assert ours[ours.index("--quantize") + 1] == "int4"
+        assert "--batch-invariant" in ours
+        assert "--no-batch-invariant" in command(replace(OURS, batch_invariant=False), 2, (1, 32), 3)
         assert theirs[:4] == ["/envs/llamacpp/bin/python", "-m", "bench.peers.llamacpp", "/models/tiny.gguf"]
         assert ours[-7:] == theirs[-7:] == ["--threads", "2", "--rounds", "3", "--batch-sizes", "1", "32"]
 
@@ -234,6 +237,14 @@ class TestConfig:
         [spec] = read_comparison(file).engines
         assert (spec.python, spec.model) == (tmp_path / "env" / "python", tmp_path / "m")
 
+    def test_headrace_takes_part_once_more_without_batch_invariance(self, tmp_path):
+        file, entry = tmp_path / "comparison.toml", '[[engine]]\nengine = "headrace"\nformat = "int4"\n'
+        file.write_text(f'checkpoint = "tiny"\n{entry}{entry}batch_invariant = false\n')
+        assert [spec.key for spec in read_comparison(file).engines] == [
+            "headrace int4",
+            "headrace int4, not batch invariant",
+        ]
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [
@@ -245,6 +256,10 @@ class TestConfig:
             (
                 'checkpoint = "x"\nthreads = 0\n[[engine]]\nengine = "headrace"\nformat = "int4"',
                 "threads is 0; it must be",
+            ),
+            (
+                'checkpoint = "x"\n[[engine]]\nengine = "headrace"\nformat = "int4"\nbatch_invariant = "no"',
+                "batch_invariant is 'no'; it must be",
             ),
             ('checkpoint = "x"\n' + '[[engine]]\nengine = "headrace"\nformat = "int4"\n' * 2, "same name and format"),
         ],

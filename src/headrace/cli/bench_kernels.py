@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:1 (default: %(default)s)"
     )
+    parser.add_argument(
+        "--batch-invariant",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave out implementations that make a row's last bits depend on its batch (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the CPUs this process may use)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
 
@@ -69,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     from headrace.kernels import kernel_choice_from, resolve_kernels
 
     choice = kernel_choice_from()
-    kernels = resolve_kernels(choice, device=resolve_device(device, choice).device)
+    chosen = resolve_device(device, choice)
+    kernels = resolve_kernels(choice, device=chosen.device, batch_invariant=args.batch_invariant)
     shape, name = SHAPES[args.shape], device_name(kernels.device)
     num_threads = args.threads or cpu_limits().num_threads
     kernels.set_num_threads(num_threads)

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     choice, gpus = kernel_choice_from(), gpu_facts()
     chosen = resolve_device(Device.parse(args.device), choice, facts=gpus)
-    kernels = resolve_kernels(choice, device=chosen.device)
+    kernels = resolve_kernels(choice, device=chosen.device, batch_invariant=args.batch_invariant)
     facts: dict[str, Any] = {
         "versions": versions(),
         "machine": machine(args.num_threads),

@@ -93,6 +93,14 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         "`measured` also says who computes the attention of prompts (default: %(default)s)",
     )
     group.add_argument(
+        "--batch-invariant",
+        action=argparse.BooleanOptionalAction,
+        default=EngineConfig.batch_invariant,
+        help="give a request the same text, to the last bit, alone and in any batch; without it a CPU with AMX for "
+        "float16 reads prompts and decodes large batches of int8 and int4 weights faster, which is all that changes "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
         "--softmax",
         choices=words_of(Softmax),
         default=EngineConfig.softmax.value,

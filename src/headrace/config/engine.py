@@ -185,6 +185,8 @@ class EngineConfig:
     ranks on this host.
 
     dataflow: how linear layers are computed, which changes their speed alone.
+    batch_invariant: what a request gets is the same to the last bit alone and in any batch. Where a CPU multiplies
+        integer weights faster in large batches in another order of sums (AMX with float16), False lets it.
     device: where weights, cache and activations lie.
     graphs: decode steps are recorded once and replayed as one call, as CUDA graphs on a GPU; changes their speed alone.
     graph_budget_s: what recording them may take at start on a GPU, about; what is left is recorded when it is first
@@ -198,6 +200,7 @@ class EngineConfig:
     softmax: Softmax = Softmax.AUTO
     num_threads: int | None = None
     dataflow: DataflowChoice = DataflowChoice.MEASURED
+    batch_invariant: bool = True
     device: Device = field(default_factory=Device)
     graphs: bool = True
     graph_budget_s: float = 60.0

@@ -34,8 +34,8 @@ class LLM:
     quantize: None, "int8" or "int4".
     device: "auto" (a GPU if there is one), "cpu", "cuda", or "cuda:1" for one GPU of several.
     settings: any field of `CacheConfig`, `SchedulerConfig` or `ParallelConfig`, `num_threads`, `dataflow` ("measured",
-        "default"), `softmax` ("auto", "measured", "synchronized", "asynchronized", "lazy"), `graphs` and
-        `graph_budget_s` of `EngineConfig`.
+        "default"), `softmax` ("auto", "measured", "synchronized", "asynchronized", "lazy"), `batch_invariant`,
+        `graphs` and `graph_budget_s` of `EngineConfig`.
 
     One thread at a time: its requests share one engine, which is driven by whoever waits for one of them.
 

@@ -69,7 +69,7 @@ def load_rank(
     choice = kernel_choice_from()
     device = rank_device(config, world, choice)
     with explaining_out_of_memory("there is no room to begin", device):
-        kernels = resolve_kernels(choice, device=device)
+        kernels = resolve_kernels(choice, device=device, batch_invariant=config.batch_invariant)
     if not config.graphs:
         kernels = replace(kernels, record=_run_unrecorded, pads_steps=False)
     if change_kernels is not None:

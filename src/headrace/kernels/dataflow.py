@@ -34,8 +34,9 @@ Name = TypeVar("Name")
 class Dataflow:
     """Which implementation multiplies how many rows: as measured where it was, else by default, or one forced on all.
 
-    On a CPU all give the same bits, so that the choice is one of speed alone and may change at any time; on a GPU each
-    gives a row its bits whatever the other rows are. Recorded steps keep what they were recorded with.
+    On a CPU all give the same bits, so that the choice is one of speed alone and may change at any time; on a GPU, and
+    on instruction sets that are not batch invariant, each gives a row its bits whatever the other rows are. Recorded
+    steps keep what they were recorded with.
     """
 
     def __init__(self, machine: LinearMachine | None = None) -> None:

@@ -15,6 +15,7 @@ from headrace.config import SoftmaxScheme
 from headrace.errors import BackendUnavailable, ConfigError, nearest_name
 from headrace.kernels import ops, reference
 from headrace.kernels.dataflow import Dataflow
+from headrace.kernels.linear_machine import CpuMachine
 from headrace.kernels.tuning_cache import DeviceTuningKey, TuningKey
 from headrace.machine import cpu_name
 
@@ -105,12 +106,17 @@ _OPS = tuple(field.name for field in fields(Kernels) if field.name in reference.
 
 
 def resolve_kernels(
-    choice: KernelChoice, *, instruction_set: str | None = None, device: torch.device = _CPU
+    choice: KernelChoice,
+    *,
+    instruction_set: str | None = None,
+    device: torch.device = _CPU,
+    batch_invariant: bool = True,
 ) -> Kernels:
     """The ops for a choice.
 
     instruction_set: that of the native kernels; the best one the machine has if None.
     device: where the model lies.
+    batch_invariant: on a CPU, leave out implementations that would make a row's last bits depend on its batch.
 
     Raises:
         BackendUnavailable: an implementation or an instruction set asked for by name that cannot run here.
@@ -128,13 +134,14 @@ def resolve_kernels(
                 )
             if isinstance(cpu := _import_cpu(), str):
                 raise BackendUnavailable(f"{asked_for}, but {cpu}")
-            return _cpu_kernels(cpu, instruction_set, asked_for)
+            return _cpu_kernels(cpu, instruction_set or cpu.best_target(batch_invariant=batch_invariant), asked_for)
         case KernelChoice.AUTO:
             if device != _CPU:
                 return _triton_kernels(f"auto: the model lies on {device}", instruction_set, device)
             if isinstance(cpu := _import_cpu(), str):
                 return _reference_kernels(f"auto: {cpu}", instruction_set, device)
-            return _cpu_kernels(cpu, instruction_set, "auto: native kernels run on this machine")
+            target = instruction_set or cpu.best_target(batch_invariant=batch_invariant)
+            return _cpu_kernels(cpu, target, "auto: native kernels run on this machine")
 
 
 def kernel_choice_from(environ: Mapping[str, str] = os.environ) -> KernelChoice:
@@ -212,13 +219,12 @@ def _triton_kernels(reason: str, instruction_set: str | None, device: torch.devi
     )
 
 
-def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str) -> Kernels:
+def _cpu_kernels(cpu: ModuleType, target: str, reason: str) -> Kernels:
     """Ops on weights come as one set, because only they read packed weights, and so do those on KV caches; the others
     are the reference's."""
-    target = instruction_set or cpu.best_target()
     reason_by_op = dict.fromkeys(_OPS, f"{reason}, but not for this op yet")
     implementations = _reference_ops(_CPU)
-    dataflow = Dataflow()
+    dataflow = Dataflow(CpuMachine(is_batch_invariant=cpu.is_batch_invariant(target)))
     stream = cpu.Stream()
     native = cpu.make_ops(target, stream, dataflow)
     reason_by_op |= dict.fromkeys(native, f"{reason}; instruction set {target}")
