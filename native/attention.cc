@@ -187,9 +187,9 @@ void ListWorks(const AttentionCall& call, Schedule& schedule) {
     CheckSequence(call, seq);
     const int64_t num_rows = (call.cu_seqlens_q[seq + 1] - call.cu_seqlens_q[seq]) * group;
     // The last rows see the most: they come first.
-    for (int64_t end = num_rows; end > 0; end = (end - 1) / kTileRows * kTileRows) {
+    for (int64_t end = num_rows; end > 0; end = (end - 1) / kPassRows * kPassRows) {
       for (int64_t kv_head = 0; kv_head < call.layout.shape.num_kv_heads; ++kv_head) {
-        schedule.works.push_back(MakeWork(call, {seq, kv_head, {(end - 1) / kTileRows * kTileRows, end}}));
+        schedule.works.push_back(MakeWork(call, {seq, kv_head, {(end - 1) / kPassRows * kPassRows, end}}));
       }
     }
   }

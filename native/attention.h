@@ -98,7 +98,7 @@ struct AttentionCall {
 void Attention(Target target, const AttentionCall& call);
 
 constexpr int64_t kTilePanels = 16;
-constexpr int64_t kTileRows = 64;  // rows at a time over one pass of keys and values
+constexpr int64_t kPassRows = 64;  // rows at a time over one pass of keys and values
 
 // Tiles of a split: one each near the start, so that short contexts have enough splits for several threads; four
 // further on, so that long ones do not have more than it takes.

@@ -38,7 +38,7 @@ void FindFactors(const float* m_total, const float* m_split, int64_t num_rows, f
 void MergeSplit(const AttentionCall& call, const RowTile& tile, const Workspace& w, int64_t split, const float* m,
                 const float* sum, const float* o, bool* is_merged) {
   const int64_t num_rows = tile.rows.end - tile.rows.begin, o_stride = OutputStride(call.layout);
-  float factor_total[kTileRows], factor_split[kTileRows];
+  float factor_total[kPassRows], factor_split[kPassRows];
   if (call.scheme == SoftmaxScheme::kAsynchronized) {
     std::fill_n(factor_total, num_rows, 1.0f);
     std::fill_n(factor_split, num_rows, 1.0f);

@@ -129,6 +129,16 @@ inline Range VisiblePanels(const TilePanels& panels, const Row& row) {
   return begin < end ? Range{begin, end} : Range{0, 0};
 }
 
+// From the first panel that any of some rows sees to the last.
+inline Range Hull(const Range* visible, int count) {
+  Range hull = {kTilePanels, 0};
+  for (int r = 0; r < count; ++r) {
+    if (visible[r].begin < hull.begin) hull.begin = visible[r].begin;
+    if (visible[r].end > hull.end) hull.end = visible[r].end;
+  }
+  return hull;
+}
+
 // The part of a row's visible panels whose 16 positions it all sees; none where blocks have gaps.
 inline Range FullPanels(const TilePanels& panels, const Row& row, Range visible) {
   if (panels.has_gaps || visible.begin == visible.end) return {visible.begin, visible.begin};

@@ -99,7 +99,6 @@ inline float LargestProduct(const SoftmaxBlock& block, int r, float reference, c
 // Where all scales are within a factor of four that makes two bits at most, and looking at them apart takes less time.
 inline void ChooseDigits(const TilePanels& panels, const SoftmaxBlock& block, const float* largest,
                          const float* reference, Digits& digits) {
-  static_assert(kBlockRows <= kLanes);
   constexpr auto kLargest = static_cast<float>((1 << 2 * kDigitBits) - 1);
   constexpr float kSmallest = 1e-33f;  // kLargest over it is finite
   float exponent[kLanes] = {}, p_scale[kLanes];
@@ -161,7 +160,7 @@ inline void ForEachRows(const SoftmaxBlock& block, const Compute& compute) {
 void ComputeProbabilities(const AttentionCall& call, const TilePanels& panels, const SoftmaxBlock& block) {
   const Format format = call.layout.shape.format;
   const bool is_int = format == Format::kInt8 || format == Format::kInt4;
-  float largest[kBlockRows], reference[kBlockRows];
+  float largest[kMaxBlockRows], reference[kMaxBlockRows];
   HideInvisible(panels, block);
   if (is_int || call.scheme != SoftmaxScheme::kAsynchronized) FindLargestOfRows(block, largest);
   ChooseReferences(call, block, largest, reference);

@@ -4,8 +4,12 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-// Rows whose scores and products are computed together: as many as their accumulators fit the registers.
+// Rows whose scores and products are computed together: as many as their accumulators fit the registers, or a tile.
 constexpr int kBlockRows = kFloatRows;
+constexpr int kMaxBlockRows = 16;
+static_assert(kBlockRows <= kMaxBlockRows && kMaxBlockRows <= kLanes);
+inline int BlockRowsOf(Format format) { return HasTiles(format) ? kMaxBlockRows : kBlockRows; }
+
 constexpr int kTilePositions = kTilePanels * kPanelPositions;
 
 // Probabilities of int8 are stored for so many panels at a time (StoreSplit).
@@ -31,16 +35,19 @@ struct Workspace {
   char* query;          // query_bytes for each row
   float* query_scale;   // int8: ScoreScale * the scale of the row's query
   int32_t* query_start; // int8: -offset * sum of the query
-  float* t;             // [kBlockRows][kTilePositions]
-  char* p;              // [kBlockRows], p_bytes each
-  float* p_scale;       // int8: [kBlockRows]
+  float* t;             // [BlockRowsOf(format)][kTilePositions]
+  char* p;              // [BlockRowsOf(format)], p_bytes each
+  float* p_scale;       // int8: [BlockRowsOf(format)]
   State split;
   State total;
 };
 
-// Entries of the query are padded like those of a key.
+// Entries of the query are padded like those of a key, or where there are tiles to a step of theirs.
 inline int64_t QueryEntries(const KvLayout& layout) {
-  return layout.key_vectors * VectorColumns(layout.shape.format);
+  constexpr int64_t kStepVectors = 8;
+  const Format format = layout.shape.format;
+  const int64_t num_vectors = HasTiles(format) ? RoundUp(layout.key_vectors, kStepVectors) : layout.key_vectors;
+  return num_vectors * VectorColumns(format);
 }
 
 inline int64_t QueryBytes(const KvLayout& layout) {
@@ -90,17 +97,18 @@ class Cutter {
 
 inline Workspace CutWorkspace(const KvLayout& layout, Cutter& cutter) {
   Workspace w;
-  w.rows = cutter.Cut<Row>(kTileRows);
-  w.query = cutter.Cut<char>(kTileRows * QueryBytes(layout));
-  w.query_scale = cutter.Cut<float>(kTileRows);
-  w.query_start = cutter.Cut<int32_t>(kTileRows);
-  w.t = cutter.Cut<float>(kBlockRows * kTilePositions);
-  w.p = cutter.Cut<char>(kBlockRows * ProbabilityBytes(layout.shape.format));
-  w.p_scale = cutter.Cut<float>(kBlockRows);
-  w.split = {cutter.Cut<float>(kTileRows), cutter.Cut<float>(kTileRows * kLanes),
-             cutter.Cut<float>(kTileRows * OutputStride(layout))};
-  w.total = {cutter.Cut<float>(kTileRows), cutter.Cut<float>(kTileRows),
-             cutter.Cut<float>(kTileRows * OutputStride(layout))};
+  const int64_t block_rows = BlockRowsOf(layout.shape.format);
+  w.rows = cutter.Cut<Row>(kPassRows);
+  w.query = cutter.Cut<char>(kPassRows * QueryBytes(layout));
+  w.query_scale = cutter.Cut<float>(kPassRows);
+  w.query_start = cutter.Cut<int32_t>(kPassRows);
+  w.t = cutter.Cut<float>(block_rows * kTilePositions);
+  w.p = cutter.Cut<char>(block_rows * ProbabilityBytes(layout.shape.format));
+  w.p_scale = cutter.Cut<float>(block_rows);
+  w.split = {cutter.Cut<float>(kPassRows), cutter.Cut<float>(kPassRows * kLanes),
+             cutter.Cut<float>(kPassRows * OutputStride(layout))};
+  w.total = {cutter.Cut<float>(kPassRows), cutter.Cut<float>(kPassRows),
+             cutter.Cut<float>(kPassRows * OutputStride(layout))};
   return w;
 }
 

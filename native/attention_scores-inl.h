@@ -144,9 +144,9 @@ void CapScores(const AttentionCall& call, float* t, int num_rows, Range range) {
   }
 }
 
-// t of num_rows rows from `row` on, for the panels of a range. What the rows do not see is computed too, and not used.
-void ComputeScores(const AttentionCall& call, const Workspace& w, const TilePanels& panels, int64_t row, int num_rows,
-                   Range range) {
+// As ComputeScores, but for the soft cap.
+void ComputeVectorScores(const AttentionCall& call, const Workspace& w, const TilePanels& panels, int64_t row,
+                         int num_rows, Range range) {
   const ScoreFunctions functions = ScoreFunctionsOf(call.layout.shape.format);
   const float scale = ScoreScale(call);
   for (int64_t panel = range.begin; panel < range.end;) {
@@ -155,7 +155,6 @@ void ComputeScores(const AttentionCall& call, const Workspace& w, const TilePane
     (is_wide ? functions.wide : functions.narrow)[num_rows - 1](at);
     panel += is_wide ? kFloatPanels : 1;
   }
-  if (call.has_soft_cap) CapScores(call, w.t, num_rows, range);
 }
 
 }  // namespace

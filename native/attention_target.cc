@@ -10,17 +10,25 @@
 
 #include "unroll-inl.h"
 
+#include "attention_tiles-inl.h"
+
 #include "attention_rows-inl.h"
 
 #include "attention_panels-inl.h"
 
 #include "attention_scores-inl.h"
 
+#include "attention_scores_tiles-inl.h"
+
 #include "attention_softmax-inl.h"
 
 #include "attention_probabilities-inl.h"
 
 #include "attention_values-inl.h"
+
+#include "attention_values_tiles-inl.h"
+
+#include "attention_products-inl.h"
 
 #include "attention_merge-inl.h"
 
@@ -29,15 +37,12 @@ namespace HEADRACE_TARGET {
 namespace {
 
 // Rows that all see something of one tile: scores, probabilities, products. first and count: of the workspace's rows.
-void AttendSeeing(const AttentionCall& call, const Workspace& w, const TilePanels& panels, int first, int count) {
-  Range visible[kBlockRows];
-  Range all = {kTilePanels, 0};
-  for (int r = 0; r < count; ++r) {
-    visible[r] = VisiblePanels(panels, w.rows[first + r]);
-    if (visible[r].begin < all.begin) all.begin = visible[r].begin;
-    if (visible[r].end > all.end) all.end = visible[r].end;
-  }
-  ComputeScores(call, w, panels, first, count, all);
+void AttendSeeing(const AttentionCall& call, const Workspace& w, const TilePanels& panels, int first, int count,
+                  BlockTiles& tiles) {
+  Range visible[kMaxBlockRows];
+  for (int r = 0; r < count; ++r) visible[r] = VisiblePanels(panels, w.rows[first + r]);
+  if (HasTiles(call.layout.shape.format)) tiles.SetRows(count);
+  ComputeScores(call, w, panels, first, count, Hull(visible, count));
   const KvLayout& layout = call.layout;
   const int64_t p_bytes = ProbabilityBytes(layout.shape.format), o_stride = OutputStride(layout);
   for (int r = 0; r < count;) {
@@ -49,27 +54,19 @@ void AttendSeeing(const AttentionCall& call, const Workspace& w, const TilePanel
                           w.split.m + i, w.split.sum + i * kLanes, w.split.o + i * o_stride, o_stride, end - r});
     r = end;
   }
-  const BlockRows block = {w.p, w.split.o + first * o_stride, count};
-  switch (layout.shape.format) {
-    case Format::kFloat32:
-      return FloatValues<Float32Values>(call, panels, block, w.rows + first, visible);
-    case Format::kBfloat16:
-      return FloatValues<Bfloat16Values>(call, panels, block, w.rows + first, visible);
-    case Format::kInt8:
-    case Format::kInt4:
-      return IntValues(call, panels, block, w.p, w.p_scale, visible);
-  }
+  MultiplyValues(call, w, panels, first, count, visible);
 }
 
 // One block of rows over one tile. Those that see nothing of it lie before or behind the others, or, where a window
 // leaves a share of the context, between them.
-void AttendBlock(const AttentionCall& call, const Workspace& w, const TilePanels& panels, int first, int count) {
+void AttendBlock(const AttentionCall& call, const Workspace& w, const TilePanels& panels, int first, int count,
+                 BlockTiles& tiles) {
   const auto sees = [&](int i) { return VisiblePanels(panels, w.rows[i]).end > 0; };
   for (int i = first; i < first + count; ++i) {
     if (!sees(i)) continue;
     const int begin = i;
     while (i + 1 < first + count && sees(i + 1)) ++i;
-    AttendSeeing(call, w, panels, begin, i + 1 - begin);
+    AttendSeeing(call, w, panels, begin, i + 1 - begin, tiles);
   }
 }
 
@@ -81,13 +78,15 @@ float FirstReference(const AttentionCall& call) {
 void AttendSplit(const AttentionCall& call, const RowTile& tile, const Workspace& w, int64_t split,
                  TileReader& reader) {
   const int num_rows = static_cast<int>(tile.rows.end - tile.rows.begin);
+  const int block_rows = BlockRowsOf(call.layout.shape.format);
+  BlockTiles tiles;
   for (int i = 0; i < num_rows; ++i) w.split.m[i] = FirstReference(call);
   memset(w.split.sum, 0, num_rows * kLanes * sizeof(float));
   memset(w.split.o, 0, num_rows * OutputStride(call.layout) * sizeof(float));
   for (int64_t t = SplitBegin(split); t < SplitBegin(split + 1) && t * kTilePanels < reader.visible_end(); ++t) {
     const TilePanels& panels = reader.Read(t);
-    for (int first = 0; first < num_rows; first += kBlockRows) {
-      AttendBlock(call, w, panels, first, num_rows - first < kBlockRows ? num_rows - first : kBlockRows);
+    for (int first = 0; first < num_rows; first += block_rows) {
+      AttendBlock(call, w, panels, first, std::min(num_rows - first, block_rows), tiles);
     }
   }
 }
@@ -153,7 +152,7 @@ void Attend(const AttentionCall& call, const RowTile& tile, const Upcoming& upco
 void Finish(const AttentionCall& call, const RowTile& tile, const Workspace& w) {
   const int num_rows = static_cast<int>(tile.rows.end - tile.rows.begin);
   const bool is_checked = call.scheme == SoftmaxScheme::kAsynchronized;
-  bool is_unsound[kTileRows] = {};
+  bool is_unsound[kPassRows] = {};
   int64_t num_unsound = 0;
   for (int i = 0; i < num_rows; ++i) {
     is_unsound[i] = is_checked && w.rows[i].begin < w.rows[i].end && !IsSound(call, w, i);
@@ -186,14 +185,14 @@ void Finish(const AttentionCall& call, const RowTile& tile, const Workspace& w) 
 
 void Attend(const AttentionCall& call, const RowTile& tile, const Upcoming& upcoming, const Workspace& w) {
   PrepareRows(call, tile, w);
-  bool is_merged[kTileRows] = {};
+  bool is_merged[kPassRows] = {};
   std::fill_n(w.total.m, tile.rows.end - tile.rows.begin, -kInfinity);
   const Range splits = VisibleSplits(call, tile);
   const int64_t end = VisiblePanels(call, tile).end;
   TileReader reader(call, tile, end, end, upcoming);
   for (int64_t split = splits.begin; split < splits.end; ++split) {
     AttendSplit(call, tile, w, split, reader);
-    float sums[kTileRows];
+    float sums[kPassRows];
     SumRows(w, tile.rows.end - tile.rows.begin, sums);
     MergeSplit(call, tile, w, split, w.split.m, sums, w.split.o, is_merged);
   }
@@ -227,7 +226,7 @@ void AttendSplits(const AttentionCall& call, const RowTile& tile, Range splits, 
 void Merge(const AttentionCall& call, const RowTile& tile, const float* partials, char* workspace) {
   const Workspace w = WorkspaceIn(call, workspace);
   const int64_t num_rows = tile.rows.end - tile.rows.begin;
-  bool is_merged[kTileRows] = {};
+  bool is_merged[kPassRows] = {};
   std::fill_n(w.total.m, num_rows, -kInfinity);
   FindRows(call, tile, w);
   const Range splits = VisibleSplits(call, tile);

@@ -254,11 +254,7 @@ constexpr int kIntValueRows = kBlockRows / 2;
 void IntValues(const AttentionCall& call, const TilePanels& panels, const BlockRows& block, char* p,
                const float* p_scale, const Range* visible) {
   using Rows = std::make_integer_sequence<int, kIntValueRows>;
-  Range all = {kTilePanels, 0};
-  for (int r = 0; r < block.count; ++r) {
-    if (visible[r].begin < all.begin) all.begin = visible[r].begin;
-    if (visible[r].end > all.end) all.end = visible[r].end;
-  }
+  const Range all = Hull(visible, block.count);
   const Range groups = SplitGroups(all);
   for (int r = 0; r < block.count; ++r) {
     const Range seen = SplitGroups(visible[r]);
