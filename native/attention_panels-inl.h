@@ -156,6 +156,9 @@ inline bool SeesWhole(const TilePanels& panels, Range range, const Row& row) {
 
 // Into the second-level cache: what the first level can wait for at a time is too little for the memory's latency.
 inline void Prefetch(const uint8_t* address) { __builtin_prefetch(address, 0, 2); }
+inline void PrefetchVectors(const uint8_t* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) Prefetch(from + i * kVectorBytes);
+}
 
 }  // namespace
 }  // namespace HEADRACE_TARGET

@@ -16,12 +16,23 @@ inline const uint8_t* Padded(const uint8_t* from, int64_t num_vectors, uint8_t* 
   return to;
 }
 
-template <int kA, int kB, int kPanels>
-inline void ScoreStep(const char* query, int64_t row_bytes, const uint8_t* const (&keys)[kPanels]) {
-  LoadTile<kA>(query, row_bytes);
+// A step of kPanels panels, `offset` into them; of a half step only num_vectors may be read.
+template <int kPanels>
+inline void WideScoreStep(const uint8_t* const* keys, const uint8_t* const* next, int64_t offset) {
   Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
-    LoadTile<kB>(keys[p], kVectorBytes);
-    Bf16Dot::Run<p, kA, kB>();
+    PrefetchVectors(next[p] + offset, kWideVectors);
+    LoadTile<kWideB>(keys[p] + offset, kVectorBytes);
+    Bf16Dot::Run<p, kWideA, kWideB>();
+  });
+}
+template <int kPanels>
+inline void HalfScoreStep(const uint8_t* const* keys, const uint8_t* const* next, int64_t offset, int64_t num_vectors) {
+  Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
+    alignas(64) uint8_t padded[kHalfVectors * kVectorBytes];
+    const uint8_t* from = keys[p] + offset;
+    PrefetchVectors(next[p] + offset, num_vectors);
+    LoadTile<kHalfB>(num_vectors < kHalfVectors ? Padded(from, num_vectors, padded) : from, kVectorBytes);
+    Bf16Dot::Run<p, kHalfA, kHalfB>();
   });
 }
 
@@ -30,30 +41,19 @@ template <int kPanels>
 void TileScores(const ScoreTile& at) {
   const int64_t num_vectors = at.call.layout.key_vectors, row_bytes = QueryBytes(at.call.layout);
   const char* query = at.workspace.query + at.row * row_bytes;
-  const uint8_t* const* panels = at.panels.address + at.panel;
+  const uint8_t* const* keys = at.panels.address + at.panel;
   const uint8_t* const* next = at.panels.next + at.panel;
-  const uint8_t* keys[kPanels];
-  Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA { ZeroTile<p>(); });
-  const auto find = [&](int64_t i, int64_t count) HEADRACE_LAMBDA {
-    Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
-      for (int64_t j = i; j < i + count; ++j) Prefetch(next[p] + j * kVectorBytes);
-      keys[p] = panels[p] + i * kVectorBytes;
-    });
-  };
   constexpr int kQueryBytes = 4;  // for a vector
+  Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA { ZeroTile<p>(); });
   int64_t i = 0;
   for (; i + kWideVectors <= num_vectors; i += kWideVectors) {
-    find(i, kWideVectors);
-    ScoreStep<kWideA, kWideB>(query + i * kQueryBytes, row_bytes, keys);
+    LoadTile<kWideA>(query + i * kQueryBytes, row_bytes);
+    WideScoreStep<kPanels>(keys, next, i * kVectorBytes);
   }
   for (; i < num_vectors; i += kHalfVectors) {
-    alignas(64) uint8_t padded[kPanels][kHalfVectors * kVectorBytes];
     const int64_t rest = num_vectors - i;
-    find(i, rest < kHalfVectors ? rest : kHalfVectors);
-    Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
-      if (rest < kHalfVectors) keys[p] = Padded(keys[p], rest, padded[p]);
-    });
-    ScoreStep<kHalfA, kHalfB>(query + i * kQueryBytes, row_bytes, keys);
+    LoadTile<kHalfA>(query + i * kQueryBytes, row_bytes);
+    HalfScoreStep<kPanels>(keys, next, i * kVectorBytes, rest < kHalfVectors ? rest : kHalfVectors);
   }
   Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
     StoreTile<p>(at.t + p * kPanelPositions, kTilePositions * static_cast<int64_t>(sizeof(float)));

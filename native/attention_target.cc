@@ -76,10 +76,9 @@ float FirstReference(const AttentionCall& call) {
 
 // All rows over the tiles of one split, into w.split.
 void AttendSplit(const AttentionCall& call, const RowTile& tile, const Workspace& w, int64_t split,
-                 TileReader& reader) {
+                 TileReader& reader, BlockTiles& tiles) {
   const int num_rows = static_cast<int>(tile.rows.end - tile.rows.begin);
   const int block_rows = BlockRowsOf(call.layout.shape.format);
-  BlockTiles tiles;
   for (int i = 0; i < num_rows; ++i) w.split.m[i] = FirstReference(call);
   memset(w.split.sum, 0, num_rows * kLanes * sizeof(float));
   memset(w.split.o, 0, num_rows * OutputStride(call.layout) * sizeof(float));
@@ -190,11 +189,14 @@ void Attend(const AttentionCall& call, const RowTile& tile, const Upcoming& upco
   const Range splits = VisibleSplits(call, tile);
   const int64_t end = VisiblePanels(call, tile).end;
   TileReader reader(call, tile, end, end, upcoming);
-  for (int64_t split = splits.begin; split < splits.end; ++split) {
-    AttendSplit(call, tile, w, split, reader);
-    float sums[kPassRows];
-    SumRows(w, tile.rows.end - tile.rows.begin, sums);
-    MergeSplit(call, tile, w, split, w.split.m, sums, w.split.o, is_merged);
+  {
+    BlockTiles tiles;
+    for (int64_t split = splits.begin; split < splits.end; ++split) {
+      AttendSplit(call, tile, w, split, reader, tiles);
+      float sums[kPassRows];
+      SumRows(w, tile.rows.end - tile.rows.begin, sums);
+      MergeSplit(call, tile, w, split, w.split.m, sums, w.split.o, is_merged);
+    }
   }
   Finish(call, tile, w);
 }
@@ -215,8 +217,9 @@ void AttendSplits(const AttentionCall& call, const RowTile& tile, Range splits, 
   const int64_t num_rows = tile.rows.end - tile.rows.begin, o_stride = OutputStride(call.layout);
   const int64_t visible = VisiblePanels(call, tile).end, mine = SplitBegin(splits.end) * kTilePanels;
   TileReader reader(call, tile, visible, mine < visible ? mine : visible, upcoming);
+  BlockTiles tiles;
   for (int64_t split = splits.begin; split < splits.end; ++split, partials += PartialFloats(call.layout, num_rows)) {
-    AttendSplit(call, tile, w, split, reader);
+    AttendSplit(call, tile, w, split, reader, tiles);
     SumRows(w, num_rows, partials + num_rows);
     memcpy(partials, w.split.m, num_rows * sizeof(float));
     memcpy(partials + 2 * num_rows, w.split.o, num_rows * o_stride * sizeof(float));

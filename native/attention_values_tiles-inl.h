@@ -23,11 +23,12 @@ inline void StoreOutputs(float* o, int64_t row_bytes) {
   Unroll<kChunks>([&](auto c) HEADRACE_LAMBDA { StoreTile<c>(o + c * kLanes, row_bytes); });
 }
 
-// A panel's values, as in the cache, times its p.
+// A panel's values, as in the cache, times its p; next: what to prefetch meanwhile, or null.
 template <int kChunks>
-inline void MultiplyPanel(const char* p, const uint8_t* v) {
+inline void MultiplyPanel(const char* p, const uint8_t* v, const uint8_t* next) {
   LoadTile<kHalfA>(p, kProbabilityRowBytes);
   Unroll<kChunks>([&](auto c) HEADRACE_LAMBDA {
+    if (next != nullptr) PrefetchVectors(next + c * kChunkBytes, kHalfVectors);
     LoadTile<kHalfB>(v + c * kChunkBytes, kVectorBytes);
     Bf16Dot::Run<c, kHalfA, kHalfB>();
   });
@@ -40,9 +41,8 @@ void TileProducts(const ValueTile& at) {
   float* o = at.o + at.chunk * kLanes;
   LoadOutputs<kChunks>(o, row_bytes);
   for (int64_t panel = at.range.begin; panel < at.range.end; ++panel) {
-    const uint8_t* ahead = at.panels.next[panel] + offset;
-    for (int i = 0; i < kChunks * kHalfVectors; ++i) Prefetch(ahead + i * kVectorBytes);
-    MultiplyPanel<kChunks>(at.p + panel * kProbabilityPanelBytes, at.panels.address[panel] + offset);
+    MultiplyPanel<kChunks>(at.p + panel * kProbabilityPanelBytes, at.panels.address[panel] + offset,
+                           at.panels.next[panel] + offset);
   }
   StoreOutputs<kChunks>(o, row_bytes);
 }
@@ -98,14 +98,14 @@ void PartialTileProducts(const ValueTile& at, const Row* rows, int count) {
   });
   if (copy(all)) {
     LoadOutputs<kChunks>(o, row_bytes);
-    MultiplyPanel<kChunks>(p, seen);
+    MultiplyPanel<kChunks>(p, seen, nullptr);
     StoreOutputs<kChunks>(o, row_bytes);
     return;
   }
   ForEachRun(at.panels, panel, rows, count, [&](int begin, int end, Lanes lanes) {
     copy(lanes);
     LoadOutputs<kChunks>(o, row_bytes);
-    MultiplyPanel<kChunks>(p, seen);
+    MultiplyPanel<kChunks>(p, seen, nullptr);
     alignas(64) float products[kTileRows][kChunks * kLanes];
     StoreOutputs<kChunks>(products[0], sizeof products[0]);
     for (int r = begin; r < end; ++r) memcpy(o + r * (row_bytes / sizeof(float)), products[r], sizeof products[r]);
