@@ -4,6 +4,9 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
+// Into the second-level cache: what the first level can wait for at a time is too little for the memory's latency.
+inline void Prefetch(const uint8_t* address) { __builtin_prefetch(address, 0, 2); }
+
 // Where the panels of a tile lie, keys first. While one is read, that of the next tile, or of what comes after it, is
 // fetched: `next`, or the panel itself where nothing follows. Blocks lie in any order, which no hardware foresees, and a
 // tile fits the second-level cache twice.
@@ -14,6 +17,12 @@ struct TilePanels {
   bool has_gaps;  // blocks end in a panel of fewer than 16 positions
   const uint8_t* address[kTilePanels];
   const uint8_t* next[kTilePanels];
+  bool is_next_fetched;  // by the first block of rows; tiles take so little time that asking again would show
+
+  void PrefetchNext(int64_t i, int64_t offset, int64_t num_vectors) const {
+    if (is_next_fetched) return;
+    for (int64_t v = 0; v < num_vectors; ++v) Prefetch(next[i] + offset + v * kVectorBytes);
+  }
 
   // int8: of keys, then of values.
   const float* Scales(int64_t i) const { return reinterpret_cast<const float*>(address[i] + layout->scale_offset); }
@@ -74,9 +83,10 @@ class TileReader {
   int64_t visible_end() const { return visible_end_; }
 
   // Valid until the next call.
-  const TilePanels& Read(int64_t tile_index) {
+  TilePanels& Read(int64_t tile_index) {
     if (tiles_[following_].first != tile_index * kTilePanels) FindTile(tile_index, tiles_[following_]);
     TilePanels& panels = tiles_[following_];
+    panels.is_next_fetched = false;
     following_ = 1 - following_;
     TilePanels& following = tiles_[following_];
     if (end_ > panels.first + kTilePanels) {
@@ -152,12 +162,6 @@ inline Range FullPanels(const TilePanels& panels, const Row& row, Range visible)
 inline bool SeesWhole(const TilePanels& panels, Range range, const Row& row) {
   return !panels.has_gaps && row.begin <= panels.FirstPosition(range.begin) &&
          row.end >= panels.FirstPosition(range.end);
-}
-
-// Into the second-level cache: what the first level can wait for at a time is too little for the memory's latency.
-inline void Prefetch(const uint8_t* address) { __builtin_prefetch(address, 0, 2); }
-inline void PrefetchVectors(const uint8_t* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) Prefetch(from + i * kVectorBytes);
 }
 
 }  // namespace

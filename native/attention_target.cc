@@ -28,6 +28,8 @@
 
 #include "attention_values_tiles-inl.h"
 
+#include "attention_int_values_tiles-inl.h"
+
 #include "attention_products-inl.h"
 
 #include "attention_merge-inl.h"
@@ -41,7 +43,7 @@ void AttendSeeing(const AttentionCall& call, const Workspace& w, const TilePanel
                   BlockTiles& tiles) {
   Range visible[kMaxBlockRows];
   for (int r = 0; r < count; ++r) visible[r] = VisiblePanels(panels, w.rows[first + r]);
-  if (HasTiles(call.layout.shape.format)) tiles.SetRows(count);
+  if (UsesTiles(call.layout.shape.format, count)) tiles.SetRows(count);
   ComputeScores(call, w, panels, first, count, Hull(visible, count));
   const KvLayout& layout = call.layout;
   const int64_t p_bytes = ProbabilityBytes(layout.shape.format), o_stride = OutputStride(layout);
@@ -83,9 +85,10 @@ void AttendSplit(const AttentionCall& call, const RowTile& tile, const Workspace
   memset(w.split.sum, 0, num_rows * kLanes * sizeof(float));
   memset(w.split.o, 0, num_rows * OutputStride(call.layout) * sizeof(float));
   for (int64_t t = SplitBegin(split); t < SplitBegin(split + 1) && t * kTilePanels < reader.visible_end(); ++t) {
-    const TilePanels& panels = reader.Read(t);
+    TilePanels& panels = reader.Read(t);
     for (int first = 0; first < num_rows; first += block_rows) {
       AttendBlock(call, w, panels, first, std::min(num_rows - first, block_rows), tiles);
+      panels.is_next_fetched = true;
     }
   }
 }
@@ -189,14 +192,12 @@ void Attend(const AttentionCall& call, const RowTile& tile, const Upcoming& upco
   const Range splits = VisibleSplits(call, tile);
   const int64_t end = VisiblePanels(call, tile).end;
   TileReader reader(call, tile, end, end, upcoming);
-  {
-    BlockTiles tiles;
-    for (int64_t split = splits.begin; split < splits.end; ++split) {
-      AttendSplit(call, tile, w, split, reader, tiles);
-      float sums[kPassRows];
-      SumRows(w, tile.rows.end - tile.rows.begin, sums);
-      MergeSplit(call, tile, w, split, w.split.m, sums, w.split.o, is_merged);
-    }
+  BlockTiles tiles;
+  for (int64_t split = splits.begin; split < splits.end; ++split) {
+    AttendSplit(call, tile, w, split, reader, tiles);
+    float sums[kPassRows];
+    SumRows(w, tile.rows.end - tile.rows.begin, sums);
+    MergeSplit(call, tile, w, split, w.split.m, sums, w.split.o, is_merged);
   }
   Finish(call, tile, w);
 }

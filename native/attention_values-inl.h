@@ -251,9 +251,8 @@ void FloatValues(const AttentionCall& call, const TilePanels& panels, const Bloc
 
 constexpr int kIntValueRows = kBlockRows / 2;
 
-void IntValues(const AttentionCall& call, const TilePanels& panels, const BlockRows& block, char* p,
-               const float* p_scale, const Range* visible) {
-  using Rows = std::make_integer_sequence<int, kIntValueRows>;
+// Digits of panels that a row does not see but another of its block does become 0.
+void ClearInvisibleDigits(const BlockRows& block, char* p, const Range* visible) {
   const Range all = Hull(visible, block.count);
   const Range groups = SplitGroups(all);
   for (int r = 0; r < block.count; ++r) {
@@ -264,11 +263,16 @@ void IntValues(const AttentionCall& call, const TilePanels& panels, const BlockR
       memset(half + seen.end * kSplitPositions, 0, (groups.end - seen.end) * kSplitPositions);
     }
   }
+}
+
+void IntValues(const AttentionCall& call, const TilePanels& panels, const BlockRows& block, const float* p_scale,
+               Range all) {
+  using Rows = std::make_integer_sequence<int, kIntValueRows>;
   const int64_t o_stride = OutputStride(call.layout);
   for (int r = 0; r < block.count; r += kIntValueRows) {
     const int count = block.count - r < kIntValueRows ? block.count - r : kIntValueRows;
     ForEachChunk(call.layout, [&](int64_t chunk, bool is_wide) {
-      const ValueTile at = {call, panels, p + r * 2 * kTilePositions, block.o + r * o_stride, all, chunk};
+      const ValueTile at = {call, panels, block.p + r * 2 * kTilePositions, block.o + r * o_stride, all, chunk};
       const auto& functions =
           is_wide ? IntProductTable<kWideChunks, Rows>::functions : IntProductTable<1, Rows>::functions;
       functions[count - 1](at, p_scale + r);

@@ -23,12 +23,12 @@ inline void StoreOutputs(float* o, int64_t row_bytes) {
   Unroll<kChunks>([&](auto c) HEADRACE_LAMBDA { StoreTile<c>(o + c * kLanes, row_bytes); });
 }
 
-// A panel's values, as in the cache, times its p; next: what to prefetch meanwhile, or null.
-template <int kChunks>
-inline void MultiplyPanel(const char* p, const uint8_t* v, const uint8_t* next) {
+// A panel's values, as in the cache, times its p; prefetch(c): called ahead of chunk c.
+template <int kChunks, class PrefetchChunk>
+inline void MultiplyPanel(const char* p, const uint8_t* v, const PrefetchChunk& prefetch) {
   LoadTile<kHalfA>(p, kProbabilityRowBytes);
   Unroll<kChunks>([&](auto c) HEADRACE_LAMBDA {
-    if (next != nullptr) PrefetchVectors(next + c * kChunkBytes, kHalfVectors);
+    prefetch(c);
     LoadTile<kHalfB>(v + c * kChunkBytes, kVectorBytes);
     Bf16Dot::Run<c, kHalfA, kHalfB>();
   });
@@ -41,29 +41,31 @@ void TileProducts(const ValueTile& at) {
   float* o = at.o + at.chunk * kLanes;
   LoadOutputs<kChunks>(o, row_bytes);
   for (int64_t panel = at.range.begin; panel < at.range.end; ++panel) {
-    MultiplyPanel<kChunks>(at.p + panel * kProbabilityPanelBytes, at.panels.address[panel] + offset,
-                           at.panels.next[panel] + offset);
+    const auto prefetch = [&](int64_t c)
+                              HEADRACE_LAMBDA { at.panels.PrefetchNext(panel, offset + c * kChunkBytes, kHalfVectors); };
+    MultiplyPanel<kChunks>(at.p + panel * kProbabilityPanelBytes, at.panels.address[panel] + offset, prefetch);
   }
   StoreOutputs<kChunks>(o, row_bytes);
 }
 
 // A chunk of a panel with 0 in place of what lies outside the lanes, and whether what is left is finite.
 bool CopySeen(const uint8_t* from, Lanes lanes, uint8_t* to) {
+  using Pairs = uint32_t __attribute__((vector_size(kVectorBytes)));
   constexpr uint32_t kExponents = 0x7f807f80, kOnes = 0x00800080, kSigns = 0x80008000;  // where exponents of ones carry
-  uint32_t carries = 0;
+  Pairs carries = {};
   for (int i = 0; i < kHalfVectors; ++i) {
     const bool has_first = 2 * i >= lanes.begin && 2 * i < lanes.end;
     const bool has_second = 2 * i + 1 >= lanes.begin && 2 * i + 1 < lanes.end;
     const uint32_t mask = (has_first ? 0x0000ffff : 0) | (has_second ? 0xffff0000 : 0);
-    uint32_t pairs[kLanes];
-    memcpy(pairs, from + i * kVectorBytes, sizeof pairs);
-    for (uint32_t& pair : pairs) {
-      pair &= mask;
-      carries |= (pair & kExponents) + kOnes;
-    }
-    memcpy(to + i * kVectorBytes, pairs, sizeof pairs);
+    Pairs pairs;
+    memcpy(&pairs, from + i * kVectorBytes, sizeof pairs);
+    pairs &= mask;
+    carries |= (pairs & kExponents) + kOnes;
+    memcpy(to + i * kVectorBytes, &pairs, sizeof pairs);
   }
-  return (carries & kSigns) == 0;
+  uint32_t all = 0;
+  for (int i = 0; i < kLanes; ++i) all |= carries[i];
+  return (all & kSigns) == 0;
 }
 
 // Calls visit(begin, end, lanes) for each run of rows that see the same lanes of a panel.
@@ -98,14 +100,14 @@ void PartialTileProducts(const ValueTile& at, const Row* rows, int count) {
   });
   if (copy(all)) {
     LoadOutputs<kChunks>(o, row_bytes);
-    MultiplyPanel<kChunks>(p, seen, nullptr);
+    MultiplyPanel<kChunks>(p, seen, [](int64_t) {});
     StoreOutputs<kChunks>(o, row_bytes);
     return;
   }
   ForEachRun(at.panels, panel, rows, count, [&](int begin, int end, Lanes lanes) {
     copy(lanes);
     LoadOutputs<kChunks>(o, row_bytes);
-    MultiplyPanel<kChunks>(p, seen, nullptr);
+    MultiplyPanel<kChunks>(p, seen, [](int64_t) {});
     alignas(64) float products[kTileRows][kChunks * kLanes];
     StoreOutputs<kChunks>(products[0], sizeof products[0]);
     for (int r = begin; r < end; ++r) memcpy(o + r * (row_bytes / sizeof(float)), products[r], sizeof products[r]);

@@ -86,6 +86,19 @@ struct Bf16Dot {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB) : "memory");
   }
 };
+// Of bytes, exact in int32: rows of A signed and B unsigned, and the other way round.
+struct SignedUnsignedDot {
+  template <int kC, int kA, int kB>
+  static void Run() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB) : "memory");
+  }
+};
+struct UnsignedSignedDot {
+  template <int kC, int kA, int kB>
+  static void Run() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB) : "memory");
+  }
+};
 #ifdef __AVX512FP16__
 struct Fp16Dot {
   // tdpfp16ps, in bytes: assemblers before binutils 2.40 do not know it.
