@@ -36,42 +36,20 @@ constexpr int kWideVectors = kTileRows, kHalfVectors = kTileRows / 2;  // of the
 // The tile registers of the calling thread while it lives.
 class BlockTiles {
  public:
-  BlockTiles() = default;
-  ~BlockTiles() {
-    if (rows_ > 0) asm volatile("tilerelease" : : : "memory");
-  }
-  BlockTiles(const BlockTiles&) = delete;
-  BlockTiles& operator=(const BlockTiles&) = delete;
-
   // Rows of the block; those beyond are neither read nor written.
   void SetRows(int rows) {
     if (rows == rows_) return;
     rows_ = rows;
-    alignas(64) Configuration configuration = {};
-    configuration.palette = 1;
-    for (int c = 0; c < kChains; ++c) SetShape(configuration, c, rows, kTileRowBytes);
-    SetShape(configuration, kWideA, rows, kTileRowBytes);
-    SetShape(configuration, kHalfA, rows, kTileRowBytes / 2);
-    SetShape(configuration, kWideB, kWideVectors, kTileRowBytes);
-    SetShape(configuration, kHalfB, kHalfVectors, kTileRowBytes);
-    asm volatile("ldtilecfg %0" : : "m"(configuration) : "memory");
+    for (int c = 0; c < kChains; ++c) shapes_.Set(c, rows, kTileRowBytes);
+    shapes_.Set(kWideA, rows, kTileRowBytes);
+    shapes_.Set(kHalfA, rows, kTileRowBytes / 2);
+    shapes_.Set(kWideB, kWideVectors, kTileRowBytes);
+    shapes_.Set(kHalfB, kHalfVectors, kTileRowBytes);
+    shapes_.Configure();
   }
 
  private:
-  struct Configuration {
-    uint8_t palette;
-    uint8_t start_row;
-    uint8_t reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  };
-  static_assert(sizeof(Configuration) == 64);
-
-  static void SetShape(Configuration& configuration, int tile, int rows, int row_bytes) {
-    configuration.rows[tile] = static_cast<uint8_t>(rows);
-    configuration.row_bytes[tile] = static_cast<uint16_t>(row_bytes);
-  }
-
+  TileShapes shapes_;
   int rows_ = 0;
 };
 

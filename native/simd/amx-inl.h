@@ -25,44 +25,59 @@ constexpr int TileC(int a, int b) { return 2 * a + b; }
 constexpr int TileA(int a) { return 4 + a; }
 constexpr int TileB(int b) { return 6 + b; }
 
-// The tile registers of the calling thread while it lives.
-class Tiles {
+// Shapes of the calling thread's tile registers, from Configure on while this lives.
+class TileShapes {
  public:
-  Tiles() = default;
-  ~Tiles() {
+  TileShapes() = default;
+  ~TileShapes() {
     if (is_configured_) asm volatile("tilerelease" : : : "memory");
   }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
+  TileShapes(const TileShapes&) = delete;
+  TileShapes& operator=(const TileShapes&) = delete;
 
-  // Rows of the two tiles of A and of the products they take part in. Clears all tiles if that is new.
-  void SetRows(int first, int second) {
-    if (is_configured_ && first == rows_[0] && second == rows_[1]) return;
-    rows_[0] = first;
-    rows_[1] = second;
+  void Set(int tile, int rows, int row_bytes) {
+    configuration_.rows[tile] = static_cast<uint8_t>(rows);
+    configuration_.row_bytes[tile] = static_cast<uint16_t>(row_bytes);
+  }
+  // Clears all tiles.
+  void Configure() {
     is_configured_ = true;
-    alignas(64) Configuration configuration = {};
-    configuration.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) configuration.row_bytes[tile] = kTileRowBytes;
-    for (int a = 0; a < 2; ++a) {
-      configuration.rows[TileA(a)] = static_cast<uint8_t>(rows_[a]);
-      for (int b = 0; b < 2; ++b) configuration.rows[TileC(a, b)] = static_cast<uint8_t>(rows_[a]);
-    }
-    for (int b = 0; b < 2; ++b) configuration.rows[TileB(b)] = kTileRows;
-    asm volatile("ldtilecfg %0" : : "m"(configuration) : "memory");
+    asm volatile("ldtilecfg %0" : : "m"(configuration_) : "memory");
   }
 
  private:
-  struct Configuration {
-    uint8_t palette;
-    uint8_t start_row;
-    uint8_t reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
+  struct alignas(64) Configuration {
+    uint8_t palette = 1;
+    uint8_t start_row = 0;
+    uint8_t reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
   };
   static_assert(sizeof(Configuration) == 64);
 
+  Configuration configuration_;
   bool is_configured_ = false;
+};
+
+// Tiles of a product as above, of rows of one or two tiles of A.
+class Tiles {
+ public:
+
+  // Rows of the two tiles of A and of the products they take part in. Clears all tiles if that is new.
+  void SetRows(int first, int second) {
+    if (first == rows_[0] && second == rows_[1]) return;
+    rows_[0] = first;
+    rows_[1] = second;
+    for (int a = 0; a < 2; ++a) {
+      shapes_.Set(TileA(a), rows_[a], kTileRowBytes);
+      shapes_.Set(TileB(a), kTileRows, kTileRowBytes);
+      for (int b = 0; b < 2; ++b) shapes_.Set(TileC(a, b), rows_[a], kTileRowBytes);
+    }
+    shapes_.Configure();
+  }
+
+ private:
+  TileShapes shapes_;
   int rows_[2] = {0, 0};
 };
 
