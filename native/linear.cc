@@ -14,16 +14,15 @@ namespace {
 // Multiplications below which a second thread costs more than it saves: a few microseconds of work.
 constexpr int64_t kMinParallelWork = 1 << 17;
 
-int64_t TilesPerBlock(Arm arm, RowTiles tiles, const Activations& activations, int64_t block_bytes) {
+int64_t TilesPerBlock(Arm arm, RowTiles tiles, int64_t row_bytes, int64_t block_bytes) {
   if (arm != Arm::kGemm) return tiles.num_tiles;
   // A single row may have any stride, even none.
-  const int64_t tile_bytes = tiles.Rows(0).end * std::max<int64_t>(activations.row_bytes, 1);
-  return std::max<int64_t>(1, block_bytes / tile_bytes);
+  const int64_t tile_bytes = tiles.Rows(0).end * std::max<int64_t>(row_bytes, 1);
+  return std::clamp<int64_t>(block_bytes / tile_bytes, 1, tiles.num_tiles);
 }
 
-// Activations as they are, or memory for them behind that of the threads.
-Activations MakeActivations(const LinearCall& call, int64_t row_bytes, char* memory) {
-  if (row_bytes != 0) return {memory, row_bytes};
+// As they are.
+Activations Unprepared(const LinearCall& call) {
   const int64_t element_bytes = call.dtype == DType::kFloat32 ? 4 : 2;
   return {static_cast<char*>(const_cast<void*>(call.x)), call.x_stride * element_bytes};
 }
@@ -45,18 +44,21 @@ void Linear(Target target, Arm arm, const LinearCall& call) {
   const bool is_parallel = call.num_rows * call.weight.rows * call.weight.columns >= kMinParallelWork;
   // The pool of now, whose threads are counted here: another one may be set meanwhile.
   const std::shared_ptr<ThreadPool> pool = is_parallel ? Pool() : nullptr;
-  const int64_t row_bytes = kernels.prepared_row_bytes(call);
-  const int64_t part_bytes = kernels.scratch_bytes(call, tiles.num_tiles);
+  const int64_t prepared_bytes = kernels.prepared_row_bytes(call);
+  const bool is_prepared = prepared_bytes != 0;
+  const int64_t row_bytes = is_prepared ? prepared_bytes : Unprepared(call).row_bytes;
+  const int64_t tiles_per_block = TilesPerBlock(arm, tiles, row_bytes, kernels.block_bytes);
+  const int64_t part_bytes = kernels.scratch_bytes(call, tiles_per_block);
   const int64_t parts_bytes = part_bytes * (is_parallel ? pool->num_threads() : 1);
-  char* memory = Scratch(static_cast<size_t>(parts_bytes + call.num_rows * row_bytes));
-  const Activations activations = MakeActivations(call, row_bytes, memory + parts_bytes);
-  const int64_t tiles_per_block = TilesPerBlock(arm, tiles, activations, kernels.block_bytes);
+  // Of each thread, then activations.
+  char* memory = Scratch(static_cast<size_t>(parts_bytes + call.num_rows * prepared_bytes));
+  const Activations activations = is_prepared ? Activations{memory + parts_bytes, row_bytes} : Unprepared(call);
   const int64_t num_blocks = (tiles.num_tiles - 1) / tiles_per_block + 1;
   const int64_t num_panels = (call.weight.rows + kLanes - 1) / kLanes;
   const int64_t num_groups = (call.weight.padded_columns + kGroup - 1) / kGroup;
   Barrier barrier;
   RunParts(pool.get(), [&](int part, int num_parts) {
-    if (row_bytes != 0) {
+    if (is_prepared) {
       kernels.prepare(call, tiles, Part({0, num_groups}, part, num_parts), activations);
       barrier.Wait(num_parts);
     }

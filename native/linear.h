@@ -12,7 +12,7 @@
 //              the chain of tiles (simd/amx-inl.h), 32 columns at a time
 //   int8, int4 with AMX-FP16, kGemm alone
 //              the same of x, times a power of two for each row, and scale_w q_w, both rounded to float16
-//              (linear_tiles-inl.h); out = acc * 2^-e * row_scale. NaN where the other arms have it. Rounds less than
+//              (linear_tiles-inl.h); out = acc * 2^-e * row_scale. NaN from 2^111 on, as there. Rounds less than
 //              they do, by a factor of some 20, and otherwise: targets with it are not batch invariant.
 //   then       acc + bias, rounded once to the type of out.
 #ifndef HEADRACE_NATIVE_LINEAR_H_
@@ -88,8 +88,8 @@ struct LinearKernels {
   int64_t block_bytes;
   // Bytes of one prepared row; 0 if the kernel reads x as it is.
   int64_t (*prepared_row_bytes)(const LinearCall& call);
-  // Bytes of memory of its own that each caller of `compute` needs.
-  int64_t (*scratch_bytes)(const LinearCall& call, int64_t num_tiles);
+  // Bytes of memory of its own that each caller of `compute` needs for blocks of so many tiles at most.
+  int64_t (*scratch_bytes)(const LinearCall& call, int64_t tiles_per_block);
   // Fills columns [kGroup * groups.begin, kGroup * groups.end) of all rows of activations.
   void (*prepare)(const LinearCall& call, RowTiles tiles, Range groups, const Activations& activations);
   // Computes a block of the output.

@@ -313,7 +313,6 @@ const TileChoice* TilesOf(Format format) {
   return TilesOf<Int4Kernel>();
 }
 
-
 // Every tile of a block, panels outside: what a tile reads of W stays in L1 or L2 for the next rows of x.
 void ComputeVectors(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block, char*) {
   const TileChoice* choices = TilesOf(call.weight.format);

@@ -15,8 +15,8 @@ struct TileScratch {
   float* Sums(int64_t tile, int panel) const { return reinterpret_cast<float*>(sums + (2 * tile + panel) * kTileBytes); }
 };
 
-inline int64_t TileScratchBytes(const LinearCall&, int64_t num_tiles) {
-  return (2 * kKeptSteps + 2 * num_tiles) * kTileBytes;
+inline int64_t TileScratchBytes(const LinearCall&, int64_t tiles_per_block) {
+  return (2 * kKeptSteps + 2 * tiles_per_block) * kTileBytes;
 }
 
 // Asks for weights into the L2 cache, a part of them at a time, while others are multiplied.
@@ -27,8 +27,8 @@ class Fetch {
   Fetch(const PackedView& w, int64_t panel, Range steps, int64_t step_bytes)
       : size_((steps.end - steps.begin) * step_bytes) {
     const bool is_last = steps.end == NumSteps(w);
-    const uint8_t* first = w.weights + (is_last ? panel + 2 : panel) * w.panel_bytes + (is_last ? 0 : steps.end * step_bytes);
-    for (int p = 0; p < 2; ++p) from_[p] = reinterpret_cast<uintptr_t>(first) + p * w.panel_bytes;
+    const int64_t offset = is_last ? (panel + 2) * w.panel_bytes : panel * w.panel_bytes + steps.end * step_bytes;
+    for (int p = 0; p < 2; ++p) from_[p] = reinterpret_cast<uintptr_t>(w.weights) + offset + p * w.panel_bytes;
   }
   void Run(int64_t part, int64_t num_parts) const {
     const Range lines = Part({0, size_ / kVectorBytes}, part, num_parts);
@@ -63,8 +63,10 @@ class PlainPanels {
   template <int kCount>
   void Next(int64_t step, Range) const {
     for (int p = 0; p < kCount; ++p) {
-      const uint8_t* ahead = w_[p] + step * kTileBytes + kPrefetchL2Bytes;
-      for (int i = 0; i < kTileRows; ++i) __builtin_prefetch(ahead + i * kVectorBytes, 0, 2);
+      const uintptr_t ahead = reinterpret_cast<uintptr_t>(w_[p]) + step * kTileBytes + kPrefetchL2Bytes;
+      for (int i = 0; i < kTileRows; ++i) {
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead + i * kVectorBytes), 0, 2);
+      }
     }
   }
   // Calls walk(step, number of steps) for steps whose tiles lie one behind the other.
@@ -138,11 +140,12 @@ struct RowPair {
   int Count(int a) const { return static_cast<int>(rows[a].end - rows[a].begin); }
 };
 
-inline void LoadSums(const TileScratch& scratch, int64_t tile) {
+inline void LoadSums(const TileScratch& scratch, int64_t tile, int num_a, int num_b) {
   LoadTile<TileC(0, 0)>(scratch.Sums(tile, 0), kTileRowBytes);
-  LoadTile<TileC(0, 1)>(scratch.Sums(tile, 1), kTileRowBytes);
+  if (num_b == 2) LoadTile<TileC(0, 1)>(scratch.Sums(tile, 1), kTileRowBytes);
+  if (num_a == 1) return;
   LoadTile<TileC(1, 0)>(scratch.Sums(tile + 1, 0), kTileRowBytes);
-  LoadTile<TileC(1, 1)>(scratch.Sums(tile + 1, 1), kTileRowBytes);
+  if (num_b == 2) LoadTile<TileC(1, 1)>(scratch.Sums(tile + 1, 1), kTileRowBytes);
 }
 
 inline void StoreSums(const TileScratch& scratch, int64_t tile, int num_a, int num_b) {
@@ -219,7 +222,7 @@ void TileBlock(const LinearCall& call, RowTiles tiles, const Activations& activa
         const RowPair pair(tiles, activations, block.tiles.begin + t, num_a);
         registers.SetRows(pair.Count(0), std::max(1, pair.Count(1)));
         if (t > 0) fetch.Run(t / 2 - 1, (num_tiles - 1) / 2);
-        begin == 0 ? ZeroProducts() : LoadSums(scratch, t);
+        begin == 0 ? ZeroProducts() : LoadSums(scratch, t, num_a, num_b);
         const Weights weights = num_tiles <= 2 ? Weights::kStreamed : t == 0 ? Weights::kNew : Weights::kKept;
         Walk<typename Kernel::Dot>(panels, pair, num_a, num_b, steps, weights);
         StoreSums(scratch, t, num_a, num_b);

@@ -34,8 +34,8 @@ inline int64_t NumSteps(const PackedView& w) { return (w.padded_columns + kTileC
 // its rows is to be multiplied by. One place more for each row holds that.
 inline int64_t TileRowBytes(const LinearCall& call) { return (NumSteps(call.weight) + 1) * kTileRowBytes; }
 
-// x times a power of two that brings the largest magnitude of its row into [2^14, 2^15), as float16: off by at most
-// 2^-12 of itself or 2^-39 of that largest one. Rows below 2^-120 count as zeros; NaN, infinity or a magnitude of 2^111
+// x times a power of two that brings the largest magnitude of its row into [2^14, 2^15), or times 2^126 if that is not
+// enough, as float16: off by at most 2^-12 of itself or 2^-39 of that largest one. Rows below 2^-120 count as zeros; NaN, infinity or a magnitude of 2^111
 // makes its row NaN. As where x becomes int8 (prepare-inl.h).
 constexpr int kHalfExponent = 14;
 
@@ -155,6 +155,7 @@ inline float* RowScales(const PackedView& w, char* tile, int64_t num_rows) {
 }
 
 inline void PrepareTiles(const LinearCall& call, RowTiles tiles, Range steps, const Activations& activations) {
+  if (steps.begin == steps.end) return;
   const int64_t columns = call.weight.columns;
   for (int64_t t = 0; t < tiles.num_tiles; ++t) {
     const Range rows = tiles.Rows(t);

@@ -26,14 +26,21 @@ bool AskForTiles() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-bool HasAmx() {
+bool FindAmx() {
   const CpuidLeaf seven(7, 0);
-  // BF16, TILE, INT8.
-  static const bool has_amx = HasBit(seven.edx, 22) && HasBit(seven.edx, 24) && HasBit(seven.edx, 25) && AskForTiles();
+  const bool has_bf16 = HasBit(seven.edx, 22), has_tiles = HasBit(seven.edx, 24), has_int8 = HasBit(seven.edx, 25);
+  return has_bf16 && has_tiles && has_int8 && AskForTiles();
+}
+
+bool HasAmx() {
+  static const bool has_amx = FindAmx();
   return has_amx;
 }
 
-bool HasAmxFp16() { return HasAmx() && HasBit(CpuidLeaf(7, 0).edx, 23) && HasBit(CpuidLeaf(7, 1).eax, 21); }
+bool HasAmxFp16() {
+  static const bool has_amx_fp16 = HasAmx() && HasBit(CpuidLeaf(7, 0).edx, 23) && HasBit(CpuidLeaf(7, 1).eax, 21);
+  return has_amx_fp16;
+}
 
 #else
 

@@ -17,7 +17,7 @@ const char* Name(Target target);
 const std::vector<Target>& CompiledTargets();
 
 // Whether the CPU has the instructions and the operating system saves their registers. Linux must be asked to save tiles
-// before they are used; the first call does that, for the whole process.
+// before they are used; the first call for a target with AMX does that, for the whole process.
 bool IsSupported(Target target);
 
 // The target of that name. Throws std::invalid_argument, naming those that run here, if it cannot run on this machine.

@@ -62,7 +62,6 @@ class TileShapes {
 // Tiles of a product as above, of rows of one or two tiles of A.
 class Tiles {
  public:
-
   // Rows of the two tiles of A and of the products they take part in. Clears all tiles if that is new.
   void SetRows(int first, int second) {
     if (first == rows_[0] && second == rows_[1]) return;

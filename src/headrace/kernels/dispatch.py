@@ -116,7 +116,8 @@ def resolve_kernels(
 
     instruction_set: that of the native kernels; the best one the machine has if None.
     device: where the model lies.
-    batch_invariant: on a CPU, leave out implementations that would make a row's last bits depend on its batch.
+    batch_invariant: on a CPU, leave out implementations that would make a row's last bits depend on its batch; an
+        instruction set given by name is taken as it is.
 
     Raises:
         BackendUnavailable: an implementation or an instruction set asked for by name that cannot run here.
