@@ -278,6 +278,32 @@ class TestGenerate:
         assert first["metrics"]["num_completion_tokens"] == 6
         assert first["metrics"]["ttft_ms"] > 0
 
+    @pytest.mark.parametrize("option", ["--json", "--quiet"])
+    def test_an_output_that_the_models_length_cuts_is_remarked_on(self, run, model, option):
+        """--max-tokens beyond what the model's length leaves was cut without a word, where the server refuses it."""
+        call = ("generate", "--prompt-token-ids", "5,6,7", "--ignore-eos", "--max-model-len", 20, "--model", model)
+        code, out, err = run(*call, option, "--max-tokens", 18)
+        assert code == 0
+        assert err == "--max-tokens is 18, but the model's length of 20 leaves 17 after a prompt of 3 tokens\n"
+        if option == "--json":
+            found = json.loads(out)
+            assert (len(found["token_ids"]), found["finish_reason"]) == (17, "length")
+        for max_tokens in (17, "none"):
+            assert run(*call, option, "--max-tokens", max_tokens)[2] == ""
+
+    def test_one_remark_is_of_all_prompts_that_were_cut(self, run, model, llm):
+        prompts = ["a", "b c d e f", "a"]
+        room = [40 - len(llm.engine.model.tokenizer.encode(prompt)) for prompt in prompts]
+        call = ("generate", *prompts, "--raw", "--ignore-eos", "--quiet", "--max-model-len", 40, "--model", model)
+        for max_tokens, left in ((41, f"{room[1]} to {room[0]} after 3"), (room[1] + 1, f"{room[1]} after 1")):
+            _, _, err = run(*call, "--max-tokens", max_tokens)
+            remark = f"--max-tokens is {max_tokens}, but the model's length of 40 leaves {left} of 3 prompts\n"
+            assert err == remark
+
+    def test_an_output_that_ends_before_is_not_cut(self, run, model):
+        call = ("generate", "hello", "--choice", "yes", "--quiet", "--max-model-len", 100, "--model", model)
+        assert run(*call, "--max-tokens", 1000) == (0, "yes\n", "")
+
     def test_several_outputs_are_labelled(self, run, model):
         code, out, err = run("generate", "one", "two", "--max-tokens", 2, "--model", model)
         assert code == 0
@@ -384,6 +410,11 @@ class TestChat:
         assert code == 0
         assert "dropped the oldest turn: the conversation outgrew 120 tokens" in err
         assert "error" not in err
+
+    def test_an_answer_that_the_models_length_cuts_is_remarked_on(self, run, model, stdin):
+        stdin("hello\n")
+        _, _, err = run("chat", "--ignore-eos", "--model", model, "--max-tokens", 90, "--max-model-len", 100)
+        assert re.fullmatch(r"--max-tokens is 90, but the model's length of 100 leaves \d+ after a prompt of .*\n", err)
 
     def test_a_model_without_a_template_is_refused(self, refused, tmp_path, stdin):
         stdin("hello\n")

@@ -9,7 +9,7 @@ from headrace.cli.conversation import Conversation, Message
 from headrace.cli.interrupt import deferred_interrupt
 from headrace.cli.line_input import LineInput
 from headrace.cli.model_options import add_model_options, make_llm
-from headrace.cli.results import summary_line
+from headrace.cli.results import cut_remark, summary_line
 from headrace.cli.sampling_options import add_sampling_options, sampling_changes
 from headrace.cli.terminal import is_watched, note
 from headrace.cli.text_input import check_text
@@ -144,6 +144,9 @@ class Chat:
         if interrupt.was_requested:
             note("stopped")
         assert stream.output is not None
+        remark = cut_remark([stream.output], self._params.max_tokens, self._max_model_len)
+        if remark is not None:
+            note(remark)
         return stream.output
 
     def _make_room(self) -> None:

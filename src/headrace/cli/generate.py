@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from headrace.cli.form_options import add_form_options, form_changes
 from headrace.cli.model_options import add_model_options, make_llm
 from headrace.cli.option_values import parse_token_ids
-from headrace.cli.results import summary, to_json
+from headrace.cli.results import cut_remark, summary, to_json
 from headrace.cli.sampling_options import add_sampling_options, sampling_changes
 from headrace.cli.terminal import bold, is_watched, note
 from headrace.cli.text_input import check_text, read_file
@@ -83,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
         from headrace.engine.trace import write_trace
 
         write_trace(llm.engine.model.executor.take_traces(), args.trace)
+    remark = cut_remark(results, params.max_tokens, llm.engine.model.plan.max_model_len)
+    if remark is not None:
+        note(remark)
     if not args.json and not args.quiet:
         for line in summary(results):
             note(line)

@@ -57,6 +57,28 @@ def summary_line(metrics: RequestMetrics) -> str:
     )
 
 
+def cut_remark(results: Sequence[RequestOutput], max_tokens: int | None, max_model_len: int) -> str | None:
+    """That outputs ended at the model's length, before `max_tokens`; None if none did."""
+    left = [
+        max_model_len - result.metrics.num_prompt_tokens
+        for result in results
+        if any(_is_cut(output, max_tokens) for output in result.outputs)
+    ]
+    if not left:
+        return None
+    room = f"{left[0]}" if min(left) == max(left) else f"{min(left)} to {max(left)}"
+    prompts = (
+        f"a prompt of {results[0].metrics.num_prompt_tokens} tokens"
+        if len(results) == 1
+        else f"{len(left)} of {len(results)} prompts"
+    )
+    return f"--max-tokens is {max_tokens}, but the model's length of {max_model_len} leaves {room} after {prompts}"
+
+
+def _is_cut(output: CompletionOutput, max_tokens: int | None) -> bool:
+    return max_tokens is not None and output.finish_reason == "length" and len(output.token_ids) < max_tokens
+
+
 def _figures(metrics: RequestMetrics) -> tuple[str, str, str, str, str]:
     return (
         str(metrics.num_prompt_tokens),

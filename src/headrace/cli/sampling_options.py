@@ -46,7 +46,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int | N
         type=parse_max_tokens,
         default=max_tokens,
         metavar="N",
-        help=f"output tokens at most; 'none' goes up to the model's length (default: {max_tokens or 'none'})",
+        help="output tokens at most; 'none' goes up to the model's length, where every output ends "
+        f"(default: {max_tokens or 'none'})",
     )
     group.add_argument("--min-tokens", type=int, metavar="N", help="output tokens at least")
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after an end-of-sequence token")

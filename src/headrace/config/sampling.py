@@ -30,7 +30,7 @@ class SamplingParams:
     stop: strings that end the output; the text is cut before them unless include_stop_str_in_output. One string or a
         sequence of them may be given; kept as a tuple.
     stop_token_ids: tokens that end the output, beside the model's end-of-sequence tokens.
-    max_tokens: None generates up to the model's length.
+    max_tokens: at most, and never past the model's length; None generates up to that.
     min_tokens: no stop token and no stop string ends the output before this many tokens. Until then the
         end-of-sequence tokens and stop_token_ids cannot be chosen, with ignore_eos too (as in vLLM).
     ignore_eos: an end-of-sequence token does not end the output.
