@@ -19,14 +19,17 @@ import pytest
 from tiny_model import write_tiny_model
 
 import headrace
+from headrace.cli import environment, thread_count
 from headrace.cli.conversation import Conversation
 from headrace.cli.info import _kernels_text
 from headrace.cli.interrupt import deferred_interrupt
 from headrace.cli.main import COMMANDS, main
 from headrace.cli.option_values import parse_bytes
 from headrace.cli.terminal import aligned, format_bytes, format_ms, has_color
+from headrace.config import ParallelConfig
 from headrace.engine import devices
 from headrace.engine.devices import Gpu, GpuFacts
+from headrace.machine import CpuLimits
 
 HEADRACE = [sys.executable, "-m", "headrace"]
 
@@ -220,6 +223,37 @@ class TestOptions:
         found = json.loads(out)["model"]
         assert found["max_model_len"] == 100
         assert found["kv_cache_bytes"] <= 1_000_000
+
+
+class TestThreads:
+    @pytest.fixture(autouse=True)
+    def _two_cpus(self, monkeypatch):
+        for module in (thread_count, environment):
+            monkeypatch.setattr(module, "cpu_limits", lambda: CpuLimits(affinity=2, quota=None))
+
+    @pytest.mark.parametrize(
+        "command", [["generate", "hi", "--max-tokens", "1", "--json"], ["volume", "--measure", "--output", "1"]]
+    )
+    def test_more_than_there_are_cpus_are_remarked_on_once(self, run, model, command):
+        code, _, err = run(*command, "--model", model, "--threads", 3)
+        assert code == 0
+        assert err.count("--threads 3 is slower than 2: this process may use 2 CPUs") == err.count("\n") == 1
+        assert run(*command, "--model", model, "--threads", 2)[2] == ""
+
+    def test_info_says_it_in_its_reason(self, run, model):
+        code, out, err = run("info", "--json", "--model", model, "--threads", 3)
+        assert (code, err) == (0, "")
+        assert json.loads(out)["machine"]["threads_reason"].startswith("asked for by --threads, and slower than 2: ")
+
+    def test_ranks_share_the_cpus_of_their_host(self, capsys, monkeypatch):
+        thread_count.remark_on_threads(2, ParallelConfig(tensor_parallel_size=2))
+        assert "--threads 2 is slower than 1: 2 ranks together may use 2 CPUs" in capsys.readouterr().err
+        thread_count.remark_on_threads(1, ParallelConfig(tensor_parallel_size=4))
+        # Launched ranks may be on hosts of their own, each with CPUs of its own.
+        monkeypatch.setenv("PMI_RANK", "0")
+        monkeypatch.setenv("PMI_SIZE", "2")
+        thread_count.remark_on_threads(2, ParallelConfig(tensor_parallel_size=2))
+        assert capsys.readouterr().err == ""
 
 
 class TestGenerate:

@@ -50,6 +50,19 @@ def test_quota_below_the_affinity_mask_limits_threads() -> None:
     assert machine.CpuLimits(affinity=4, quota=0.2).num_threads == 1
 
 
+def test_more_threads_than_cpus_are_explained() -> None:
+    """--threads 100 on 2 CPUs was taken without a remark, and ran thirty times slower than 2."""
+    limits = machine.CpuLimits(affinity=8, quota=6.5)
+    for num_ranks in range(1, 9):
+        for num_threads in range(1, 10):
+            # One thread is the least that a rank can have.
+            is_excess = num_threads > 1 and num_threads * num_ranks > 6
+            assert (limits.explain_excess(num_threads, num_ranks) is not None) == is_excess
+    found = machine.CpuLimits(affinity=2, quota=None).explain_excess(100)
+    assert found == "slower than 2: this process may use 2 CPUs, and a thread that waits for one holds up the others"
+    assert "slower than 3: 2 ranks together may use 6 CPUs" in (limits.explain_excess(4, num_ranks=2) or "")
+
+
 def test_affinity_mask_is_respected() -> None:
     before = os.sched_getaffinity(0)
     try:

@@ -44,6 +44,19 @@ class CpuLimits:
         """Threads worth running: more than the quota would only be throttled."""
         return self.affinity if self.quota is None else max(1, min(self.affinity, math.floor(self.quota)))
 
+    def threads_per_rank(self, num_ranks: int) -> int:
+        """The same for each of so many processes that work side by side."""
+        return max(1, self.num_threads // num_ranks)
+
+    def explain_excess(self, num_threads: int, num_ranks: int = 1) -> str | None:
+        """Why each of so many ranks would be faster with fewer threads; None if it would not."""
+        best = self.threads_per_rank(num_ranks)
+        if num_threads <= best:
+            return None
+        whose = "this process" if num_ranks == 1 else f"{num_ranks} ranks together"
+        cpus = "1 CPU" if self.num_threads == 1 else f"{self.num_threads} CPUs"
+        return f"slower than {best}: {whose} may use {cpus}, and a thread that waits for one holds up the others"
+
 
 def cpu_limits(cgroup_root: Path = _CGROUP_ROOT, own_cgroup: Path = _OWN_CGROUP) -> CpuLimits:
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -15,7 +15,7 @@ from headrace.cli.bench_options import (
     resolve_settings,
 )
 from headrace.cli.environment import machine, versions
-from headrace.cli.model_options import add_model_options, engine_config
+from headrace.cli.model_options import add_model_options, loading_config
 from headrace.cli.progress_line import progress_line
 from headrace.cli.terminal import aligned, format_rate, is_watched
 from headrace.config import EngineConfig
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     is_silent = args.json or args.quiet
-    config = engine_config(args, show_progress=is_watched() and not is_silent)
+    config = loading_config(args, show_progress=is_watched() and not is_silent)
     # From here on torch is needed.
     from headrace.bench.ablation import VARIANTS, WARM_UP_STEPS, load_switchboard, measure_ablation
 

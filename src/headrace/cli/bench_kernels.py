@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.cli.progress_line import progress_line
 from headrace.cli.terminal import aligned
+from headrace.cli.thread_count import remark_on_threads
 from headrace.config import Device, KvCacheFormat, WeightFormat
 from headrace.errors import ConfigError
 from headrace.machine import cpu_limits, cpu_name
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     chosen = resolve_device(device, choice)
     kernels = resolve_kernels(choice, device=chosen.device, batch_invariant=args.batch_invariant)
     shape, name = SHAPES[args.shape], device_name(kernels.device)
+    if args.threads is not None:
+        remark_on_threads(args.threads)
     num_threads = args.threads or cpu_limits().num_threads
     kernels.set_num_threads(num_threads)
     weight_formats = [WeightFormat(name) for name in args.formats]

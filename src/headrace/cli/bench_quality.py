@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.cli.bench_options import check_left_out
 from headrace.cli.environment import machine, versions
-from headrace.cli.model_options import add_model_options, engine_config
+from headrace.cli.model_options import add_model_options, loading_config
 from headrace.cli.progress_line import progress_line
 from headrace.cli.terminal import aligned, format_bytes
 from headrace.cli.text_input import read_texts
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     defaults = {"dtype": LoadConfig.dtype.value, "quantize": LoadConfig.quantize.value, "kv_cache_dtype": None}
     check_left_out(args, defaults, "--formats says what is compared")
     texts = read_texts(args.text)
-    config = engine_config(args, show_progress=False)
+    config = loading_config(args, show_progress=False)
     # From here on torch is needed.
     from headrace.bench.quality import FORMATS, measure_quality
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli.model_options import add_model_options, engine_config
+from headrace.cli.model_options import add_model_options, loading_config
 from headrace.cli.terminal import aligned, is_watched, note
 from headrace.cli.text_input import read_texts
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     texts = read_texts(args.text)
     check_texts = read_texts(args.check_text) if args.check_text else None
     args.dataflow, args.softmax = "default", "synchronized"  # neither changes a range
-    config = engine_config(args, show_progress=is_watched() and not args.json)
+    config = loading_config(args, show_progress=is_watched() and not args.json)
     # From here on torch is needed.
     from rich.console import Console
     from rich.progress import Progress

@@ -48,7 +48,8 @@ def machine(num_threads: int | None = None) -> dict[str, Any]:
 
 def _explain_threads(limits: CpuLimits, num_threads: int | None) -> str:
     if num_threads is not None:
-        return "asked for by --threads"
+        excess = limits.explain_excess(num_threads)
+        return "asked for by --threads" if excess is None else f"asked for by --threads, and {excess}"
     if limits.quota is None:
         return "the CPUs of the affinity mask; there is no cgroup quota"
     if limits.num_threads < limits.affinity:

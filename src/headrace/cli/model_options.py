@@ -170,8 +170,19 @@ def make_llm(args: argparse.Namespace, *, show_progress: bool, require_tokenizer
     from headrace.models.config_file import check_local_model
 
     # Settings that cannot be used are said first.
-    check_local_model(engine_config(args, show_progress=show_progress).load.model)
+    check_local_model(loading_config(args, show_progress=show_progress).load.model)
     return headrace.LLM(show_progress=show_progress, require_tokenizer=require_tokenizer, **_settings(args))
+
+
+def loading_config(args: argparse.Namespace, *, show_progress: bool) -> EngineConfig:
+    """The same settings, for commands that load the model themselves; remarks on more threads than there are CPUs."""
+    config = engine_config(args, show_progress=show_progress)
+    if config.num_threads is not None:
+        # What asks the machine takes some 30 ms to import, which --help would wait for.
+        from headrace.cli.thread_count import remark_on_threads
+
+        remark_on_threads(config.num_threads, config.parallel)
+    return config
 
 
 def engine_config(args: argparse.Namespace, *, show_progress: bool) -> EngineConfig:

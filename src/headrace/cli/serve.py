@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headrace.cli.model_options import add_model_options, add_step_time_option, engine_config
+from headrace.cli.model_options import add_model_options, add_step_time_option, loading_config
 from headrace.cli.option_values import parse_bytes
 from headrace.cli.terminal import is_watched
 from headrace.config.launched import launched_from
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     started_s = time.monotonic()
     config = server_config(args)
     name = config.served_model_name or _short_name(args)
-    engine_settings = engine_config(args, show_progress=is_watched())
+    engine_settings = loading_config(args, show_progress=is_watched())
     # Before anything slow, so that a port in use is said at once.
     from headrace.server.serve import Serving, listen
 

@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 def default_num_threads(config: EngineConfig, num_ranks_on_host: int) -> int:
     """Threads of one rank: those asked for, else this rank's share of the CPUs this process may use."""
-    return config.num_threads or max(1, cpu_limits().num_threads // num_ranks_on_host)
+    return config.num_threads or cpu_limits().threads_per_rank(num_ranks_on_host)
 
 
 def rank_device(config: EngineConfig, world: World, choice: KernelChoice) -> torch.device:
