@@ -16,9 +16,12 @@ import headrace
 from headrace.calibration_text import calibration_text
 from headrace.cli.main import main
 from headrace.config import EngineConfig, KvCacheFormat, LoadConfig, SamplingParams, SoftmaxScheme
+from headrace.demo_model import demo_model_path
 from headrace.engine.calibrate import LogitObserver, calibrate
+from headrace.engine.softmax import force_asynchronized
 from headrace.errors import CheckpointError, ConfigError
 from headrace.kernels import KernelChoice, SoftmaxSpec, kernel_choice_from, resolve_kernels
+from headrace.models import softmax_calibration
 from headrace.models.softmax_calibration import (
     FILE_NAME,
     LogitRange,
@@ -388,9 +391,47 @@ def test_mistakes_get_one_line(own_tiny, tmp_path, capsys, content, output, mess
     assert message in line
 
 
-def test_a_read_only_folder_is_named_before_a_model_is_loaded(own_tiny, capsys, monkeypatch):
-    from headrace.models import softmax_calibration
+def num_layers_off(folder, num_layers=4):
+    forced = force_asynchronized(folder, num_layers=num_layers, max_model_len=1024, cache_format=KvCacheFormat.BFLOAT16)
+    return forced.num_layers_off
 
+
+def test_a_calibration_of_the_model_that_ships_is_the_users(tmp_path, capsys):
+    """It was written into the installed package: for everybody who uses that, or not at all where it is read-only."""
+    before = set(demo_model_path().iterdir())
+    (tmp_path / "link").symlink_to(demo_model_path())
+    folders = (demo_model_path(), tmp_path / "link")
+    assert [num_layers_off(folder) for folder in folders] == [None, None]
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    assert main(["calibrate", "--text", str(tmp_path / "text.txt"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert set(demo_model_path().iterdir()) == before
+    [file] = (tmp_path / "cache" / "headrace" / "calibration").iterdir()
+    assert shown["file"] == str(file)
+    num_off = sum(layer["reason"] is not None for layer in shown["layers"])
+    assert [num_layers_off(folder) for folder in folders] == [num_off, num_off]
+    if NATIVE:
+        llm = headrace.LLM("demo", softmax="asynchronized")
+        assert f"the calibration keeps {num_off} of 4 layers synchronized" in llm.engine.model.softmax.reason
+
+
+def test_a_calibration_of_the_model_that_ships_ends_with_its_weights(own_tiny, monkeypatch):
+    monkeypatch.setattr(softmax_calibration, "demo_model_path", own_tiny.resolve)
+    save_calibration((RANGE, RANGE), softmax_calibration.prepare_calibration_file(own_tiny))
+    assert num_layers_off(own_tiny, num_layers=2) == 0
+    scale_queries(own_tiny, 2.0)
+    assert num_layers_off(own_tiny, num_layers=2) is None
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert main(["calibrate"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "cannot be written: Not a directory; name another file with --output" in line
+
+
+def test_a_read_only_folder_is_named_before_a_model_is_loaded(own_tiny, capsys, monkeypatch):
     monkeypatch.setattr(softmax_calibration.os, "access", lambda *_: False)
     assert main(["calibrate", "--model", str(own_tiny)]) == 2
     assert "is read-only; name another file with --output" in capsys.readouterr().err

@@ -22,10 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "With --softmax asynchronized attention subtracts a constant from its logits instead of their maximum, which\n"
         "nothing has to wait for. Here text is run through the model to see where the largest logits of its rows lie;\n"
-        f"the constant of each layer follows. The ranges are kept in {_FILE_NAME} beside the model and used from then\n"
-        "on. Rows that the constant does not suit are computed again; layers whose rows differ too much keep the\n"
-        "maximum. A second run, of the same text or of --check-text, has the constants in every layer, those that are\n"
-        "off included, and counts the rows that were computed again."
+        f"the constant of each layer follows. The ranges are kept in {_FILE_NAME} beside the model, or in the\n"
+        "user's cache for the model inside the package, and used from then on. Rows that the constant does not suit\n"
+        "are computed again; layers whose rows differ too much keep the maximum. A second run, of the same text or of\n"
+        "--check-text, has the constants in every layer, those that are off included, and counts the rows that were\n"
+        "computed again."
     )
     parser.add_argument(
         "--text",
@@ -40,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="UTF-8 text to count recomputed rows on, repeatable (default: the text of the calibration)",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"where to keep the ranges (default: {_FILE_NAME} beside the model)"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"where to keep the ranges (default: {_FILE_NAME} beside the model, see below)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
     add_model_options(parser)
@@ -57,12 +61,14 @@ def run(args: argparse.Namespace) -> int:
 
     from headrace.engine.calibrate import calibrate
     from headrace.models.model_folder import resolve_model_folder
-    from headrace.models.softmax_calibration import FILE_NAME, check_can_save, save_calibration
+    from headrace.models.softmax_calibration import check_can_save, prepare_calibration_file, save_calibration
 
-    file = args.output
-    if file is None:
-        file = resolve_model_folder(config.load.model, config.load.revision, config.load.show_progress) / FILE_NAME
-    check_can_save(file)
+    if args.output is None:
+        folder = resolve_model_folder(config.load.model, config.load.revision, config.load.show_progress)
+        file = prepare_calibration_file(folder)
+    else:
+        file = args.output
+        check_can_save(file)
     with Progress(console=Console(stderr=True), disable=not config.load.show_progress, transient=True) as bar:
         task = bar.add_task("running the text", total=None)
         calibration = calibrate(

@@ -11,9 +11,9 @@ from headrace.errors import ConfigError
 from headrace.kernels import AttentionSpec, Kernels, KvCache, SoftmaxCounts, SoftmaxSpec
 from headrace.kernels.attention_tuning import ChosenAttention, TunedAttention
 from headrace.models.softmax_calibration import (
-    FILE_NAME,
     LayerChoice,
     asynchronized_spec,
+    calibration_file,
     choose_layers,
     load_calibration,
 )
@@ -53,7 +53,7 @@ def resolve_softmax(
     _check(choice, kernels, tuned)
     layers = None
     if choice in (Softmax.ASYNCHRONIZED, Softmax.MEASURED):
-        ranges = load_calibration(folder / FILE_NAME, num_layers=num_layers)
+        ranges = load_calibration(calibration_file(folder), num_layers=num_layers)
         if ranges is not None:
             layers = choose_layers(ranges, max_model_len=max_model_len, cache_format=cache_format)
     schemes = _allowed(choice, kernels, layers)
@@ -117,7 +117,7 @@ def force_asynchronized(
     Raises:
         CheckpointError: a calibration that cannot be used.
     """
-    layers = load_calibration(folder / FILE_NAME, num_layers=num_layers)
+    layers = load_calibration(calibration_file(folder), num_layers=num_layers)
     if layers is None:
         return ForcedSoftmax(
             softmax=(SoftmaxSpec(scheme=SoftmaxScheme.ASYNCHRONIZED),) * num_layers, num_layers_off=None

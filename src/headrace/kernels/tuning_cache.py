@@ -11,6 +11,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from headrace.user_cache import user_cache_folder
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -105,6 +107,4 @@ class TuningCache:
 
 
 def default_folder() -> Path:
-    """The user's cache, as the XDG base directory specification places it."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "headrace" / "tuning"
+    return user_cache_folder() / "tuning"

@@ -12,12 +12,15 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 from headrace.config import KvCacheFormat, SoftmaxScheme
+from headrace.demo_model import demo_model_path
 from headrace.errors import CheckpointError, ConfigError
 from headrace.kernels import SoftmaxSpec
+from headrace.user_cache import user_cache_folder
 
 FILE_NAME = "softmax_calibration.json"
 MARGIN = 20.0
@@ -90,6 +93,34 @@ def choose_layers(
     layers: Sequence[LogitRange], *, max_model_len: int, cache_format: KvCacheFormat
 ) -> tuple[LayerChoice, ...]:
     return tuple(choose_layer(layer, max_model_len=max_model_len, cache_format=cache_format) for layer in layers)
+
+
+def calibration_file(folder: Path) -> Path:
+    """Where the ranges of the model in a folder lie, written or not: beside it, but for the model inside the package.
+
+    Its folder is not the user's, and may be shared or read-only: its ranges lie in the user's cache, by the digest of
+    its weights, which another version of the package may have changed.
+    """
+    if folder.resolve() != demo_model_path():
+        return folder / FILE_NAME
+    with (folder / "model.safetensors").open("rb") as weights:
+        digest = file_digest(weights, "sha256").hexdigest()[:16]
+    return user_cache_folder() / "calibration" / f"{digest}.json"
+
+
+def prepare_calibration_file(folder: Path) -> Path:
+    """The same, before time goes into a calibration: in a folder that exists and can be written.
+
+    Raises:
+        ConfigError: as `save_calibration` would.
+    """
+    file = calibration_file(folder)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(file, error.strerror or str(error)) from None
+    check_can_save(file)
+    return file
 
 
 def save_calibration(layers: Sequence[LogitRange], file: Path) -> None:
