@@ -26,11 +26,13 @@ class Experts {
 
 class NativeMixture {
  public:
-  NativeMixture(const std::string& target, int64_t experts_per_token, bool is_renormalized, ActivationKind activation)
+  NativeMixture(const std::string& target, int64_t experts_per_token, bool is_renormalized, ActivationKind activation,
+                bool is_batch_invariant)
       : target_(TargetFromName(target)) {
     call_.experts_per_token = experts_per_token;
     call_.is_renormalized = is_renormalized;
     call_.activation = activation;
+    call_.is_batch_invariant = is_batch_invariant;
   }
 
   size_t WorkspaceBytes(const Experts& experts, DType dtype, int64_t num_tokens) const {
@@ -76,9 +78,10 @@ void DefineMixture(nb::module_& m) {
           },
           nb::arg("flat_gemm_from"), nb::arg("gemm_from"));
   nb::class_<NativeMixture>(m, "Mixture")
-      .def(nb::init<const std::string&, int64_t, bool, ActivationKind>(), nb::arg("target"), nb::arg("experts_per_token"),
-           nb::arg("is_renormalized"), nb::arg("activation"))
-      .def("workspace_bytes", &NativeMixture::WorkspaceBytes, nb::arg("experts"), nb::arg("dtype"), nb::arg("num_tokens"))
+      .def(nb::init<const std::string&, int64_t, bool, ActivationKind, bool>(), nb::arg("target"),
+           nb::arg("experts_per_token"), nb::arg("is_renormalized"), nb::arg("activation"), nb::arg("batch_invariant"))
+      .def("workspace_bytes", &NativeMixture::WorkspaceBytes, nb::arg("experts"), nb::arg("dtype"),
+           nb::arg("num_tokens"))
       .def("run", &NativeMixture::Run, nb::arg("stream"), nb::arg("experts"), nb::arg("up_arms"), nb::arg("down_arms"),
            nb::arg("dtype"), nb::arg("num_tokens"), nb::arg("x_ptr"), nb::arg("router_logits_ptr"), nb::arg("out_ptr"),
            nb::arg("workspace_ptr"), Unlocked());

@@ -14,11 +14,13 @@ namespace {
 // Multiplications below which a second thread costs more than it saves: a few microseconds of work.
 constexpr int64_t kMinParallelWork = 1 << 17;
 
-int64_t TilesPerBlock(Arm arm, RowTiles tiles, int64_t row_bytes, int64_t block_bytes) {
+// Between the memory of one thread and of the next one: what prefetchers read past the end of the one would take lines
+// away from a core that writes them again and again.
+constexpr int64_t kScratchGapBytes = 2 * 4096;
+
+int64_t TilesPerBlock(Arm arm, RowTiles tiles, int64_t max_rows) {
   if (arm != Arm::kGemm) return tiles.num_tiles;
-  // A single row may have any stride, even none.
-  const int64_t tile_bytes = tiles.Rows(0).end * std::max<int64_t>(row_bytes, 1);
-  return std::clamp<int64_t>(block_bytes / tile_bytes, 1, tiles.num_tiles);
+  return std::clamp<int64_t>(max_rows / tiles.Rows(0).end, 1, tiles.num_tiles);
 }
 
 // As they are.
@@ -38,7 +40,7 @@ void CheckTypes(const LinearCall& call) {
 void Linear(Target target, Arm arm, const LinearCall& call) {
   CheckTypes(call);
   if (call.num_rows == 0) return;
-  const LinearKernels& kernels = HEADRACE_CHOOSE(target, kLinear).kernels(call.weight.format, arm);
+  const LinearKernels& kernels = HEADRACE_CHOOSE(target, kLinear).kernels(call, arm);
   const int64_t tile_rows = arm == Arm::kGemv ? 1 : kernels.max_tile_rows(call.weight.format);
   const RowTiles tiles = {call.num_rows, (call.num_rows - 1) / tile_rows + 1};
   const bool is_parallel = call.num_rows * call.weight.rows * call.weight.columns >= kMinParallelWork;
@@ -47,14 +49,18 @@ void Linear(Target target, Arm arm, const LinearCall& call) {
   const int64_t prepared_bytes = kernels.prepared_row_bytes(call);
   const bool is_prepared = prepared_bytes != 0;
   const int64_t row_bytes = is_prepared ? prepared_bytes : Unprepared(call).row_bytes;
-  const int64_t tiles_per_block = TilesPerBlock(arm, tiles, row_bytes, kernels.block_bytes);
-  const int64_t part_bytes = kernels.scratch_bytes(call, tiles_per_block);
-  const int64_t parts_bytes = part_bytes * (is_parallel ? pool->num_threads() : 1);
+  // A single row may have any stride, even none.
+  const int64_t max_block_rows = kernels.max_block_rows(std::max<int64_t>(row_bytes, 1));
+  const int64_t tiles_per_block = TilesPerBlock(arm, tiles, max_block_rows);
+  const int64_t num_panels = (call.weight.rows + kLanes - 1) / kLanes;
+  const int64_t max_parts = is_parallel ? pool->num_threads() : 1;
+  const int64_t part_bytes =
+      kScratchGapBytes + kernels.scratch_bytes(call, tiles_per_block, (num_panels - 1) / max_parts + 1);
+  const int64_t parts_bytes = part_bytes * max_parts;
   // Of each thread, then activations.
   char* memory = Scratch(static_cast<size_t>(parts_bytes + call.num_rows * prepared_bytes));
   const Activations activations = is_prepared ? Activations{memory + parts_bytes, row_bytes} : Unprepared(call);
   const int64_t num_blocks = (tiles.num_tiles - 1) / tiles_per_block + 1;
-  const int64_t num_panels = (call.weight.rows + kLanes - 1) / kLanes;
   const int64_t num_groups = (call.weight.padded_columns + kGroup - 1) / kGroup;
   Barrier barrier;
   RunParts(pool.get(), [&](int part, int num_parts) {

@@ -1,7 +1,7 @@
 // out = x W^T + bias, W packed.
 //
-// Each output (m, n) is one chain of the same operations in the same order, whatever M, the tile or the number of threads,
-// and but for the last case below whatever the arm: a row's result never depends on what else is in the batch.
+// Each output (m, n) is one chain of the same operations in the same order, whatever M, the tile, the number of threads
+// or the arm: a row's result never depends on what else is in the batch.
 //
 //   float32    acc = fma(x[k], w[k], acc), k ascending
 //   bfloat16   the same for pairs (or the machine's dot product of two), x and w in bfloat16, acc in float32
@@ -10,10 +10,11 @@
 //              out = acc * row_scale. A group of x with NaN, infinity or a magnitude of 2^111 makes its row NaN.
 //   bfloat16 with AMX
 //              the chain of tiles (simd/amx-inl.h), 32 columns at a time
-//   int8, int4 with AMX-FP16, kGemm alone
+//   int8, int4 with AMX-FP16
 //              the same of x, times a power of two for each row, and scale_w q_w, both rounded to float16
 //              (linear_tiles-inl.h); out = acc * 2^-e * row_scale. NaN from 2^111 on, as there. Rounds less than
-//              they do, by a factor of some 20, and otherwise: targets with it are not batch invariant.
+//              bytes of x do, by a factor of some 20. Of few rows reading takes longer than multiplying either way, and
+//              bytes leave it more to spare: calls that need not be batch invariant use them in kGemv and kFlatGemm.
 //   then       acc + bias, rounded once to the type of out.
 #ifndef HEADRACE_NATIVE_LINEAR_H_
 #define HEADRACE_NATIVE_LINEAR_H_
@@ -36,7 +37,8 @@ namespace headrace {
 enum class Arm { kGemv, kFlatGemm, kGemm };
 
 // What does not change while a product is computed. Rows of x are x_stride elements apart; out and bias are contiguous,
-// bias of x's type; it may be null.
+// bias of x's type; it may be null. Without is_batch_invariant implementations may differ in their order of sums where
+// that is faster, so that a row's last bits depend on how many there are.
 struct LinearCall {
   PackedView weight;
   DType dtype;
@@ -46,6 +48,7 @@ struct LinearCall {
   const void* bias;
   void* out;
   DType out_dtype;
+  bool is_batch_invariant;
 };
 
 // Throws std::invalid_argument if x's type does not fit a floating-point weight's.
@@ -83,13 +86,12 @@ struct Block {
 struct LinearKernels {
   // The most rows a tile takes.
   int (*max_tile_rows)(Format format);
-  // Bytes of activations that a block of rows may have with kGemm, so that they stay in an L2 cache beside the panels
-  // passing by.
-  int64_t block_bytes;
+  // The most rows of x, each of so many bytes, that a block has with kGemm.
+  int64_t (*max_block_rows)(int64_t row_bytes);
   // Bytes of one prepared row; 0 if the kernel reads x as it is.
   int64_t (*prepared_row_bytes)(const LinearCall& call);
-  // Bytes of memory of its own that each caller of `compute` needs for blocks of so many tiles at most.
-  int64_t (*scratch_bytes)(const LinearCall& call, int64_t tiles_per_block);
+  // Bytes of memory of its own that each caller of `compute` needs for blocks of so many tiles and panels at most.
+  int64_t (*scratch_bytes)(const LinearCall& call, int64_t num_tiles, int64_t num_panels);
   // Fills columns [kGroup * groups.begin, kGroup * groups.end) of all rows of activations.
   void (*prepare)(const LinearCall& call, RowTiles tiles, Range groups, const Activations& activations);
   // Computes a block of the output.
@@ -99,7 +101,7 @@ struct LinearKernels {
 
 // What each target provides.
 struct LinearTarget {
-  const LinearKernels& (*kernels)(Format format, Arm arm);
+  const LinearKernels& (*kernels)(const LinearCall& call, Arm arm);
 };
 
 }  // namespace headrace

@@ -338,34 +338,38 @@ void ComputeVectors(const LinearCall& call, RowTiles tiles, const Activations& a
 }  // namespace HEADRACE_TARGET
 }  // namespace headrace
 
+#include "linear_tile_stream-inl.h"
+
 #include "linear_tile_products-inl.h"
 
 namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-int64_t NoScratch(const LinearCall&, int64_t) { return 0; }
+// As many as stay in an L2 cache beside the panels passing by.
+int64_t MaxBlockRows(int64_t row_bytes) { return 256 * 1024 / row_bytes; }
+int64_t NoScratch(const LinearCall&, int64_t, int64_t) { return 0; }
 
-constexpr LinearKernels kVectorKernels = {
-    &MaxVectorRows, 256 * 1024, &VectorRowBytes, &NoScratch, &PrepareVectors, &ComputeVectors};
+constexpr LinearKernels kVectorKernels = {&MaxVectorRows, &MaxBlockRows,   &VectorRowBytes,
+                                          &NoScratch,     &PrepareVectors, &ComputeVectors};
 
 #ifdef __AMX_TILE__
 
 int MaxTileRows(Format) { return kTileRows; }
+int64_t MaxTileBlockRows(int64_t) { return kBlockRows; }
 
-constexpr LinearKernels kTileKernels = {&MaxTileRows,  1024 * 1024,   &TileRowBytes,
-                                        &TileScratchBytes, &PrepareTiles, &ComputeTiles};
+constexpr LinearKernels kTileKernels = {&MaxTileRows,      &MaxTileBlockRows, &TileRowBytes,
+                                        &TileScratchBytes, &PrepareTiles,     &ComputeTiles};
 
-// Integer weights read from memory row by row keep both units busy as vectors too, and need less time to unpack; from some
-// rows on tiles win. Theirs is another chain (linear.h).
-const LinearKernels& KernelsFor(Format format, Arm arm) {
-  const bool has_tiles = format == Format::kBfloat16 || (IsQuantized(format) && kHasHalfTiles && arm == Arm::kGemm);
-  return has_tiles ? kTileKernels : kVectorKernels;
+const LinearKernels& KernelsFor(const LinearCall& call, Arm arm) {
+  const bool are_halves =
+      kHasHalfTiles && IsQuantized(call.weight.format) && (call.is_batch_invariant || arm == Arm::kGemm);
+  return call.weight.format == Format::kBfloat16 || are_halves ? kTileKernels : kVectorKernels;
 }
 
 #else
 
-const LinearKernels& KernelsFor(Format, Arm) { return kVectorKernels; }
+const LinearKernels& KernelsFor(const LinearCall&, Arm) { return kVectorKernels; }
 
 #endif
 

@@ -17,10 +17,12 @@ namespace {
 
 static_assert(kTileColumns == kGroup && kTileRows == kLanes);
 
-// How far before it is multiplied a step is unpacked: tiles are loaded from the cache, not from stores under way.
-constexpr int kUnpackAhead = 4;
-// Unpacked steps that are kept: two panels of them fit the L1 cache beside a step of x.
-constexpr int kKeptSteps = 16;
+// How far before it is multiplied a step is unpacked where weights are read once: tiles are loaded from the cache, not
+// from stores under way.
+constexpr int kUnpackAhead = 2;
+// More are kept than are waiting, so that none is stored to where the last one is still being loaded from; few, so that
+// they stay in the L1 cache while weights pass through it.
+constexpr int kKeptSteps = 2 * kUnpackAhead;
 
 #ifdef __AVX512FP16__
 constexpr bool kHasHalfTiles = true;
@@ -35,9 +37,12 @@ inline int64_t NumSteps(const PackedView& w) { return (w.padded_columns + kTileC
 inline int64_t TileRowBytes(const LinearCall& call) { return (NumSteps(call.weight) + 1) * kTileRowBytes; }
 
 // x times a power of two that brings the largest magnitude of its row into [2^14, 2^15), or times 2^126 if that is not
-// enough, as float16: off by at most 2^-12 of itself or 2^-39 of that largest one. Rows below 2^-120 count as zeros; NaN, infinity or a magnitude of 2^111
-// makes its row NaN. As where x becomes int8 (prepare-inl.h).
+// enough, as float16: off by at most 2^-12 of itself or 2^-39 of that largest one. Rows below 2^-120 count as zeros; NaN,
+// infinity or a magnitude of 2^111 makes its row NaN. As where x becomes int8 (prepare-inl.h).
 constexpr int kHalfExponent = 14;
+// Unpacked weights are too small by this power of two: float16 has no factor that makes up for a subnormal's 2^-24 and
+// a scale of up to 2 at the same time. Off by at most 2^-12 of themselves or 2^-15 of the row's largest scale.
+constexpr int kUnpackedExponent = 10;
 
 #ifdef __AVX512FP16__
 
@@ -69,7 +74,7 @@ void PrepareHalves(const X* x, int64_t columns, Range steps, char* to, int64_t s
   const uint32_t largest = LargestExponentOf(x, columns);
   const bool is_empty = largest < kTooSmall, is_too_large = largest >= kTooLarge;
   const uint32_t exponent = is_empty || is_too_large ? 127 : std::max<uint32_t>(largest, kHalfExponent + 1) - kHalfExponent;
-  *scale = FromBits(is_too_large ? 0x7fc00000 : exponent << 23);
+  *scale = FromBits(is_too_large ? 0x7fc00000 : (exponent + kUnpackedExponent) << 23);
   const F32x16 factor = Broadcast(is_empty ? 0.0f : FromBits((254 - exponent) << 23));
   for (int64_t step = steps.begin; step < steps.end; ++step) {
     const int64_t k = step * kTileColumns;
@@ -80,52 +85,59 @@ void PrepareHalves(const X* x, int64_t columns, Range steps, char* to, int64_t s
   }
 }
 
-// scale * q of a group of a panel, as a tile of B. The bits of an integer, put into those of a float16 of the right
-// magnitude, are that magnitude plus the integer; taking both offsets away is exact.
-inline void UnpackHalves(__m512i bits, __m512h offset, __m512h scale, char* to) {
-  _mm512_store_ph(to, _mm512_mul_ph(_mm512_sub_ph(_mm512_castsi512_ph(bits), offset), scale));
-}
+// A group's scales, each of them twice, for the two entries along K that lie side by side: times two powers of two, and
+// times minus the offset that integers are stored with, times a third.
+struct GroupScales {
+  __m512h low;     // 2^14
+  __m512h high;    // 2^10
+  __m512h offset;  // 2^-kUnpackedExponent
+};
 
-inline __m512h PairedScales(const uint16_t* scales) {
+inline GroupScales LoadScales(const uint16_t* scales, int bias) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
-  return _mm512_castsi512_ph(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 16)));
+  const auto pairs = _mm512_castsi512_ph(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 16)));
+  const auto times = [&](float factor) { return _mm512_mul_ph(pairs, _mm512_set1_ph(static_cast<_Float16>(factor))); };
+  return {times(0x1p14f), times(0x1p10f), times(static_cast<float>(-bias) / (1 << kUnpackedExponent))};
 }
 
-constexpr int kOrBits = 0xea;  // (a & b) | c
+// A tile row of scale * q * 2^-kUnpackedExponent, rounded once. The bits of a small integer are those of a subnormal
+// float16, the integer times 2^-24; times 2^4 if it lies four bits higher.
+inline void UnpackRow(__m512i bits, __m512i mask, __m512h scale, __m512h offset, char* to) {
+  _mm512_store_ph(to, _mm512_fmadd_ph(_mm512_castsi512_ph(_mm512_and_si512(bits, mask)), scale, offset));
+}
 
 inline void UnpackInt4(const uint8_t* w, const uint16_t* scales, char* to) {
-  const __m512h scale = PairedScales(scales);
-  // Of 1024, whose last place is 1, and of 64, whose last place is 1 / 16.
-  const __m512i low = _mm512_set1_epi16(0x000f), low_base = _mm512_set1_epi16(0x6400);
-  const __m512i high = _mm512_set1_epi16(0x00f0), high_base = _mm512_set1_epi16(0x5400);
-  const __m512h low_offset = _mm512_set1_ph(1024 + kInt4Bias), high_offset = _mm512_set1_ph(64 + kInt4Bias);
+  const GroupScales scale = LoadScales(scales, kInt4Bias);
+  const __m512i low = _mm512_set1_epi16(0x000f), high = _mm512_set1_epi16(0x00f0);
   for (int i = 0; i < kGroup / VectorColumns(Format::kInt4); ++i, w += kVectorBytes, to += 4 * kTileRowBytes) {
     const __m512i even = _mm512_loadu_si512(w), odd = _mm512_srli_epi16(even, 8);
-    UnpackHalves(_mm512_ternarylogic_epi32(even, low, low_base, kOrBits), low_offset, scale, to);
-    UnpackHalves(_mm512_ternarylogic_epi32(odd, low, low_base, kOrBits), low_offset, scale, to + kTileRowBytes);
-    UnpackHalves(_mm512_ternarylogic_epi32(even, high, high_base, kOrBits), high_offset, scale, to + 2 * kTileRowBytes);
-    UnpackHalves(_mm512_ternarylogic_epi32(odd, high, high_base, kOrBits), high_offset, scale, to + 3 * kTileRowBytes);
+    UnpackRow(even, low, scale.low, scale.offset, to);
+    UnpackRow(odd, low, scale.low, scale.offset, to + kTileRowBytes);
+    UnpackRow(even, high, scale.high, scale.offset, to + 2 * kTileRowBytes);
+    UnpackRow(odd, high, scale.high, scale.offset, to + 3 * kTileRowBytes);
   }
 }
 
 inline void UnpackInt8(const uint8_t* w, const uint16_t* scales, char* to) {
-  const __m512h scale = PairedScales(scales), offset = _mm512_set1_ph(1024 + kInt8Bias);
-  const __m512i low = _mm512_set1_epi16(0x00ff), base = _mm512_set1_epi16(0x6400);
+  const GroupScales scale = LoadScales(scales, kInt8Bias);
+  const __m512i low = _mm512_set1_epi16(0x00ff);
   for (int i = 0; i < kGroup / VectorColumns(Format::kInt8); ++i, w += kVectorBytes, to += 2 * kTileRowBytes) {
     const __m512i even = _mm512_loadu_si512(w);
-    UnpackHalves(_mm512_ternarylogic_epi32(even, low, base, kOrBits), offset, scale, to);
-    UnpackHalves(_mm512_or_si512(_mm512_srli_epi16(even, 8), base), offset, scale, to + kTileRowBytes);
+    UnpackRow(even, low, scale.low, scale.offset, to);
+    UnpackRow(_mm512_srli_epi16(even, 8), low, scale.low, scale.offset, to + kTileRowBytes);
   }
 }
 
 struct Int8Tiles {
   using Dot = Fp16Dot;
+  static constexpr bool kIsUnpacked = true;
   static constexpr int kStepVectors = kGroup / VectorColumns(Format::kInt8);
   static void Unpack(const uint8_t* w, const uint16_t* scales, char* to) { UnpackInt8(w, scales, to); }
 };
 
 struct Int4Tiles {
   using Dot = Fp16Dot;
+  static constexpr bool kIsUnpacked = true;
   static constexpr int kStepVectors = kGroup / VectorColumns(Format::kInt4);
   static void Unpack(const uint8_t* w, const uint16_t* scales, char* to) { UnpackInt4(w, scales, to); }
 };
@@ -134,6 +146,7 @@ struct Int4Tiles {
 
 struct Bfloat16Tiles {
   using Dot = Bf16Dot;
+  static constexpr bool kIsUnpacked = false;
   static constexpr int kStepVectors = kGroup / VectorColumns(Format::kBfloat16);
 };
 

@@ -167,10 +167,11 @@ void RunExpert(Target target, const MixtureCall& call, const Shape& shape, const
            static_cast<const char*>(call.x) + static_cast<size_t>(picks[i].token) * row_bytes, row_bytes);
   }
   Linear(target, call.up_arms.At(num_rows),
-         {expert.up, call.dtype, num_rows, w.x, size, nullptr, w.up, call.dtype});
+         {expert.up, call.dtype, num_rows, w.x, size, nullptr, w.up, call.dtype, call.is_batch_invariant});
   Activate(target, {call.activation, true, call.dtype, num_rows, shape.intermediate_size, w.up, w.activated});
   Linear(target, call.down_arms.At(num_rows),
-         {expert.down, call.dtype, num_rows, w.activated, shape.intermediate_size, nullptr, w.down, DType::kFloat32});
+         {expert.down, call.dtype, num_rows, w.activated, shape.intermediate_size, nullptr, w.down, DType::kFloat32,
+          call.is_batch_invariant});
   RunParts(num_rows * size >= kMinParallelElements, [&](int part, int num_parts) {
     const Range columns = Part({0, size}, part, num_parts);
     for (int64_t i = 0; i < num_rows; ++i) {

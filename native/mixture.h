@@ -45,6 +45,7 @@ struct MixtureCall {
   ArmsByRows down_arms;
   int64_t experts_per_token;
   bool is_renormalized;
+  bool is_batch_invariant;  // as in LinearCall
   ActivationKind activation;
   DType dtype;
   int64_t num_tokens;

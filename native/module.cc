@@ -51,17 +51,20 @@ void RunEmbedding(Stream& stream, const PackedMatrix& matrix, DType dtype, int64
 // An op bound to its target, found by name once.
 class NativeLinear {
  public:
-  explicit NativeLinear(const std::string& target) : target_(TargetFromName(target)) {}
+  NativeLinear(const std::string& target, bool is_batch_invariant)
+      : target_(TargetFromName(target)), is_batch_invariant_(is_batch_invariant) {}
 
   void Run(Stream& stream, Arm arm, const PackedMatrix& weight, DType dtype, int64_t num_rows, uintptr_t x, int64_t x_stride,
            uintptr_t bias, uintptr_t out, DType out_dtype) const {
-    const LinearCall call = {weight.view(), dtype, num_rows, Pointer<const void>(x), x_stride, Pointer<const void>(bias),
-                             Pointer<void>(out), out_dtype};
+    const LinearCall call = {weight.view(),          dtype,     num_rows,
+                             Pointer<const void>(x), x_stride,  Pointer<const void>(bias),
+                             Pointer<void>(out),     out_dtype, is_batch_invariant_};
     stream.Run("linear", [target = target_, arm, call] { Linear(target, arm, call); });
   }
 
  private:
   Target target_;
+  bool is_batch_invariant_;
 };
 
 void DefineTypes(nb::module_& m) {
@@ -106,9 +109,10 @@ void DefineLinear(nb::module_& m) {
         nb::arg("ids_ptr"), nb::arg("offset"), nb::arg("scale"), nb::arg("zeros_outside"), nb::arg("out_ptr"),
         Unlocked());
   nb::class_<NativeLinear>(m, "Linear")
-      .def(nb::init<const std::string&>(), nb::arg("target"))
-      .def("run", &NativeLinear::Run, nb::arg("stream"), nb::arg("arm"), nb::arg("weight"), nb::arg("dtype"), nb::arg("num_rows"),
-           nb::arg("x_ptr"), nb::arg("x_stride"), nb::arg("bias_ptr"), nb::arg("out_ptr"), nb::arg("out_dtype"), Unlocked());
+      .def(nb::init<const std::string&, bool>(), nb::arg("target"), nb::arg("batch_invariant"))
+      .def("run", &NativeLinear::Run, nb::arg("stream"), nb::arg("arm"), nb::arg("weight"), nb::arg("dtype"),
+           nb::arg("num_rows"), nb::arg("x_ptr"), nb::arg("x_stride"), nb::arg("bias_ptr"), nb::arg("out_ptr"),
+           nb::arg("out_dtype"), Unlocked());
 }
 
 void DefinePeaks(nb::module_& m) {

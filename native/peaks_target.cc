@@ -85,7 +85,7 @@ int64_t MultiplyTilesOnly(int64_t num_repeats) {
   Tiles registers;
   registers.SetRows(kTileRows, kTileRows);
   ZeroProducts();
-  MultiplyTiles<Dot, 2, 2>({{zeros, zeros}, {0, 0}, {zeros, zeros}}, 1);
+  MultiplyTiles<Dot, 2, 2>({{zeros, zeros}, {0, 0}, {zeros, zeros}, {}}, 1);
   for (int64_t i = 0; i < num_repeats; ++i) {
     Dot::template Run<TileC(0, 0), TileA(0), TileB(0)>();
     Dot::template Run<TileC(0, 1), TileA(0), TileB(1)>();

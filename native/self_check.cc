@@ -94,7 +94,7 @@ void CheckLinear(const Weight& weight, Format format, double tolerance, const st
       Linear(BestTarget(), arm,
              {weight.packed.view(), is_half ? DType::kBfloat16 : DType::kFloat32, num_rows,
               is_half ? static_cast<const void*>(halves.data()) : x.data(), kInputs, nullptr, out.data(),
-              DType::kFloat32});
+              DType::kFloat32, true});
       if (first.empty()) first = out;
       Check(memcmp(first.data(), out.data(), out.size() * sizeof(float)) == 0, name + ": arms differ");
     }

@@ -124,9 +124,9 @@ def tolerance_of(case: Case, x: Tensor, expected: Tensor) -> Tensor:
     return error + EPS[x.dtype] * expected.double().abs() + 1e-30
 
 
-def has_half_tiles(target: str, arm: object, case: Case) -> bool:
+def has_half_tiles(target: str, case: Case) -> bool:
     """Whether x becomes float16 instead of int8."""
-    return target == "amx_fp16" and arm is native_linear.Arm.GEMM and case.is_quantized
+    return cpu.has_float16_tiles(target) and case.is_quantized
 
 
 def expected_of(case: Case, x: Tensor, bias: Tensor | None = None, *, halves: bool = False) -> Tensor:
@@ -136,13 +136,6 @@ def expected_of(case: Case, x: Tensor, bias: Tensor | None = None, *, halves: bo
         return define(x.float(), case.plain, None if bias is None else bias.float())
     out = x.double() @ case.exact.T
     return out if bias is None else out + bias.double()
-
-
-def arms_alike(target: str, case: Case) -> list[list[object]]:
-    """Implementations that give a row the same bits, together."""
-    if has_half_tiles(target, native_linear.Arm.GEMM, case):
-        return [ARMS[:2], ARMS[2:]]
-    return [ARMS]
 
 
 @cache
@@ -169,7 +162,7 @@ class TestAgainstTheReference:
         for num_inputs in INPUTS:
             case = make_case(weight_format, num_outputs, num_inputs)
             for dtype in case.x_dtypes:
-                halves = has_half_tiles(target, arm, case)
+                halves = has_half_tiles(target, case)
                 x, expected, tolerance = make_problem(weight_format, num_outputs, num_inputs, dtype, halves=halves)
                 for num_rows in ROWS:
                     actual = run(target, arm, x[:num_rows], case)
@@ -183,7 +176,7 @@ class TestAgainstTheReference:
         case = make_case(weight_format, 33, 100)
         for dtype in case.x_dtypes:
             x, bias = make_x(5, 100, dtype), 100 * make_x(1, 33, dtype)[0]
-            expected = expected_of(case, x, bias, halves=has_half_tiles(target, arm, case))
+            expected = expected_of(case, x, bias, halves=has_half_tiles(target, case))
             tolerance = tolerance_of(case, x, expected) + 2 * EPS[torch.float32] * bias.double().abs()
             assert_within(run(target, arm, x, case, bias), expected, tolerance)
 
@@ -196,7 +189,7 @@ class TestAgainstTheReference:
         exact = x.double() @ case.exact.T
         for arm in ARMS:
             error = (run(target, arm, x, case).double() - exact).norm() / exact.norm()
-            assert error < (0.001 if has_half_tiles(target, arm, case) else 0.01)
+            assert error < (0.001 if has_half_tiles(target, case) else 0.01)
 
     @each_target
     @each_format
@@ -205,7 +198,7 @@ class TestAgainstTheReference:
         for dtype in case.x_dtypes:
             x = make_x(200, 512, dtype)
             for arm in ARMS:
-                expected = expected_of(case, x, halves=has_half_tiles(target, arm, case))
+                expected = expected_of(case, x, halves=has_half_tiles(target, case))
                 assert_within(run(target, arm, x, case), expected, tolerance_of(case, x, expected))
 
 
@@ -218,13 +211,24 @@ class TestARowDependsOnItselfAlone:
         case = make_case(weight_format, 300, 1000)
         for dtype in case.x_dtypes:
             x, bias = make_x(130, 1000, dtype), make_x(1, 300, dtype)[0]
-            for arms in arms_alike(target, case):
-                alone = torch.cat([run(target, arms[0], row, case, bias) for row in x.split(1)])
-                for arm, num_threads in product(arms, (1, 2, 3, 5)):
-                    _native.set_num_threads(num_threads)
-                    for num_rows in (1, 2, 3, 8, 9, 17, 33, 64, 65, 130):
-                        batch = run(target, arm, x[:num_rows], case, bias)
-                        assert torch.equal(batch, alone[:num_rows]), (num_threads, arm, num_rows)
+            alone = torch.cat([run(target, ARMS[0], row, case, bias) for row in x.split(1)])
+            for arm, num_threads in product(ARMS, (1, 2, 3, 5)):
+                _native.set_num_threads(num_threads)
+                for num_rows in (1, 2, 3, 8, 9, 17, 33, 64, 65, 130):
+                    batch = run(target, arm, x[:num_rows], case, bias)
+                    assert torch.equal(batch, alone[:num_rows]), (num_threads, arm, num_rows)
+
+    @each_target
+    @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
+    def test_without_batch_invariance_few_rows_take_bytes_and_many_what_tiles_take(
+        self, target: str, weight_format: WeightFormat
+    ) -> None:
+        case = make_case(weight_format, 100, 1000)
+        x = make_x(19, 1000, torch.float32)
+        linear = cpu.Linear(target, cpu.Stream(), batch_invariant=False)
+        of_few = "amx" if cpu.has_float16_tiles(target) else target
+        for arm, definition in zip(ARMS, (of_few, of_few, target), strict=True):
+            assert torch.equal(linear(x, case.packed, arm=arm), run(definition, arm, x, case))
 
     @each_target
     @each_format
@@ -314,7 +318,7 @@ class TestInputs:
         rows += [torch.full((100,), 2.0**exponent) for exponent in (-121, -120, 110)]
         rows += [torch.full((100,), 2.0**111 * (1 - 2.0**-24)), torch.full((100,), -127.75)]
         x = torch.stack(rows)
-        expected = expected_of(case, x, halves=has_half_tiles(target, arm, case))
+        expected = expected_of(case, x, halves=has_half_tiles(target, case))
         assert_within(run(target, arm, x, case), expected, tolerance_of(case, x, expected))
 
     @each_target
@@ -363,7 +367,7 @@ class TestInputs:
                 for num_rows in (1, 2, 9):
                     x = make_x(num_rows, 100, case.x_dtypes[0])
                     poisoned = torch.full((num_rows + 2, 33), torch.nan, dtype=x.dtype)
-                    native = _native.Linear(target)
+                    native = _native.Linear(target, True)
                     dtype = _native.DType.FLOAT32 if x.dtype == torch.float32 else _native.DType.BFLOAT16
                     arm = native_linear.Arm.FLAT_GEMM
                     address = poisoned[1].data_ptr()
@@ -497,8 +501,7 @@ class TestContract:
 
     def test_instruction_sets_are_forced_by_name_or_refused(self) -> None:
         assert TARGETS[0] == "portable"
-        assert cpu.best_target(batch_invariant=False) == TARGETS[-1]
-        assert cpu.best_target() == [target for target in TARGETS if cpu.is_batch_invariant(target)][-1]
+        assert cpu.best_target() == TARGETS[-1]
         for target in TARGETS:
             kernels = resolve_kernels(KernelChoice.CPU, instruction_set=target)
             [choice] = [c for c in kernels.explain() if c.op == "linear"]
@@ -515,7 +518,7 @@ class TestContract:
         with pytest.raises(BackendUnavailable, match="this machine cannot run it; allowed: portable"):
             cpu.Linear("avx512", cpu.Stream())
         with pytest.raises(ValueError, match="'sse9' cannot run here"):
-            _native.Linear("sse9")
+            _native.Linear("sse9", True)
 
     def test_ops_on_weights_come_as_one_set(self) -> None:
         """Only they read packed weights."""

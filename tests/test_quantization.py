@@ -4,6 +4,7 @@ import math
 import shutil
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -230,15 +231,23 @@ def test_native_model_computes_what_its_definition_says(written, name, weight_fo
     """Native scales are float16, which may turn the rounding of an activation: near the definition, not equal.
 
     The yardstick is what rounding activations costs: native logits lie nearer to the definition's than those lie to the
-    logits of unrounded activations.
+    logits of unrounded activations. Where there are tiles that take float16, which rounds less than the weights' own
+    scales do, logits lie nearer to those of unrounded activations by far.
     """
     how = {"quantize": Quantize(weight_format.value)}
     mixture = partial(reference.mixture, linear=by_definition)
     defined = replace(resolve_kernels(REFERENCE), linear=by_definition, mixture=mixture)
     expected = prompt_logits(load_folder(written[name], kernels=defined, **how), PROMPT)
     unrounded = prompt_logits(load_folder(written[name], kernels=REFERENCE, **how), PROMPT)
-    actual = prompt_logits(load_folder(written[name], kernels=KernelChoice.CPU, **how), PROMPT)
-    assert (actual - expected).abs().mean() < (unrounded - expected).abs().mean()
+    price = (unrounded - expected).abs().mean()
+    cpu = import_module("headrace.kernels.cpu")
+    for target in {cpu.best_target(), [t for t in cpu.supported_targets() if not cpu.has_float16_tiles(t)][-1]}:
+        kernels = resolve_kernels(KernelChoice.CPU, instruction_set=target)
+        actual = prompt_logits(load_folder(written[name], kernels=kernels, **how), PROMPT)
+        if cpu.has_float16_tiles(target):
+            assert (actual - unrounded).abs().mean() < price / 4
+        else:
+            assert (actual - expected).abs().mean() < price
 
 
 @EACH_KERNELS

@@ -124,12 +124,19 @@ struct Fp16Dot {
 };
 #endif
 
+// Lines to ask for into the L2 cache beside each step of a walk, from two places.
+struct TileFetch {
+  const char* from[2];
+  int lines_per_step;
+};
+
 // Where a walk over steps of 32 columns begins: two tiles of A, each `a_bytes` from its next one, and two of B, which lie
 // one behind the other.
 struct TileWalk {
   const char* a[2];
   int64_t a_bytes[2];
   const char* b[2];
+  TileFetch fetch;
 };
 
 // C += A B for each pair of kNumA tiles of A and kNumB tiles of B, step by step. A function of its own, so that nothing
@@ -138,7 +145,12 @@ template <class Dot, int kNumA, int kNumB>
 __attribute__((noinline)) void MultiplyTiles(const TileWalk& walk, int64_t num_steps) {
   const char *a0 = walk.a[0], *a1 = walk.a[1], *b0 = walk.b[0], *b1 = walk.b[1];
   const int64_t a0_bytes = walk.a_bytes[0], a1_bytes = walk.a_bytes[1];
+  const char *fetch0 = walk.fetch.from[0], *fetch1 = walk.fetch.from[1];
   for (; num_steps > 0; --num_steps) {
+    for (int i = 0; i < walk.fetch.lines_per_step; ++i, fetch0 += 64, fetch1 += 64) {
+      __builtin_prefetch(fetch0, 0, 2);
+      __builtin_prefetch(fetch1, 0, 2);
+    }
     LoadTile<TileA(0)>(a0, kTileRowBytes);
     LoadTile<TileB(0)>(b0, kTileRowBytes);
     Dot::template Run<TileC(0, 0), TileA(0), TileB(0)>();

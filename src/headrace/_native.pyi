@@ -64,7 +64,7 @@ class PackedMatrix:
     def rows(self, begin: int, end: int) -> PackedMatrix: ...
 
 class Linear:
-    def __init__(self, target: str) -> None: ...
+    def __init__(self, target: str, batch_invariant: bool) -> None: ...
     def run(
         self,
         stream: Stream,
@@ -87,7 +87,12 @@ class ArmsByRows:
 
 class Mixture:
     def __init__(
-        self, target: str, experts_per_token: int, is_renormalized: bool, activation: ActivationKind
+        self,
+        target: str,
+        experts_per_token: int,
+        is_renormalized: bool,
+        activation: ActivationKind,
+        batch_invariant: bool,
     ) -> None: ...
     def workspace_bytes(self, experts: Experts, dtype: DType, num_tokens: int) -> int: ...
     def run(

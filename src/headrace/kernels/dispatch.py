@@ -116,8 +116,7 @@ def resolve_kernels(
 
     instruction_set: that of the native kernels; the best one the machine has if None.
     device: where the model lies.
-    batch_invariant: on a CPU, leave out implementations that would make a row's last bits depend on its batch; an
-        instruction set given by name is taken as it is.
+    batch_invariant: on a CPU, leave out implementations that would make a row's last bits depend on its batch.
 
     Raises:
         BackendUnavailable: an implementation or an instruction set asked for by name that cannot run here.
@@ -135,14 +134,14 @@ def resolve_kernels(
                 )
             if isinstance(cpu := _import_cpu(), str):
                 raise BackendUnavailable(f"{asked_for}, but {cpu}")
-            return _cpu_kernels(cpu, instruction_set or cpu.best_target(batch_invariant=batch_invariant), asked_for)
+            return _cpu_kernels(cpu, instruction_set, asked_for, batch_invariant=batch_invariant)
         case KernelChoice.AUTO:
             if device != _CPU:
                 return _triton_kernels(f"auto: the model lies on {device}", instruction_set, device)
             if isinstance(cpu := _import_cpu(), str):
                 return _reference_kernels(f"auto: {cpu}", instruction_set, device)
-            target = instruction_set or cpu.best_target(batch_invariant=batch_invariant)
-            return _cpu_kernels(cpu, target, "auto: native kernels run on this machine")
+            reason = "auto: native kernels run on this machine"
+            return _cpu_kernels(cpu, instruction_set, reason, batch_invariant=batch_invariant)
 
 
 def kernel_choice_from(environ: Mapping[str, str] = os.environ) -> KernelChoice:
@@ -220,15 +219,18 @@ def _triton_kernels(reason: str, instruction_set: str | None, device: torch.devi
     )
 
 
-def _cpu_kernels(cpu: ModuleType, target: str, reason: str) -> Kernels:
+def _cpu_kernels(cpu: ModuleType, instruction_set: str | None, reason: str, *, batch_invariant: bool) -> Kernels:
     """Ops on weights come as one set, because only they read packed weights, and so do those on KV caches; the others
     are the reference's."""
     reason_by_op = dict.fromkeys(_OPS, f"{reason}, but not for this op yet")
     implementations = _reference_ops(_CPU)
-    dataflow = Dataflow(CpuMachine(is_batch_invariant=cpu.is_batch_invariant(target)))
+    target = instruction_set or cpu.best_target()
+    is_batch_invariant = batch_invariant or not cpu.has_float16_tiles(target)
+    measured_as = target if is_batch_invariant else f"{target}, not batch invariant"
+    dataflow = Dataflow(CpuMachine(is_batch_invariant=is_batch_invariant))
     stream = cpu.Stream()
-    native = cpu.make_ops(target, stream, dataflow)
-    reason_by_op |= dict.fromkeys(native, f"{reason}; instruction set {target}")
+    native = cpu.make_ops(target, stream, dataflow, batch_invariant=is_batch_invariant)
+    reason_by_op |= dict.fromkeys(native, f"{reason}; instruction set {measured_as}")
     choices = tuple(
         OpChoice(op=op, implementation="cpu" if op in native else "reference", reason=reason_by_op[op]) for op in _OPS
     )
@@ -242,6 +244,6 @@ def _cpu_kernels(cpu: ModuleType, target: str, reason: str) -> Kernels:
         dataflow=dataflow,
         stream=stream,
         tuning_key=lambda num_threads: TuningKey(
-            cpu=cpu_name(), num_threads=num_threads, instruction_set=target, kernels=cpu.kernels_digest()
+            cpu=cpu_name(), num_threads=num_threads, instruction_set=measured_as, kernels=cpu.kernels_digest()
         ),
     )

@@ -21,7 +21,7 @@ from headrace.kernels.cpu.sampling import Sampling
 from headrace.kernels.cpu.stream import Stream, join_replays
 from headrace.kernels.cpu.targets import (
     best_target,
-    is_batch_invariant,
+    has_float16_tiles,
     kernels_digest,
     set_num_threads,
     supported_targets,
@@ -42,7 +42,7 @@ __all__ = [
     "Sampling",
     "Stream",
     "best_target",
-    "is_batch_invariant",
+    "has_float16_tiles",
     "join_replays",
     "kernels_digest",
     "kv_cache_num_bytes",
@@ -58,10 +58,13 @@ __all__ = [
 ]
 
 
-def make_ops(target: str, stream: Stream, dataflow: Dataflow) -> dict[str, Callable[..., Any]]:
+def make_ops(
+    target: str, stream: Stream, dataflow: Dataflow, *, batch_invariant: bool = True
+) -> dict[str, Callable[..., Any]]:
     """The ops that are native, by name, on one instruction set and launched on one stream.
 
     dataflow: asked by the linear op for an arm, and by attention for the number of pieces.
+    batch_invariant: see `Linear`.
 
     Raises:
         BackendUnavailable: an instruction set this build or this machine does not have.
@@ -69,7 +72,7 @@ def make_ops(target: str, stream: Stream, dataflow: Dataflow) -> dict[str, Calla
     attention, context_share = Attention(target, stream, dataflow), ContextShare(target, stream)
     norm, activate, sampling = Norm(target, stream), Activate(target, stream), Sampling(target, stream)
     return {
-        "linear": Linear(target, stream, dataflow),
+        "linear": Linear(target, stream, dataflow, batch_invariant=batch_invariant),
         "embedding": Embedding(stream),
         "rms_norm": norm.rms_norm,
         "layer_norm": norm.layer_norm,
@@ -80,7 +83,7 @@ def make_ops(target: str, stream: Stream, dataflow: Dataflow) -> dict[str, Calla
         "attention_share": attention.share,
         "join_heads": context_share.join_heads,
         "weigh_share": context_share.weigh_share,
-        "mixture": Mixture(target, stream, dataflow),
+        "mixture": Mixture(target, stream, dataflow, batch_invariant=batch_invariant),
         "make_kv_cache": make_kv_cache,
         "kv_cache_num_bytes": kv_cache_num_bytes,
         "read_kv": read_kv,

@@ -26,21 +26,25 @@ _ARMS = {
 class Linear:
     """x W^T + bias for packed weights, on one instruction set.
 
-    With an integer W, x is quantized on the fly to int8 in groups along K (`reference.linear_int8_activations`), or, by
-    GEMM on an instruction set that is not batch invariant, rounded to float16 (`reference.linear_float16_activations`).
-    A row's result depends on that row and on the implementation alone, to the bit, and where the instruction set is
-    batch invariant on the row alone.
+    With an integer W, x is quantized on the fly to int8 in groups along K (`reference.linear_int8_activations`), or
+    rounded to float16 where tiles take that (`reference.linear_float16_activations`; `has_float16_tiles`). A row's
+    result depends on that row alone, to the bit, whatever the implementation.
+
+    batch_invariant: False lets implementations differ in that: where there are such tiles, GEMV and flat GEMM take int8
+        all the same, which is faster for a few rows.
 
     Raises:
         BackendUnavailable: an instruction set this machine cannot run.
     """
 
-    def __init__(self, target: str, stream: Stream, dataflow: Dataflow | None = None) -> None:
+    def __init__(
+        self, target: str, stream: Stream, dataflow: Dataflow | None = None, *, batch_invariant: bool = True
+    ) -> None:
         check_target(target)
         self.target = target
         self._stream = stream
         self._dataflow = dataflow or Dataflow()
-        self._native = _native.Linear(target)
+        self._native = _native.Linear(target, batch_invariant)
 
     def __call__(
         self,

@@ -20,17 +20,18 @@ from headrace.kernels.weights import Experts, PackedWeight
 class Mixture:
     """`reference.mixture` on one instruction set, as one op: which experts run is read while it runs.
 
-    A row's result depends on that row alone, to the bit.
+    A row's result depends on that row alone, to the bit, if it is to be batch invariant.
 
     Raises:
         BackendUnavailable: an instruction set this machine cannot run.
     """
 
-    def __init__(self, target: str, stream: Stream, dataflow: Dataflow) -> None:
+    def __init__(self, target: str, stream: Stream, dataflow: Dataflow, *, batch_invariant: bool = True) -> None:
         check_target(target)
         self._target = target
         self._stream = stream
         self._dataflow = dataflow
+        self._batch_invariant = batch_invariant
         self._experts: WeakKeyDictionary[Experts, _native.Experts] = WeakKeyDictionary()
         self._natives: dict[MixtureSpec, _native.Mixture] = {}
 
@@ -78,7 +79,11 @@ class Mixture:
         found = self._natives.get(spec)
         if found is None:
             found = self._natives[spec] = _native.Mixture(
-                self._target, spec.num_experts_per_token, spec.renormalize, ACTIVATION_KINDS[spec.activation]
+                self._target,
+                spec.num_experts_per_token,
+                spec.renormalize,
+                ACTIVATION_KINDS[spec.activation],
+                self._batch_invariant,
             )
         return found
 

@@ -15,20 +15,14 @@ def supported_targets() -> tuple[str, ...]:
     return tuple(_native.supported_targets())
 
 
-_BATCH_VARIANT = {"amx_fp16": "amx"}
-"""Instruction sets whose GEMM sums integer weights in another order than their GEMV and flat GEMM, so that a row's last
-bits depend on the number of rows beside it; and the best one that does not."""
+def best_target() -> str:
+    """The fastest instruction set that this build has kernels for and this machine can run."""
+    return _native.best_target()
 
 
-def best_target(*, batch_invariant: bool = True) -> str:
-    """The fastest instruction set here; if batch_invariant, of those that give a row the same bits in every batch."""
-    target = _native.best_target()
-    return _BATCH_VARIANT.get(target, target) if batch_invariant else target
-
-
-def is_batch_invariant(target: str) -> bool:
-    """Whether all implementations of a linear layer give a row the same bits."""
-    return target not in _BATCH_VARIANT
+def has_float16_tiles(target: str) -> bool:
+    """Whether there are two ways to multiply integer weights, one of them for many rows."""
+    return target == "amx_fp16"
 
 
 def check_target(target: str) -> None:
