@@ -18,11 +18,6 @@ constexpr int64_t kMinParallelWork = 1 << 17;
 // away from a core that writes them again and again.
 constexpr int64_t kScratchGapBytes = 2 * 4096;
 
-int64_t TilesPerBlock(Arm arm, RowTiles tiles, int64_t max_rows) {
-  if (arm != Arm::kGemm) return tiles.num_tiles;
-  return std::clamp<int64_t>(max_rows / tiles.Rows(0).end, 1, tiles.num_tiles);
-}
-
 // As they are.
 Activations Unprepared(const LinearCall& call) {
   const int64_t element_bytes = call.dtype == DType::kFloat32 ? 4 : 2;
@@ -50,8 +45,7 @@ void Linear(Target target, Arm arm, const LinearCall& call) {
   const bool is_prepared = prepared_bytes != 0;
   const int64_t row_bytes = is_prepared ? prepared_bytes : Unprepared(call).row_bytes;
   // A single row may have any stride, even none.
-  const int64_t max_block_rows = kernels.max_block_rows(std::max<int64_t>(row_bytes, 1));
-  const int64_t tiles_per_block = TilesPerBlock(arm, tiles, max_block_rows);
+  const int64_t tiles_per_block = kernels.tiles_per_block(arm, tiles, std::max<int64_t>(row_bytes, 1));
   const int64_t num_panels = (call.weight.rows + kLanes - 1) / kLanes;
   const int64_t max_parts = is_parallel ? pool->num_threads() : 1;
   const int64_t part_bytes =

@@ -33,7 +33,7 @@ namespace headrace {
 //   kGemv      each row of x alone, several panels at once: the chains of one row and one panel are too few to hide the
 //              latency of an addition.
 //   kFlatGemm  W once; each panel meets all rows of x while it is in the L1 or L2 cache.
-//   kGemm      rows of x in blocks that fit L2; each block meets all of W.
+//   kGemm      rows of x in blocks that fit L2, or a part of K of which does; each block meets all of W.
 enum class Arm { kGemv, kFlatGemm, kGemm };
 
 // What does not change while a product is computed. Rows of x are x_stride elements apart; out and bias are contiguous,
@@ -86,8 +86,8 @@ struct Block {
 struct LinearKernels {
   // The most rows a tile takes.
   int (*max_tile_rows)(Format format);
-  // The most rows of x, each of so many bytes, that a block has with kGemm.
-  int64_t (*max_block_rows)(int64_t row_bytes);
+  // How many tiles, of rows of so many bytes, a block has at most.
+  int64_t (*tiles_per_block)(Arm arm, RowTiles tiles, int64_t row_bytes);
   // Bytes of one prepared row; 0 if the kernel reads x as it is.
   int64_t (*prepared_row_bytes)(const LinearCall& call);
   // Bytes of memory of its own that each caller of `compute` needs for blocks of so many tiles and panels at most.

@@ -346,20 +346,23 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-// As many as stay in an L2 cache beside the panels passing by.
-int64_t MaxBlockRows(int64_t row_bytes) { return 256 * 1024 / row_bytes; }
+// With kGemm as many as stay in an L2 cache beside the panels passing by.
+int64_t VectorTilesPerBlock(Arm arm, RowTiles tiles, int64_t row_bytes) {
+  if (arm != Arm::kGemm) return tiles.num_tiles;
+  return std::clamp<int64_t>(256 * 1024 / (tiles.Rows(0).end * row_bytes), 1, tiles.num_tiles);
+}
 int64_t NoScratch(const LinearCall&, int64_t, int64_t) { return 0; }
 
-constexpr LinearKernels kVectorKernels = {&MaxVectorRows, &MaxBlockRows,   &VectorRowBytes,
-                                          &NoScratch,     &PrepareVectors, &ComputeVectors};
+constexpr LinearKernels kVectorKernels = {&MaxVectorRows, &VectorTilesPerBlock, &VectorRowBytes,
+                                          &NoScratch,     &PrepareVectors,      &ComputeVectors};
 
 #ifdef __AMX_TILE__
 
 int MaxTileRows(Format) { return kTileRows; }
-int64_t MaxTileBlockRows(int64_t) { return kBlockRows; }
+int64_t TilesPerBlock(Arm, RowTiles tiles, int64_t) { return std::min<int64_t>(tiles.num_tiles, kBlockTiles); }
 
-constexpr LinearKernels kTileKernels = {&MaxTileRows,      &MaxTileBlockRows, &TileRowBytes,
-                                        &TileScratchBytes, &PrepareTiles,     &ComputeTiles};
+constexpr LinearKernels kTileKernels = {&MaxTileRows,      &TilesPerBlock, &TileRowBytes,
+                                        &TileScratchBytes, &PrepareTiles,  &ComputeTiles};
 
 const LinearKernels& KernelsFor(const LinearCall& call, Arm arm) {
   const bool are_halves =

@@ -5,9 +5,11 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-// Rows of x in a block, and steps that are walked at once: 1 MiB of x, which two panels of weights at a time pass by.
-constexpr int kBlockRows = 256;
+// Tiles of x in a block, and steps that are walked at once: 1 MiB of x, which two panels of weights at a time pass by.
+constexpr int kBlockTiles = 16;
 constexpr int kChunkSteps = 64;
+// Panels whose sums wait for the next chunk of steps: 4 MiB of them.
+constexpr int kBlockPanels = 256;
 // Tiles of x that meet a panel as it comes from memory.
 constexpr int kStreamedTiles = 2;
 
@@ -21,6 +23,7 @@ class TileScratch {
       : memory_(memory), num_tiles_(num_tiles), keeps_sums_(NumChunks(w) > 1) {}
   static int64_t NumBytes(const PackedView& w, int64_t num_tiles, int64_t num_panels) {
     if (num_tiles <= kStreamedTiles) return (kKeptSteps + 1) * kTileBytes;
+    num_panels = std::min<int64_t>(num_panels, kBlockPanels);
     return (2 * kChunkSteps + (NumChunks(w) > 1 ? num_tiles * num_panels : 4)) * kTileBytes;
   }
   char* Weights(int panel) const { return memory_ + panel * kChunkSteps * kTileBytes; }
@@ -66,13 +69,14 @@ PanelChunk ChunkOf(const PackedView& w, int64_t panel, Range steps, char* memory
 }
 
 // The weights of the two panels that follow, asked for in equal parts beside every step in which these are multiplied:
-// all at once they would hold up what those steps load. Past the end of a matrix this asks for nothing that comes.
+// all at once they would hold up what those steps load. What lies behind the last ones is asked for in vain.
 template <class Kernel>
 TileFetch FetchAfter(const PackedView& w, int64_t panel, Range steps, int64_t pair, int64_t num_pairs) {
-  const int lines = static_cast<int>((Kernel::kStepVectors + num_pairs - 1) / num_pairs);
-  const int64_t at = steps.begin * Kernel::kStepVectors + pair * (steps.end - steps.begin) * lines;
+  const int64_t most = (Kernel::kStepVectors + num_pairs - 1) / num_pairs;
+  const int64_t lines = std::clamp<int64_t>(Kernel::kStepVectors - pair * most, 0, most);
+  const int64_t at = steps.begin * Kernel::kStepVectors + pair * (steps.end - steps.begin) * most;
   const auto from = reinterpret_cast<uintptr_t>(w.weights) + (panel + 2) * w.panel_bytes + at * kVectorBytes;
-  return {{reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from + w.panel_bytes)}, lines};
+  return {{reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from + w.panel_bytes)}, static_cast<int>(lines)};
 }
 
 inline void LoadSums(const TileScratch& scratch, int64_t tile, int64_t panel, int num_a, int num_b) {
@@ -149,11 +153,11 @@ void MultiplyBlock(const LinearCall& call, RowTiles tiles, const Activations& ac
 template <class Kernel>
 void StreamBlock(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block,
                  char* memory) {
+  if (block.panels.begin == block.panels.end) return;
   const int num_a = static_cast<int>(block.tiles.end - block.tiles.begin);
   const RowPair pair(tiles, activations, block.tiles.begin, num_a);
   Tiles registers;
   registers.SetRows(pair.Count(0), std::max(1, pair.Count(1)));
-  if (block.panels.begin == block.panels.end) return;
   num_a == 2 ? PanelStream<Kernel, 2>(call, pair, block.panels, memory).Run()
              : PanelStream<Kernel, 1>(call, pair, block.panels, memory).Run();
 }
@@ -161,8 +165,13 @@ void StreamBlock(const LinearCall& call, RowTiles tiles, const Activations& acti
 template <class Kernel>
 void ComputeTiles(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block,
                   char* memory) {
-  const bool are_few = block.tiles.end - block.tiles.begin <= kStreamedTiles;
-  (are_few ? StreamBlock<Kernel> : MultiplyBlock<Kernel>)(call, tiles, activations, block, memory);
+  if (block.tiles.end - block.tiles.begin <= kStreamedTiles) {
+    return StreamBlock<Kernel>(call, tiles, activations, block, memory);
+  }
+  for (int64_t begin = block.panels.begin; begin < block.panels.end; begin += kBlockPanels) {
+    const Range panels = {begin, std::min(begin + kBlockPanels, block.panels.end)};
+    MultiplyBlock<Kernel>(call, tiles, activations, {panels, block.tiles}, memory);
+  }
 }
 
 inline void ComputeTiles(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block,

@@ -73,8 +73,8 @@ inline void MultiplyStep(const char* tile, const char* x0, const char* x1) {
   Dot::template Run<kTileOf<kSide, 1>, TileA(1), TileB(0)>();
 }
 
-// Part of a panel, or of several that lie one behind the other: integers are unpacked some steps before they are
-// multiplied, into the next panel too. Steps are counted from the first one that was ever unpacked.
+// Part of a panel. Integers are unpacked some steps before they are multiplied, those of the next panel too; steps are
+// counted from the first one that was ever unpacked.
 struct StreamWalk {
   const uint8_t* weights;  // of the next step to unpack, or to multiply if none is unpacked
   const uint16_t* scales;

@@ -1,7 +1,7 @@
 // Products with the tiles of AMX (simd/amx-inl.h): bfloat16 weights where they lie, integer ones unpacked to float16.
 //
 // 32 columns are one step. In a step, a panel of 16 outputs is one tile of B, which is how packed_matrix.h lays out pairs
-// of bfloat16 already. Integers of a group become scale * q, rounded to float16, in memory that stays in the L1 cache; a
+// of bfloat16 already. Integers of a group become scale * q, rounded to float16, in memory that stays in a cache; a
 // product of tiles takes as long for one row as for sixteen, so that unpacking once serves them all and a batch of
 // sixteen reads weights as fast as a single row does. Rows of x lie in tiles of A, step by step.
 #ifdef __AMX_TILE__
@@ -41,7 +41,8 @@ inline int64_t TileRowBytes(const LinearCall& call) { return (NumSteps(call.weig
 // infinity or a magnitude of 2^111 makes its row NaN. As where x becomes int8 (prepare-inl.h).
 constexpr int kHalfExponent = 14;
 // Unpacked weights are too small by this power of two: float16 has no factor that makes up for a subnormal's 2^-24 and
-// a scale of up to 2 at the same time. Off by at most 2^-12 of themselves or 2^-15 of the row's largest scale.
+// a scale of up to 2 at the same time. They are off by at most 2^-12 of themselves or by 2^-14, where the row's largest
+// scale is 1 to 2 and rounding its weights to integers costs up to a half of that.
 constexpr int kUnpackedExponent = 10;
 
 #ifdef __AVX512FP16__
@@ -100,7 +101,7 @@ inline GroupScales LoadScales(const uint16_t* scales, int bias) {
   return {times(0x1p14f), times(0x1p10f), times(static_cast<float>(-bias) / (1 << kUnpackedExponent))};
 }
 
-// A tile row of scale * q * 2^-kUnpackedExponent, rounded once. The bits of a small integer are those of a subnormal
+// A tile row of scale * q * 2^-kUnpackedExponent. The bits of a small integer are those of a subnormal
 // float16, the integer times 2^-24; times 2^4 if it lies four bits higher.
 inline void UnpackRow(__m512i bits, __m512i mask, __m512h scale, __m512h offset, char* to) {
   _mm512_store_ph(to, _mm512_fmadd_ph(_mm512_castsi512_ph(_mm512_and_si512(bits, mask)), scale, offset));

@@ -192,6 +192,24 @@ class TestAgainstTheReference:
             assert error < (0.001 if has_half_tiles(target, case) else 0.01)
 
     @each_target
+    @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
+    def test_a_group_that_stands_out(self, target: str, weight_format: WeightFormat) -> None:
+        """Beside it a row's other weights may lose 2^-14 of its scale, at most twice the step of its largest weight."""
+        values = 1e-4 * make_x(16, 320, torch.float32)
+        values[:, 64:96] *= 1e4
+        builder = cpu.make_weight_builder(weight_format, 16, 320)
+        builder.write(0, values)
+        x = make_x(5, 320, torch.float32)
+        x[:, 64:96] = 0
+        lost = 2.0**-14 if cpu.has_float16_tiles(target) else 0
+        step = 2 * values.abs().max() / (8 if weight_format is WeightFormat.INT4 else 128)
+        rounding = 1e-4 * 4 / (8 if weight_format is WeightFormat.INT4 else 128) + 2.0**-6 * values.abs()
+        tolerance = x.abs().double() @ (rounding + lost * step).double().T
+        linear = cpu.Linear(target, cpu.Stream())
+        for arm in ARMS:
+            assert_within(linear(x, builder.build(), arm=arm), x.double() @ values.double().T, tolerance)
+
+    @each_target
     @each_format
     def test_more_work_than_one_thread_takes(self, target: str, weight_format: WeightFormat) -> None:
         case = make_case(weight_format, 300, 512)
@@ -217,6 +235,21 @@ class TestARowDependsOnItselfAlone:
                 for num_rows in (1, 2, 3, 8, 9, 17, 33, 64, 65, 130):
                     batch = run(target, arm, x[:num_rows], case, bias)
                     assert torch.equal(batch, alone[:num_rows]), (num_threads, arm, num_rows)
+
+    @each_target
+    @each_format
+    @pytest.mark.parametrize("num_inputs", [2049, 4130])
+    def test_rows_too_long_for_a_cache(self, target: str, weight_format: WeightFormat, num_inputs: int) -> None:
+        """They are walked in parts, whose sums wait for the next one, in one block of rows and in several."""
+        case = make_case(weight_format, 100, num_inputs)
+        x = make_x(300, num_inputs, case.x_dtypes[0])
+        expected = expected_of(case, x, halves=has_half_tiles(target, case))
+        whole = run(target, ARMS[2], x, case)
+        assert_within(whole, expected, tolerance_of(case, x, expected))
+        for arm, num_threads, num_rows in ((0, 2, 40), (1, 1, 49), (1, 9, 300), (2, 9, 33), (2, 1, 257), (2, 2, 1)):
+            _native.set_num_threads(num_threads)
+            part = run(target, ARMS[arm], x[:num_rows], case)
+            assert torch.equal(part, whole[:num_rows]), (arm, num_threads, num_rows)
 
     @each_target
     @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)

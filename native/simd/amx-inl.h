@@ -146,8 +146,9 @@ __attribute__((noinline)) void MultiplyTiles(const TileWalk& walk, int64_t num_s
   const char *a0 = walk.a[0], *a1 = walk.a[1], *b0 = walk.b[0], *b1 = walk.b[1];
   const int64_t a0_bytes = walk.a_bytes[0], a1_bytes = walk.a_bytes[1];
   const char *fetch0 = walk.fetch.from[0], *fetch1 = walk.fetch.from[1];
+  const int fetch_lines = walk.fetch.lines_per_step;
   for (; num_steps > 0; --num_steps) {
-    for (int i = 0; i < walk.fetch.lines_per_step; ++i, fetch0 += 64, fetch1 += 64) {
+    for (int i = 0; i < fetch_lines; ++i, fetch0 += 64, fetch1 += 64) {
       __builtin_prefetch(fetch0, 0, 2);
       __builtin_prefetch(fetch1, 0, 2);
     }

@@ -35,7 +35,7 @@ class Dataflow:
     """Which implementation multiplies how many rows: as measured where it was, else by default, or one forced on all.
 
     On a CPU all give the same bits, so that the choice is one of speed alone and may change at any time; on a GPU, and
-    on instruction sets that are not batch invariant, each gives a row its bits whatever the other rows are. Recorded
+    without batch invariance, each gives a row its bits whatever the other rows are. Recorded
     steps keep what they were recorded with.
     """
 
