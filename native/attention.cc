@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "scratch.h"
 #include "targets.h"
 #include "thread_pool.h"
 
@@ -45,28 +44,6 @@ struct Schedule {
   std::unique_ptr<std::atomic<int>[]> unfinished;  // pieces of each work
   size_t unfinished_capacity = 0;
   int64_t partial_floats = 0;
-};
-
-class Scratch {
- public:
-  char* Get(int64_t num_bytes) {
-    if (num_bytes > capacity_) {
-      memory_.reset();
-      capacity_ = 0;
-      num_bytes = RoundUp(num_bytes, 4096);
-      memory_.reset(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(num_bytes))));
-      if (memory_ == nullptr) throw std::bad_alloc();
-      capacity_ = num_bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  int64_t capacity_ = 0;
 };
 
 // How many of a sequence's first positions lie in this cache.
@@ -224,7 +201,7 @@ void Attention(Target target, const AttentionCall& call) {
     throw std::invalid_argument("query heads must be a multiple of KV heads");
   }
   thread_local Schedule schedule;
-  thread_local Scratch partial_memory, workspace_memory;
+  thread_local ScratchMemory partial_memory, workspace_memory;
   const AttentionKernels& kernels = HEADRACE_CHOOSE(target, kAttention);
   ListWorks(call, schedule);
   if (schedule.works.empty()) return;
@@ -233,9 +210,10 @@ void Attention(Target target, const AttentionCall& call) {
   const std::shared_ptr<ThreadPool> pool = Pool();
   const int num_threads = total < kMinParallelWork ? 1 : pool->num_threads();
   CutIntoPieces(call, num_threads, schedule);
-  auto* partials = reinterpret_cast<float*>(partial_memory.Get(schedule.partial_floats * sizeof(float)));
-  const int64_t workspace_bytes = kernels.workspace_bytes(call);
-  char* workspaces = workspace_memory.Get(num_threads * workspace_bytes);
+  auto* partials =
+      reinterpret_cast<float*>(partial_memory.Get(static_cast<size_t>(schedule.partial_floats) * sizeof(float)));
+  const int64_t workspace_bytes = kScratchGapBytes + kernels.workspace_bytes(call);
+  char* workspaces = workspace_memory.Get(static_cast<size_t>(num_threads * workspace_bytes));
   std::atomic<size_t> next_piece{0};
   Schedule& work_list = schedule;  // of this thread, for the others
   const auto work_on = [&](int thread) {

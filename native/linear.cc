@@ -14,10 +14,6 @@ namespace {
 // Multiplications below which a second thread costs more than it saves: a few microseconds of work.
 constexpr int64_t kMinParallelWork = 1 << 17;
 
-// Between the memory of one thread and of the next one: what prefetchers read past the end of the one would take lines
-// away from a core that writes them again and again.
-constexpr int64_t kScratchGapBytes = 2 * 4096;
-
 // As they are.
 Activations Unprepared(const LinearCall& call) {
   const int64_t element_bytes = call.dtype == DType::kFloat32 ? 4 : 2;

@@ -1,27 +1,25 @@
 #include "scratch.h"
 
-#include <cstdlib>
-#include <memory>
 #include <new>
 
 namespace headrace {
 
-char* Scratch(size_t num_bytes) {
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<char, Free> memory;
-  thread_local size_t capacity = 0;
-  if (num_bytes > capacity) {
+char* ScratchMemory::Get(size_t num_bytes) {
+  if (num_bytes > capacity_) {
     constexpr size_t kPageBytes = 4096;
-    memory.reset();
-    capacity = 0;
+    memory_.reset();
+    capacity_ = 0;
     num_bytes = (num_bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
-    memory.reset(static_cast<char*>(std::aligned_alloc(64, num_bytes)));
-    if (memory == nullptr) throw std::bad_alloc();
-    capacity = num_bytes;
+    memory_.reset(static_cast<char*>(std::aligned_alloc(64, num_bytes)));
+    if (memory_ == nullptr) throw std::bad_alloc();
+    capacity_ = num_bytes;
   }
-  return memory.get();
+  return memory_.get();
+}
+
+char* Scratch(size_t num_bytes) {
+  thread_local ScratchMemory memory;
+  return memory.Get(num_bytes);
 }
 
 }  // namespace headrace
