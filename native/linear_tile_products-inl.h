@@ -22,7 +22,7 @@ class TileScratch {
   TileScratch(const PackedView& w, int64_t num_tiles, char* memory)
       : memory_(memory), num_tiles_(num_tiles), keeps_sums_(NumChunks(w) > 1) {}
   static int64_t NumBytes(const PackedView& w, int64_t num_tiles, int64_t num_panels) {
-    if (num_tiles <= kStreamedTiles) return (kKeptSteps + 1) * kTileBytes;
+    if (num_tiles <= kStreamedTiles) return kStreamScratchBytes;
     num_panels = std::min<int64_t>(num_panels, kBlockPanels);
     return (2 * kChunkSteps + (NumChunks(w) > 1 ? num_tiles * num_panels : 4)) * kTileBytes;
   }
@@ -149,17 +149,14 @@ void MultiplyBlock(const LinearCall& call, RowTiles tiles, const Activations& ac
   }
 }
 
-// Panels one by one, for up to two tiles of x.
+// Panels some at a time, for up to two tiles of x.
 template <class Kernel>
 void StreamBlock(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block,
                  char* memory) {
-  if (block.panels.begin == block.panels.end) return;
   const int num_a = static_cast<int>(block.tiles.end - block.tiles.begin);
   const RowPair pair(tiles, activations, block.tiles.begin, num_a);
-  Tiles registers;
-  registers.SetRows(pair.Count(0), std::max(1, pair.Count(1)));
-  num_a == 2 ? PanelStream<Kernel, 2>(call, pair, block.panels, memory).Run()
-             : PanelStream<Kernel, 1>(call, pair, block.panels, memory).Run();
+  num_a == 2 ? PanelStream<Kernel, 2>(call, pair, memory).Run(block.panels)
+             : PanelStream<Kernel, 1>(call, pair, memory).Run(block.panels);
 }
 
 template <class Kernel>

@@ -1,17 +1,33 @@
-// Products of up to 32 rows of x in tiles: each panel of W is read from memory once, as it is multiplied.
+// Products of up to 32 rows of x in tiles: panels of W are read from memory once, some at a time, as they are
+// multiplied.
 #ifdef __AMX_TILE__
 
 namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-// How early weights and scales are asked for into the L1 cache. Hardware brings them from memory into the L2 cache
-// early enough if nothing holds up its stream; so they arrive as fast as a thread reads them that does nothing else.
-constexpr int kStreamBytes = 1024;
+// Panels that a tile of x is multiplied by when it is loaded: tiles of many rows do not stay in the L1 cache, and would
+// take the way from the L2 cache that weights need.
+constexpr int kStreamPanels = 3;
+
+// Which tiles are what: a product of each tile of x and panel, and one tile of each that is loaded anew all the time.
+constexpr int StreamC(int a, int p) { return kStreamPanels * a + p; }
+constexpr int kStreamA = 6, kStreamB = 7;
+
+// How early weights and scales of each panel are asked for into the L1 cache.
+template <class Kernel>
+constexpr int kStreamBytes = Kernel::kIsUnpacked ? 1024 : 384;
 constexpr int kStreamScaleBytes = 512;
 
+// Integers are unpacked a step before they are multiplied: tiles are loaded from the cache, not from stores under way.
+// Few steps are kept, so that they stay in the L1 cache while weights pass through it.
+constexpr int kKeptSteps = 2;
+
+constexpr int64_t kStreamScratchBytes = kKeptSteps * kStreamPanels * kTileBytes;
+static_assert(kKeptSteps >= 2);  // products of two tiles of x are stored there in the end
+
 // Past the end of a matrix this asks for nothing that comes.
-inline void PrefetchAhead(const void* from, int ahead_bytes, int num_lines) {
+inline void PrefetchAhead(const void* from, int64_t ahead_bytes, int num_lines) {
   const auto address = reinterpret_cast<uintptr_t>(from) + ahead_bytes;
   for (int i = 0; i < num_lines; ++i)
     __builtin_prefetch(reinterpret_cast<const void*>(address + i * kVectorBytes), 0, 3);
@@ -57,153 +73,166 @@ inline const char* WholeTile(const PackedView& w, int64_t panel, int64_t step, c
   return padded;
 }
 
-// Which products of two panels a walk adds to: those of the other one wait meanwhile to be stored.
-enum class Side { kEven, kOdd };
-
-template <Side kSide, int kA>
-constexpr int kTileOf = TileC(kA, static_cast<int>(kSide));
-
-template <class Dot, Side kSide, int kNumA>
-inline void MultiplyStep(const char* tile, const char* x0, const char* x1) {
-  LoadTile<TileA(0)>(x0, kTileRowBytes);
-  LoadTile<TileB(0)>(tile, kTileRowBytes);
-  Dot::template Run<kTileOf<kSide, 0>, TileA(0), TileB(0)>();
-  if constexpr (kNumA == 1) return;
-  LoadTile<TileA(1)>(x1, kTileRowBytes);
-  Dot::template Run<kTileOf<kSide, 1>, TileA(1), TileB(0)>();
+template <class Dot, int kA, int kP, bool kIsLoaded>
+inline void MultiplyPanel(const char* tile) {
+  if constexpr (!kIsLoaded) LoadTile<kStreamB>(tile, kTileRowBytes);
+  Dot::template Run<StreamC(kA, kP), kStreamA, kStreamB>();
 }
 
-// Part of a panel. Integers are unpacked some steps before they are multiplied, those of the next panel too; steps are
-// counted from the first one that was ever unpacked.
+// A step of kNumP panels, whose tiles of B lie tile_bytes apart. The second tile of x meets them in the opposite order,
+// so that it finds one loaded.
+template <class Dot, int kNumA, int kNumP>
+inline void MultiplyStep(const char* tile, int64_t tile_bytes, const char* x0, const char* x1) {
+  LoadTile<kStreamA>(x0, kTileRowBytes);
+  MultiplyPanel<Dot, 0, 0, false>(tile);
+  if constexpr (kNumP > 1) MultiplyPanel<Dot, 0, 1, false>(tile + tile_bytes);
+  if constexpr (kNumP > 2) MultiplyPanel<Dot, 0, 2, false>(tile + 2 * tile_bytes);
+  if constexpr (kNumA == 1) return;
+  LoadTile<kStreamA>(x1, kTileRowBytes);
+  if constexpr (kNumP > 2) MultiplyPanel<Dot, 1, 2, true>(tile + 2 * tile_bytes);
+  if constexpr (kNumP > 1) MultiplyPanel<Dot, 1, 1, kNumP == 2>(tile + tile_bytes);
+  MultiplyPanel<Dot, 1, 0, kNumP == 1>(tile);
+}
+
+// Some panels, one behind the other, from their first step on.
 struct StreamWalk {
-  const uint8_t* weights;  // of the next step to unpack, or to multiply if none is unpacked
+  const uint8_t* weights;
+  int64_t panel_bytes;
   const uint16_t* scales;
+  int64_t panel_scales;
   const char* x[2];
   int64_t x_bytes[2];  // from one step to the next one
-  Range steps;
-  int64_t end;  // of all steps there are
+  int64_t num_steps;
   char* memory;
 };
 
+template <class Kernel, int kNumP>
+inline void UnpackStep(const uint8_t* w, int64_t panel_bytes, const uint16_t* scales, int64_t panel_scales, char* to) {
+  for (int p = 0; p < kNumP; ++p) Kernel::Unpack(w + p * panel_bytes, scales + p * panel_scales, to + p * kTileBytes);
+}
+
 // A function of its own, like MultiplyTiles, and none of its variables in memory: what is unpacked goes through all
 // places of a page, and a load from the stack would wait for the store that it could depend on.
-template <class Kernel, Side kSide, int kNumA>
+template <class Kernel, int kNumA, int kNumP>
 __attribute__((noinline)) void MultiplyStream(const StreamWalk& walk) {
+  constexpr int kStepBytes = Kernel::kStepVectors * kVectorBytes;
   const uint8_t* w = walk.weights;
   const uint16_t* scales = walk.scales;
   const char *x0 = walk.x[0], *x1 = walk.x[1];
-  const int64_t x0_bytes = walk.x_bytes[0], x1_bytes = walk.x_bytes[1], steps_end = walk.steps.end, end = walk.end;
+  const int64_t x0_bytes = walk.x_bytes[0], x1_bytes = walk.x_bytes[1], panel_bytes = walk.panel_bytes;
+  const int64_t panel_scales = walk.panel_scales;
   char* const memory = walk.memory;
-  for (int64_t step = walk.steps.begin; step < steps_end; ++step) {
-    const char* tile = reinterpret_cast<const char*>(w);
-    PrefetchAhead(w, kStreamBytes, Kernel::kStepVectors);
+  int64_t kept = 0;
+  if constexpr (Kernel::kIsUnpacked) UnpackStep<Kernel, kNumP>(w, panel_bytes, scales, panel_scales, memory);
+  for (int64_t left = walk.num_steps; left > 0; --left) {
+    // Behind a panel lie others that are multiplied now; what its place among these goes to comes after them.
+    const int64_t ahead =
+        kStreamBytes<Kernel> + (left * kStepBytes > kStreamBytes<Kernel> ? 0 : (kNumP - 1) * panel_bytes);
+    for (int p = 0; p < kNumP; ++p) PrefetchAhead(w + p * panel_bytes, ahead, Kernel::kStepVectors);
     if constexpr (Kernel::kIsUnpacked) {
-      const int64_t next = step + kUnpackAhead;
-      PrefetchAhead(scales, kStreamScaleBytes, 1);
-      if (next < end) Kernel::Unpack(w, scales, memory + next % kKeptSteps * kTileBytes);
-      tile = memory + step % kKeptSteps * kTileBytes;
+      const char* tiles = memory + kept * kNumP * kTileBytes;
+      kept = (kept + 1) % kKeptSteps;
+      for (int p = 0; p < kNumP; ++p) PrefetchAhead(scales + p * panel_scales, kStreamScaleBytes, 1);
+      w += kStepBytes;
       scales += kLanes;
+      if (left > 1) {
+        UnpackStep<Kernel, kNumP>(w, panel_bytes, scales, panel_scales, memory + kept * kNumP * kTileBytes);
+      }
+      MultiplyStep<typename Kernel::Dot, kNumA, kNumP>(tiles, kTileBytes, x0, x1);
+    } else {
+      MultiplyStep<typename Kernel::Dot, kNumA, kNumP>(reinterpret_cast<const char*>(w), panel_bytes, x0, x1);
+      w += kStepBytes;
     }
-    w += Kernel::kStepVectors * kVectorBytes;
-    MultiplyStep<typename Kernel::Dot, kSide, kNumA>(tile, x0, x1);
     x0 += x0_bytes;
     x1 += x1_bytes;
   }
 }
 
-// All panels of a block, one after the other. The products of a panel are stored a few steps into the next one, when
-// none of them is under way any more, and the lines they go to are asked for a panel earlier.
+// Products of up to two tiles of rows and all panels of a block.
 template <class Kernel, int kNumA>
 class PanelStream {
  public:
-  PanelStream(const LinearCall& call, const RowPair& pair, Range panels, char* memory)
-      : call_(call), pair_(pair), panels_(panels), num_steps_(NumSteps(call.weight)), memory_(memory) {
-    if constexpr (Kernel::kIsUnpacked) {
-      for (int64_t step = 0; step < std::min<int64_t>(kUnpackAhead, num_steps_ * Count()); ++step) {
-        Kernel::Unpack(WeightsAt(panels.begin, step), ScalesAt(panels.begin, step), memory_ + step * kTileBytes);
-      }
-    }
+  PanelStream(const LinearCall& call, const RowPair& pair, char* memory)
+      : call_(call), pair_(pair), num_steps_(NumSteps(call.weight)), memory_(memory) {
+    // Both tiles of x are loaded as if they had as many rows: what comes then instead of a row that is missing, the
+    // next step's first one, adds to a row of products that nobody reads.
+    const int num_rows = std::max(pair.Count(0), pair.Count(1));
+    for (int tile = 0; tile < kStreamB; ++tile) shapes_.Set(tile, num_rows, kTileRowBytes);
+    shapes_.Set(kStreamB, kTileRows, kTileRowBytes);
+    shapes_.Configure();
   }
 
-  void Run() {
-    for (int64_t panel = panels_.begin; panel < panels_.end; panel += 2) {
-      RunPanel<Side::kEven, Side::kOdd>(panel);
-      if (panel + 1 < panels_.end) RunPanel<Side::kOdd, Side::kEven>(panel + 1);
-    }
-    Count() % 2 == 1 ? Store<Side::kEven>(panels_.end - 1) : Store<Side::kOdd>(panels_.end - 1);
+  void Run(Range panels) const {
+    int64_t panel = panels.begin;
+    for (; panel + kStreamPanels <= panels.end; panel += kStreamPanels) Run<kStreamPanels>(panel);
+    if (panels.end - panel == 2) return Run<2>(panel);
+    if (panels.end - panel == 1) return Run<1>(panel);
   }
 
  private:
-  static constexpr int kStepsBeforeStore = 4;
-
-  int64_t Count() const { return panels_.end - panels_.begin; }
-  const uint8_t* WeightsAt(int64_t panel, int64_t step) const {
-    return call_.weight.weights + panel * call_.weight.panel_bytes + step * Kernel::kStepVectors * kVectorBytes;
-  }
-  const uint16_t* ScalesAt(int64_t panel, int64_t step) const {
-    return call_.weight.scales + (panel * call_.weight.num_groups + step) * kLanes;
-  }
-
-  template <Side kSide, Side kOther>
-  void RunPanel(int64_t panel) {
-    ZeroTile<kTileOf<kSide, 0>>();
-    ZeroTile<kTileOf<kSide, 1>>();
-    PrefetchOutputs(panel);
-    const int64_t first = std::min<int64_t>(kStepsBeforeStore, num_steps_);
-    Multiply<kSide>(panel, {0, first});
-    if (panel > panels_.begin) Store<kOther>(panel - 1);
-    Multiply<kSide>(panel, {first, num_steps_});
+  template <int kNumP>
+  void Run(int64_t panel) const {
+    for (const Range& rows : pair_.rows) {
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        __builtin_prefetch(OutputAt(call_, row, panel), 1);
+        __builtin_prefetch(OutputAt(call_, row, panel + kNumP - 1), 1);
+      }
+    }
+    ZeroProducts();
+    Multiply<kNumP>(panel);
+    Store<0, kNumP>(panel);
+    if constexpr (kNumA == 2) Store<1, kNumP>(panel);
   }
 
-  template <Side kSide>
-  void Multiply(int64_t panel, Range steps) {
-    const char* x[2] = {pair_.x[0] + steps.begin * pair_.StepBytes(0), pair_.x[1] + steps.begin * pair_.StepBytes(1)};
-    StreamWalk walk = {WeightsAt(panel, steps.begin),
+  static void ZeroProducts() {
+    ZeroTile<StreamC(0, 0)>();
+    ZeroTile<StreamC(0, 1)>();
+    ZeroTile<StreamC(0, 2)>();
+    ZeroTile<StreamC(1, 0)>();
+    ZeroTile<StreamC(1, 1)>();
+    ZeroTile<StreamC(1, 2)>();
+  }
+
+  template <int kNumP>
+  void Multiply(int64_t panel) const {
+    const PackedView& w = call_.weight;
+    StreamWalk walk = {w.weights + panel * w.panel_bytes,
+                       w.panel_bytes,
                        nullptr,
-                       {x[0], x[1]},
+                       w.num_groups * kLanes,
+                       {pair_.x[0], pair_.x[1]},
                        {pair_.StepBytes(0), pair_.StepBytes(1)},
-                       steps,
-                       steps.end,
+                       num_steps_,
                        memory_};
     if constexpr (Kernel::kIsUnpacked) {
-      const int64_t before = (panel - panels_.begin) * num_steps_;
-      walk.weights = WeightsAt(panel, steps.begin + kUnpackAhead);
-      walk.scales = ScalesAt(panel, steps.begin + kUnpackAhead);
-      walk.steps = {before + steps.begin, before + steps.end};
-      walk.end = num_steps_ * Count();
-      return MultiplyStream<Kernel, kSide, kNumA>(walk);
+      walk.scales = w.scales + panel * walk.panel_scales;
+      return MultiplyStream<Kernel, kNumA, kNumP>(walk);
     } else {
-      walk.steps.end = std::clamp(call_.weight.panel_bytes / kTileBytes, steps.begin, steps.end);
-      MultiplyStream<Kernel, kSide, kNumA>(walk);
-      if (walk.steps.end == steps.end) return;
-      const int64_t count = walk.steps.end - steps.begin;
-      MultiplyStep<typename Kernel::Dot, kSide, kNumA>(WholeTile(call_.weight, panel, walk.steps.end, memory_),
-                                                       x[0] + count * pair_.StepBytes(0),
-                                                       x[1] + count * pair_.StepBytes(1));
+      walk.num_steps = w.panel_bytes / kTileBytes;
+      MultiplyStream<Kernel, kNumA, kNumP>(walk);
+      if (walk.num_steps == num_steps_) return;
+      for (int p = 0; p < kNumP; ++p) WholeTile(w, panel + p, walk.num_steps, memory_ + p * kTileBytes);
+      MultiplyStep<typename Kernel::Dot, kNumA, kNumP>(memory_, kTileBytes,
+                                                       walk.x[0] + walk.num_steps * walk.x_bytes[0],
+                                                       walk.x[1] + walk.num_steps * walk.x_bytes[1]);
     }
   }
 
-  void PrefetchOutputs(int64_t panel) const {
-    for (const Range& rows : pair_.rows) {
-      for (int64_t row = rows.begin; row < rows.end; ++row) __builtin_prefetch(OutputAt(call_, row, panel), 1);
-    }
-  }
-
-  template <Side kSide>
+  template <int kA, int kNumP>
   void Store(int64_t panel) const {
-    auto* sums = reinterpret_cast<float*>(memory_ + kKeptSteps * kTileBytes);
-    StoreTile<kTileOf<kSide, 0>>(sums, kTileRowBytes);
-    StoreOutputs(call_, pair_, 0, panel, sums);
-    if constexpr (kNumA == 1) return;
-    StoreTile<kTileOf<kSide, 1>>(sums, kTileRowBytes);
-    StoreOutputs(call_, pair_, 1, panel, sums);
+    auto* sums = reinterpret_cast<float*>(memory_ + kA * kStreamPanels * kTileBytes);
+    constexpr int kTileFloats = kTileRows * kLanes;
+    StoreTile<StreamC(kA, 0)>(sums, kTileRowBytes);
+    if constexpr (kNumP > 1) StoreTile<StreamC(kA, 1)>(sums + kTileFloats, kTileRowBytes);
+    if constexpr (kNumP > 2) StoreTile<StreamC(kA, 2)>(sums + 2 * kTileFloats, kTileRowBytes);
+    for (int p = 0; p < kNumP; ++p) StoreOutputs(call_, pair_, kA, panel + p, sums + p * kTileFloats);
   }
 
   const LinearCall& call_;
   const RowPair& pair_;
-  Range panels_;
   int64_t num_steps_;
   char* memory_;
+  TileShapes shapes_;
 };
 
 }  // namespace

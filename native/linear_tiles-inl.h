@@ -17,13 +17,6 @@ namespace {
 
 static_assert(kTileColumns == kGroup && kTileRows == kLanes);
 
-// How far before it is multiplied a step is unpacked where weights are read once: tiles are loaded from the cache, not
-// from stores under way.
-constexpr int kUnpackAhead = 2;
-// More are kept than are waiting, so that none is stored to where the last one is still being loaded from; few, so that
-// they stay in the L1 cache while weights pass through it.
-constexpr int kKeptSteps = 2 * kUnpackAhead;
-
 #ifdef __AVX512FP16__
 constexpr bool kHasHalfTiles = true;
 #else
