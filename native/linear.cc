@@ -14,6 +14,9 @@ namespace {
 // Multiplications below which a second thread costs more than it saves: a few microseconds of work.
 constexpr int64_t kMinParallelWork = 1 << 17;
 
+// Panels of a thread from which on preparing all rows is a small part of its work.
+constexpr int64_t kMinOwnPanels = 32;
+
 // As they are.
 Activations Unprepared(const LinearCall& call) {
   const int64_t element_bytes = call.dtype == DType::kFloat32 ? 4 : 2;
@@ -44,24 +47,29 @@ void Linear(Target target, Arm arm, const LinearCall& call) {
   const int64_t tiles_per_block = kernels.tiles_per_block(arm, tiles, std::max<int64_t>(row_bytes, 1));
   const int64_t num_panels = (call.weight.rows + kLanes - 1) / kLanes;
   const int64_t max_parts = is_parallel ? pool->num_threads() : 1;
-  const int64_t part_bytes =
-      kScratchGapBytes + kernels.scratch_bytes(call, tiles_per_block, (num_panels - 1) / max_parts + 1);
-  const int64_t parts_bytes = part_bytes * max_parts;
-  // Of each thread, then activations.
-  char* memory = Scratch(static_cast<size_t>(parts_bytes + call.num_rows * prepared_bytes));
-  const Activations activations = is_prepared ? Activations{memory + parts_bytes, row_bytes} : Unprepared(call);
+  // What another core has just written takes long to come from there, and waiting for it takes longer still: where rows
+  // are few and panels many, it is quicker to do all of it.
+  const bool is_own = call.num_rows <= kernels.max_own_rows && num_panels >= kMinOwnPanels * max_parts;
+  const int64_t activations_bytes = RoundUp(call.num_rows * prepared_bytes, kVectorBytes);
+  const int64_t scratch_bytes =
+      RoundUp(kernels.scratch_bytes(call, tiles_per_block, (num_panels - 1) / max_parts + 1), kVectorBytes);
+  const int64_t part_bytes = scratch_bytes + (is_own ? activations_bytes : 0) + kScratchGapBytes;
+  // Of each thread, then what they share.
+  char* memory = Scratch(static_cast<size_t>(max_parts * part_bytes + (is_own ? 0 : activations_bytes)));
   const int64_t num_blocks = (tiles.num_tiles - 1) / tiles_per_block + 1;
-  const int64_t num_groups = (call.weight.padded_columns + kGroup - 1) / kGroup;
+  const Range groups = {0, (call.weight.padded_columns + kGroup - 1) / kGroup};
   Barrier barrier;
   RunParts(pool.get(), [&](int part, int num_parts) {
+    char* scratch = memory + part * part_bytes;
+    Activations activations = Unprepared(call);
     if (is_prepared) {
-      kernels.prepare(call, tiles, Part({0, num_groups}, part, num_parts), activations);
-      barrier.Wait(num_parts);
+      activations = {is_own ? scratch + scratch_bytes : memory + max_parts * part_bytes, row_bytes};
+      kernels.prepare(call, tiles, is_own ? groups : Part(groups, part, num_parts), activations);
+      if (!is_own) barrier.Wait(num_parts);
     }
     const Range panels = Part({0, num_panels}, part, num_parts);
     for (int64_t block = 0; block < num_blocks; ++block) {
-      kernels.compute(call, tiles, activations, {panels, Part({0, tiles.num_tiles}, block, num_blocks)},
-                      memory + part * part_bytes);
+      kernels.compute(call, tiles, activations, {panels, Part({0, tiles.num_tiles}, block, num_blocks)}, scratch);
     }
   });
 }

@@ -92,6 +92,8 @@ struct LinearKernels {
   int64_t (*prepared_row_bytes)(const LinearCall& call);
   // Bytes of memory of its own that each caller of `compute` needs for blocks of so many tiles and panels at most.
   int64_t (*scratch_bytes)(const LinearCall& call, int64_t num_tiles, int64_t num_panels);
+  // Up to so many rows every thread prepares all of them for itself.
+  int64_t max_own_rows;
   // Fills columns [kGroup * groups.begin, kGroup * groups.end) of all rows of activations.
   void (*prepare)(const LinearCall& call, RowTiles tiles, Range groups, const Activations& activations);
   // Computes a block of the output.

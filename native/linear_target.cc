@@ -353,16 +353,17 @@ int64_t VectorTilesPerBlock(Arm arm, RowTiles tiles, int64_t row_bytes) {
 }
 int64_t NoScratch(const LinearCall&, int64_t, int64_t) { return 0; }
 
-constexpr LinearKernels kVectorKernels = {&MaxVectorRows, &VectorTilesPerBlock, &VectorRowBytes,
-                                          &NoScratch,     &PrepareVectors,      &ComputeVectors};
+constexpr LinearKernels kVectorKernels = {&MaxVectorRows,  &VectorTilesPerBlock, &VectorRowBytes, &NoScratch, 0,
+                                          &PrepareVectors, &ComputeVectors};
 
 #ifdef __AMX_TILE__
 
 int MaxTileRows(Format) { return kTileRows; }
 int64_t TilesPerBlock(Arm, RowTiles tiles, int64_t) { return std::min<int64_t>(tiles.num_tiles, kBlockTiles); }
 
-constexpr LinearKernels kTileKernels = {&MaxTileRows,      &TilesPerBlock, &TileRowBytes,
-                                        &TileScratchBytes, &PrepareTiles,  &ComputeTiles};
+constexpr LinearKernels kTileKernels = {
+    &MaxTileRows,  &TilesPerBlock, &TileRowBytes, &TileScratchBytes, kStreamedTiles * kTileRows,
+    &PrepareTiles, &ComputeTiles};
 
 const LinearKernels& KernelsFor(const LinearCall& call, Arm arm) {
   const bool are_halves =

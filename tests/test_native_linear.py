@@ -238,6 +238,21 @@ class TestARowDependsOnItselfAlone:
 
     @each_target
     @each_format
+    def test_rows_that_each_thread_prepares_for_itself(self, target: str, weight_format: WeightFormat) -> None:
+        """One and two threads have enough panels of these to do so, three have not."""
+        case = make_case(weight_format, 1037, 130)
+        x = make_x(33, 130, case.x_dtypes[0])
+        expected = expected_of(case, x, halves=has_half_tiles(target, case))
+        _native.set_num_threads(3)
+        shared = run(target, ARMS[1], x, case)
+        assert_within(shared, expected, tolerance_of(case, x, expected))
+        for arm, num_threads, num_rows in product(ARMS, (1, 2), (1, 2, 16, 17, 31, 32, 33)):
+            _native.set_num_threads(num_threads)
+            own = run(target, arm, x[:num_rows], case)
+            assert torch.equal(own, shared[:num_rows]), (arm, num_threads, num_rows)
+
+    @each_target
+    @each_format
     @pytest.mark.parametrize("num_inputs", [2049, 4130])
     def test_rows_too_long_for_a_cache(self, target: str, weight_format: WeightFormat, num_inputs: int) -> None:
         """They are walked in parts, whose sums wait for the next one, in one block of rows and in several."""
