@@ -50,7 +50,7 @@ void Linear(Target target, Arm arm, const LinearCall& call) {
   // What another core has just written takes long to come from there, and waiting for it takes longer still: where rows
   // are few and panels many, it is quicker to do all of it.
   const bool is_own = call.num_rows <= kernels.max_own_rows && num_panels >= kMinOwnPanels * max_parts;
-  const int64_t activations_bytes = RoundUp(call.num_rows * prepared_bytes, kVectorBytes);
+  const int64_t activations_bytes = RoundUp(tiles.num_tiles * tiles.MaxRows() * prepared_bytes, kVectorBytes);
   const int64_t scratch_bytes =
       RoundUp(kernels.scratch_bytes(call, tiles_per_block, (num_panels - 1) / max_parts + 1), kVectorBytes);
   const int64_t part_bytes = scratch_bytes + (is_own ? activations_bytes : 0) + kScratchGapBytes;

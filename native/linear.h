@@ -61,6 +61,7 @@ struct RowTiles {
   int64_t num_tiles;
 
   Range Rows(int64_t tile) const { return Part({0, num_rows}, tile, num_tiles); }
+  int64_t MaxRows() const { return (num_rows + num_tiles - 1) / num_tiles; }
 };
 
 // Activations in the form the kernels read; row m begins at values + m * row_bytes.

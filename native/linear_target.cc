@@ -17,6 +17,8 @@
 
 #include "simd/simd-inl.h"
 
+#include "unroll-inl.h"
+
 #include "load-inl.h"
 #include "prepare-inl.h"
 
@@ -338,7 +340,7 @@ void ComputeVectors(const LinearCall& call, RowTiles tiles, const Activations& a
 }  // namespace HEADRACE_TARGET
 }  // namespace headrace
 
-#include "linear_tile_stream-inl.h"
+#include "linear_tile_steps-inl.h"
 
 #include "linear_tile_products-inl.h"
 
@@ -358,12 +360,13 @@ constexpr LinearKernels kVectorKernels = {&MaxVectorRows,  &VectorTilesPerBlock,
 
 #ifdef __AMX_TILE__
 
+constexpr int64_t kMaxOwnRows = 2 * kTileRows;
+
 int MaxTileRows(Format) { return kTileRows; }
 int64_t TilesPerBlock(Arm, RowTiles tiles, int64_t) { return std::min<int64_t>(tiles.num_tiles, kBlockTiles); }
 
-constexpr LinearKernels kTileKernels = {
-    &MaxTileRows,  &TilesPerBlock, &TileRowBytes, &TileScratchBytes, kStreamedTiles * kTileRows,
-    &PrepareTiles, &ComputeTiles};
+constexpr LinearKernels kTileKernels = {&MaxTileRows, &TilesPerBlock, &TileRowBytes, &TileScratchBytes,
+                                        kMaxOwnRows,  &PrepareTiles,  &ComputeTiles};
 
 const LinearKernels& KernelsFor(const LinearCall& call, Arm arm) {
   const bool are_halves =

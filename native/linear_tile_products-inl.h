@@ -1,187 +1,224 @@
-// Products in tiles: of few rows of x as weights come from memory, of many in blocks that stay in the L2 cache.
+// Products in tiles of any number of rows: x stays in the L2 cache, and panels of W pass by it, some at a time.
 #ifdef __AMX_TILE__
 
 namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-// Tiles of x in a block, and steps that are walked at once: 1 MiB of x, which two panels of weights at a time pass by.
+// Tiles of x in a block, and how many steps of a tile, times tiles, are walked at once: 1 MiB of x.
 constexpr int kBlockTiles = 16;
-constexpr int kChunkSteps = 64;
-// Panels whose sums wait for the next chunk of steps: 4 MiB of them.
+constexpr int kBlockSteps = 1152;
+// Panels whose sums wait for the next steps: 4 MiB of them.
 constexpr int kBlockPanels = 256;
-// Tiles of x that meet a panel as it comes from memory.
-constexpr int kStreamedTiles = 2;
+// How all tiles of a block meet some panels before the next ones come: in passes of so many tiles. The first pass may
+// take panels as they come from memory; others ask for a part each of the panels that follow.
+struct Passes {
+  int most_tiles;
+  int num_panels;
+  bool is_first_from_memory;
+};
 
-inline int64_t NumChunks(const PackedView& w) { return (NumSteps(w) + kChunkSteps - 1) / kChunkSteps; }
+// Weights that are not unpacked come from the L2 cache in each pass: two panels, since six would take half of it.
+template <class Kernel>
+constexpr Passes PassesFor(int64_t num_tiles) {
+  return Kernel::kIsUnpacked || num_tiles <= kMostTiles ? Passes{kMostTiles, 6, true} : Passes{2, 2, false};
+}
 
-// Memory of one thread: tiles of B of two panels that are not read where the weights lie, and sums of products. Those
-// wait there for the next chunk of steps, or lie where the last ones did if there is one chunk alone.
+inline int64_t NumChunks(const PackedView& w, int64_t num_tiles) {
+  return (NumSteps(w) * num_tiles - 1) / kBlockSteps + 1;
+}
+
+// Memory of one thread: what is unpacked, products to be stored, and sums of products that wait for the next chunk of
+// steps, if there is more than one.
 class TileScratch {
  public:
-  TileScratch(const PackedView& w, int64_t num_tiles, char* memory)
-      : memory_(memory), num_tiles_(num_tiles), keeps_sums_(NumChunks(w) > 1) {}
+  TileScratch(int64_t num_tiles, char* memory) : memory_(memory), num_tiles_(num_tiles) {}
   static int64_t NumBytes(const PackedView& w, int64_t num_tiles, int64_t num_panels) {
-    if (num_tiles <= kStreamedTiles) return kStreamScratchBytes;
-    num_panels = std::min<int64_t>(num_panels, kBlockPanels);
-    return (2 * kChunkSteps + (NumChunks(w) > 1 ? num_tiles * num_panels : 4)) * kTileBytes;
+    const int64_t num_sums = NumChunks(w, num_tiles) > 1 ? num_tiles * std::min<int64_t>(num_panels, kBlockPanels) : 0;
+    return (kKept + kProducts + num_sums) * kTileBytes;
   }
-  char* Weights(int panel) const { return memory_ + panel * kChunkSteps * kTileBytes; }
+  char* Unpacked() const { return memory_; }
+  float* Product(int i) const { return At(kKept + i); }
   // Of a tile of x and a panel, counted from the block's first ones.
-  float* Sums(int64_t tile, int64_t panel) const {
-    const int64_t place = keeps_sums_ ? panel * num_tiles_ + tile : panel % 2 * 2 + tile % 2;
-    return reinterpret_cast<float*>(memory_ + (2 * kChunkSteps + place) * kTileBytes);
-  }
+  float* Sums(int64_t tile, int64_t panel) const { return At(kKept + kProducts + panel * num_tiles_ + tile); }
 
  private:
+  static constexpr int kKept = kKeptSteps * PanelsFor(1);
+
+  float* At(int64_t tile) const { return reinterpret_cast<float*>(memory_ + tile * kTileBytes); }
+
   char* memory_;
   int64_t num_tiles_;
-  bool keeps_sums_;
 };
 
 inline int64_t TileScratchBytes(const LinearCall& call, int64_t num_tiles, int64_t num_panels) {
   return TileScratch::NumBytes(call.weight, num_tiles, num_panels);
 }
 
-// Tiles of B of a panel in one chunk of steps: one behind the other, but for one that was filled up with zeros.
-struct PanelChunk {
-  const char* tiles;
-  int64_t num_steps;
-  const char* padded;
-};
-
-template <class Kernel>
-PanelChunk ChunkOf(const PackedView& w, int64_t panel, Range steps, char* memory) {
-  const int64_t num_steps = steps.end - steps.begin;
-  if constexpr (Kernel::kIsUnpacked) {
-    const uint8_t* from = w.weights + panel * w.panel_bytes;
-    const uint16_t* scales = w.scales + panel * w.num_groups * kLanes;
-    for (int64_t step = steps.begin; step < steps.end; ++step) {
-      Kernel::Unpack(from + step * Kernel::kStepVectors * kVectorBytes, scales + step * kLanes,
-                     memory + (step - steps.begin) * kTileBytes);
-    }
-    return {memory, num_steps, nullptr};
-  } else {
-    const char* last = WholeTile(w, panel, steps.end - 1, memory);
-    const char* tiles = reinterpret_cast<const char*>(w.weights) + panel * w.panel_bytes + steps.begin * kTileBytes;
-    return last == memory ? PanelChunk{tiles, num_steps - 1, last} : PanelChunk{tiles, num_steps, nullptr};
+template <class Out>
+void StorePanel(const LinearCall& call, const PreparedTiles& x, int64_t tile, int64_t panel, const float* products) {
+  const RowEnd<Out> end(call, panel);
+  const Range rows = x.Rows(tile);
+  const float* scales = IsQuantized(call.weight.format) ? x.Scales(call.weight, tile) : nullptr;
+  for (int64_t row = rows.begin; row < rows.end; ++row, products += kLanes) {
+    const F32x16 sum = Load(products);
+    end.Store(row, scales == nullptr ? sum : Mul(sum, Broadcast(*scales++)));
   }
 }
 
-// The weights of the two panels that follow, asked for in equal parts beside every step in which these are multiplied:
-// all at once they would hold up what those steps load. What lies behind the last ones is asked for in vain.
+inline void StoreOutputs(const LinearCall& call, const PreparedTiles& x, int64_t tile, int64_t panel,
+                         const float* sums) {
+  if (call.out_dtype == DType::kFloat32) return StorePanel<float>(call, x, tile, panel, sums);
+  StorePanel<uint16_t>(call, x, tile, panel, sums);
+}
+
+// All tiles of x and panels of a block, which is small enough for its sums to wait.
 template <class Kernel>
-TileFetch FetchAfter(const PackedView& w, int64_t panel, Range steps, int64_t pair, int64_t num_pairs) {
-  const int64_t most = (Kernel::kStepVectors + num_pairs - 1) / num_pairs;
-  const int64_t lines = std::clamp<int64_t>(Kernel::kStepVectors - pair * most, 0, most);
-  const int64_t at = steps.begin * Kernel::kStepVectors + pair * (steps.end - steps.begin) * most;
-  const auto from = reinterpret_cast<uintptr_t>(w.weights) + (panel + 2) * w.panel_bytes + at * kVectorBytes;
-  return {{reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from + w.panel_bytes)}, static_cast<int>(lines)};
-}
+class BlockProducts {
+ public:
+  BlockProducts(const LinearCall& call, const PreparedTiles& x, const Block& block, char* memory)
+      : call_(call),
+        x_(x),
+        block_(block),
+        passes_(PassesFor<Kernel>(block.tiles.end - block.tiles.begin)),
+        scratch_(block.tiles.end - block.tiles.begin, memory) {
+    for (int tile = 0; tile <= kTileOfX; ++tile) shapes_.Set(tile, x.num_rows(), kTileRowBytes);
+    shapes_.Set(kTileOfW, kTileRows, kTileRowBytes);
+    shapes_.Configure();
+  }
 
-inline void LoadSums(const TileScratch& scratch, int64_t tile, int64_t panel, int num_a, int num_b) {
-  LoadTile<TileC(0, 0)>(scratch.Sums(tile, panel), kTileRowBytes);
-  if (num_b == 2) LoadTile<TileC(0, 1)>(scratch.Sums(tile, panel + 1), kTileRowBytes);
-  if (num_a == 1) return;
-  LoadTile<TileC(1, 0)>(scratch.Sums(tile + 1, panel), kTileRowBytes);
-  if (num_b == 2) LoadTile<TileC(1, 1)>(scratch.Sums(tile + 1, panel + 1), kTileRowBytes);
-}
-
-inline void StoreSums(const TileScratch& scratch, int64_t tile, int64_t panel, int num_a, int num_b) {
-  StoreTile<TileC(0, 0)>(scratch.Sums(tile, panel), kTileRowBytes);
-  if (num_b == 2) StoreTile<TileC(0, 1)>(scratch.Sums(tile, panel + 1), kTileRowBytes);
-  if (num_a == 1) return;
-  StoreTile<TileC(1, 0)>(scratch.Sums(tile + 1, panel), kTileRowBytes);
-  if (num_b == 2) StoreTile<TileC(1, 1)>(scratch.Sums(tile + 1, panel + 1), kTileRowBytes);
-}
-
-template <class Dot, int kNumA, int kNumB>
-void WalkChunk(const RowPair& pair, int64_t begin, const PanelChunk (&panels)[2], const TileFetch& fetch) {
-  const int64_t a_bytes[2] = {pair.StepBytes(0), pair.StepBytes(1)}, num_steps = panels[0].num_steps;
-  const char* x[2] = {pair.x[0] + begin * a_bytes[0], pair.x[1] + begin * a_bytes[1]};
-  MultiplyTiles<Dot, kNumA, kNumB>({{x[0], x[1]}, {a_bytes[0], a_bytes[1]}, {panels[0].tiles, panels[1].tiles}, fetch},
-                                   num_steps);
-  if (panels[0].padded == nullptr) return;
-  MultiplyTiles<Dot, kNumA, kNumB>({{x[0] + num_steps * a_bytes[0], x[1] + num_steps * a_bytes[1]},
-                                    {a_bytes[0], a_bytes[1]},
-                                    {panels[0].padded, panels[1].padded},
-                                    {}},
-                                   1);
-}
-
-template <class Dot>
-void WalkChunk(const RowPair& pair, int num_a, int num_b, int64_t begin, const PanelChunk (&panels)[2],
-               const TileFetch& fetch) {
-  if (num_a == 2 && num_b == 2) return WalkChunk<Dot, 2, 2>(pair, begin, panels, fetch);
-  if (num_a == 2) return WalkChunk<Dot, 2, 1>(pair, begin, panels, fetch);
-  if (num_b == 2) return WalkChunk<Dot, 1, 2>(pair, begin, panels, fetch);
-  WalkChunk<Dot, 1, 1>(pair, begin, panels, fetch);
-}
-
-// Chunks of steps outside, then pairs of panels, then pairs of tiles of x.
-template <class Kernel>
-void MultiplyBlock(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block,
-                   char* memory) {
-  const int64_t num_tiles = block.tiles.end - block.tiles.begin, num_pairs = (num_tiles + 1) / 2;
-  const int64_t num_panels = block.panels.end - block.panels.begin, num_chunks = NumChunks(call.weight);
-  const TileScratch scratch(call.weight, num_tiles, memory);
-  Tiles registers;
-  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-    const Range steps = Part({0, NumSteps(call.weight)}, chunk, num_chunks);
-    for (int64_t p = 0; p < num_panels; p += 2) {
-      const int64_t panel = block.panels.begin + p;
-      const int num_b = p + 1 < num_panels ? 2 : 1;
-      PanelChunk panels[2] = {};
-      for (int b = 0; b < num_b; ++b) panels[b] = ChunkOf<Kernel>(call.weight, panel + b, steps, scratch.Weights(b));
-      for (int64_t t = 0; t < num_tiles; t += 2) {
-        const int num_a = t + 1 < num_tiles ? 2 : 1;
-        const RowPair pair(tiles, activations, block.tiles.begin + t, num_a);
-        registers.SetRows(pair.Count(0), std::max(1, pair.Count(1)));
-        chunk == 0 ? ZeroProducts() : LoadSums(scratch, t, p, num_a, num_b);
-        WalkChunk<typename Kernel::Dot>(pair, num_a, num_b, steps.begin, panels,
-                                        FetchAfter<Kernel>(call.weight, panel, steps, t / 2, num_pairs));
-        StoreSums(scratch, t, p, num_a, num_b);
-        for (int i = 0; i < num_a * num_b && chunk + 1 == num_chunks; ++i) {
-          StoreOutputs(call, pair, i / num_b, panel + i % num_b, scratch.Sums(t + i / num_b, p + i % num_b));
-        }
+  void Run() {
+    num_chunks_ = NumChunks(call_.weight, block_.tiles.end - block_.tiles.begin);
+    for (chunk_ = 0; chunk_ < num_chunks_; ++chunk_) {
+      steps_ = Part({0, NumSteps(call_.weight)}, chunk_, num_chunks_);
+      for (int64_t panel = block_.panels.begin; panel < block_.panels.end; panel += passes_.num_panels) {
+        RunPanels({panel, std::min(panel + passes_.num_panels, block_.panels.end)});
       }
     }
   }
-}
 
-// Panels some at a time, for up to two tiles of x.
-template <class Kernel>
-void StreamBlock(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block,
-                 char* memory) {
-  const int num_a = static_cast<int>(block.tiles.end - block.tiles.begin);
-  const RowPair pair(tiles, activations, block.tiles.begin, num_a);
-  num_a == 2 ? PanelStream<Kernel, 2>(call, pair, memory).Run(block.panels)
-             : PanelStream<Kernel, 1>(call, pair, memory).Run(block.panels);
-}
-
-template <class Kernel>
-void ComputeTiles(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block,
-                  char* memory) {
-  if (block.tiles.end - block.tiles.begin <= kStreamedTiles) {
-    return StreamBlock<Kernel>(call, tiles, activations, block, memory);
+ private:
+  void RunPanels(Range panels) {
+    const int64_t num_tiles = block_.tiles.end - block_.tiles.begin;
+    const int64_t num_passes = (num_tiles - 1) / passes_.most_tiles + 1, num_before = passes_.is_first_from_memory;
+    for (int64_t pass = 0; pass < num_passes; ++pass) {
+      const Range tiles = Part(block_.tiles, pass, num_passes);
+      is_from_memory_ = pass < num_before;
+      if (!is_from_memory_) lines_ = Part({0, Kernel::kStepVectors}, pass - num_before, num_passes - num_before);
+      switch (tiles.end - tiles.begin) {
+        case 1:
+          RunTiles<1>(tiles.begin, panels);
+          break;
+        case 2:
+          RunTiles<2>(tiles.begin, panels);
+          break;
+        case 3:
+          RunTiles<3>(tiles.begin, panels);
+          break;
+      }
+    }
   }
+
+  template <int kNumA>
+  void RunTiles(int64_t tile, Range panels) const {
+    constexpr int kNumP = PanelsFor(kNumA);
+    int64_t panel = panels.begin;
+    for (; panel + kNumP <= panels.end; panel += kNumP) Multiply<kNumA, kNumP>(tile, panel);
+    if (kNumP > 2 && panels.end - panel == 2) return Multiply<kNumA, 2>(tile, panel);
+    if (kNumP > 1 && panels.end - panel == 1) return Multiply<kNumA, 1>(tile, panel);
+  }
+
+  template <int kNumA, int kNumP>
+  void Multiply(int64_t tile, int64_t panel) const {
+    const bool is_last = chunk_ + 1 == num_chunks_;
+    const auto sums = [&](int i) HEADRACE_LAMBDA {
+      return scratch_.Sums(tile + i / kNumP - block_.tiles.begin, panel + i % kNumP - block_.panels.begin);
+    };
+    // Those of more tiles would be gone from the L1 cache again when they are written.
+    if (is_last && block_.tiles.end - block_.tiles.begin <= kMostTiles) PrefetchOutputs(tile, panel, kNumP);
+    Unroll<kNumA * kNumP>([&](auto i)
+                              HEADRACE_LAMBDA { chunk_ == 0 ? ZeroTile<i>() : LoadTile<i>(sums(i), kTileRowBytes); });
+    Walk<kNumA, kNumP>(tile, panel);
+    Unroll<kNumA * kNumP>([&](auto i) HEADRACE_LAMBDA {
+      float* to = is_last ? scratch_.Product(i) : sums(i);
+      StoreTile<i>(to, kTileRowBytes);
+      if (is_last) StoreOutputs(call_, x_, tile + i / kNumP, panel + i % kNumP, to);
+    });
+  }
+
+  template <int kNumA, int kNumP>
+  void Walk(int64_t tile, int64_t panel) const {
+    const PackedView& w = call_.weight;
+    StepWalk walk = {w.weights + panel * w.panel_bytes + steps_.begin * Kernel::kStepVectors * kVectorBytes,
+                     w.panel_bytes,
+                     nullptr,
+                     w.num_groups * kLanes,
+                     x_.At(tile) + steps_.begin * x_.step_bytes(),
+                     x_.tile_bytes(),
+                     x_.step_bytes(),
+                     steps_.end - steps_.begin,
+                     passes_.num_panels * w.panel_bytes + lines_.begin * kVectorBytes,
+                     static_cast<int>(lines_.end - lines_.begin),
+                     scratch_.Unpacked()};
+    if constexpr (Kernel::kIsUnpacked) {
+      walk.scales = w.scales + (panel * w.num_groups + steps_.begin) * kLanes;
+      return MultiplySteps<kNumA, kNumP>(walk);
+    } else {
+      const int64_t end = std::min(steps_.end, w.panel_bytes / kTileBytes);
+      walk.num_steps = end - steps_.begin;
+      MultiplySteps<kNumA, kNumP>(walk);
+      if (end == steps_.end) return;
+      for (int p = 0; p < kNumP; ++p) PadStep(w, panel + p, end, scratch_.Unpacked() + p * kTileBytes);
+      MultiplyStep<typename Kernel::Dot, kNumA, kNumP>(walk.x + walk.num_steps * walk.x_step_bytes, walk.x_bytes,
+                                                       scratch_.Unpacked(), kTileBytes);
+    }
+  }
+
+  template <int kNumA, int kNumP>
+  void MultiplySteps(const StepWalk& walk) const {
+    is_from_memory_ ? MultiplyAll<Kernel, kNumA, kNumP, true>(walk) : MultiplyAll<Kernel, kNumA, kNumP, false>(walk);
+  }
+
+  void PrefetchOutputs(int64_t first_tile, int64_t panel, int num_panels) const {
+    for (int64_t row = x_.Rows(first_tile).begin; row < x_.Rows(block_.tiles.end - 1).end; ++row) {
+      __builtin_prefetch(OutputAt(call_, row, panel), 1);
+      __builtin_prefetch(OutputAt(call_, row, panel + num_panels - 1), 1);
+    }
+  }
+
+  const LinearCall& call_;
+  const PreparedTiles& x_;
+  Block block_;
+  Passes passes_;
+  TileScratch scratch_;
+  TileShapes shapes_;
+  int64_t num_chunks_ = 0;
+  int64_t chunk_ = 0;
+  Range steps_ = {0, 0};
+  bool is_from_memory_ = true;
+  Range lines_ = {0, 0};
+};
+
+template <class Kernel>
+void ComputeTiles(const LinearCall& call, const PreparedTiles& x, const Block& block, char* memory) {
   for (int64_t begin = block.panels.begin; begin < block.panels.end; begin += kBlockPanels) {
     const Range panels = {begin, std::min(begin + kBlockPanels, block.panels.end)};
-    MultiplyBlock<Kernel>(call, tiles, activations, {panels, block.tiles}, memory);
+    BlockProducts<Kernel>(call, x, {panels, block.tiles}, memory).Run();
   }
 }
 
 inline void ComputeTiles(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block,
                          char* memory) {
+  const PreparedTiles x(tiles, activations);
   switch (call.weight.format) {
 #ifdef __AVX512FP16__
     case Format::kInt8:
-      return ComputeTiles<Int8Tiles>(call, tiles, activations, block, memory);
+      return ComputeTiles<Int8Tiles>(call, x, block, memory);
     case Format::kInt4:
-      return ComputeTiles<Int4Tiles>(call, tiles, activations, block, memory);
+      return ComputeTiles<Int4Tiles>(call, x, block, memory);
 #endif
     default:
-      return ComputeTiles<Bfloat16Tiles>(call, tiles, activations, block, memory);
+      return ComputeTiles<Bfloat16Tiles>(call, x, block, memory);
   }
 }
 

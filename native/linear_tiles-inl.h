@@ -29,6 +29,27 @@ inline int64_t NumSteps(const PackedView& w) { return (w.padded_columns + kTileC
 // its rows is to be multiplied by. One place more for each row holds that.
 inline int64_t TileRowBytes(const LinearCall& call) { return (NumSteps(call.weight) + 1) * kTileRowBytes; }
 
+// Those tiles. R is the same for all: what lies in place of a row that one has less adds to a product that nobody
+// reads.
+class PreparedTiles {
+ public:
+  PreparedTiles(RowTiles tiles, const Activations& activations)
+      : tiles_(tiles), num_rows_(tiles.MaxRows()), activations_(activations) {}
+  Range Rows(int64_t tile) const { return tiles_.Rows(tile); }
+  int num_rows() const { return static_cast<int>(num_rows_); }
+  int64_t step_bytes() const { return num_rows_ * kTileRowBytes; }
+  int64_t tile_bytes() const { return num_rows_ * activations_.row_bytes; }
+  char* At(int64_t tile) const { return activations_.values + tile * tile_bytes(); }
+  float* Scales(const PackedView& w, int64_t tile) const {
+    return reinterpret_cast<float*>(At(tile) + NumSteps(w) * step_bytes());
+  }
+
+ private:
+  RowTiles tiles_;
+  int64_t num_rows_;
+  Activations activations_;
+};
+
 // x times a power of two that brings the largest magnitude of its row into [2^14, 2^15), or times 2^126 if that is not
 // enough, as float16: off by at most 2^-12 of itself or 2^-39 of that largest one. Rows below 2^-120 count as zeros; NaN,
 // infinity or a magnitude of 2^111 makes its row NaN. As where x becomes int8 (prepare-inl.h).
@@ -157,27 +178,22 @@ inline void PrepareBfloat16(const uint16_t* x, int64_t columns, Range steps, cha
   }
 }
 
-inline float* RowScales(const PackedView& w, char* tile, int64_t num_rows) {
-  return reinterpret_cast<float*>(tile + NumSteps(w) * num_rows * kTileRowBytes);
-}
-
 inline void PrepareTiles(const LinearCall& call, RowTiles tiles, Range steps, const Activations& activations) {
   if (steps.begin == steps.end) return;
-  const int64_t columns = call.weight.columns;
+  const PreparedTiles prepared(tiles, activations);
+  const int64_t columns = call.weight.columns, step_bytes = prepared.step_bytes();
   for (int64_t t = 0; t < tiles.num_tiles; ++t) {
     const Range rows = tiles.Rows(t);
-    const int64_t num_rows = rows.end - rows.begin, step_bytes = num_rows * kTileRowBytes;
-    char* tile = activations.values + rows.begin * activations.row_bytes;
-    for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
       const int64_t at = (rows.begin + r) * call.x_stride;
-      char* to = tile + r * kTileRowBytes;
+      char* to = prepared.At(t) + r * kTileRowBytes;
       if (!IsQuantized(call.weight.format)) {
         PrepareBfloat16(static_cast<const uint16_t*>(call.x) + at, columns, steps, to, step_bytes);
         continue;
       }
 #ifdef __AVX512FP16__
       // Every thread finds all scales: that is quicker than to wait for the others in between. The first writes them.
-      float unused, *scale = steps.begin == 0 ? RowScales(call.weight, tile, num_rows) + r : &unused;
+      float unused, *scale = steps.begin == 0 ? prepared.Scales(call.weight, t) + r : &unused;
       if (call.dtype == DType::kFloat32) {
         PrepareHalves(static_cast<const float*>(call.x) + at, columns, steps, to, step_bytes, scale);
       } else {

@@ -81,16 +81,14 @@ void Repeat(int64_t num_repeats, const Vector& start, const Load& load, const Mu
 // The four products of two tiles and two, again and again.
 template <class Dot>
 int64_t MultiplyTilesOnly(int64_t num_repeats) {
-  alignas(64) char zeros[kTileBytes] = {};
-  Tiles registers;
-  registers.SetRows(kTileRows, kTileRows);
-  ZeroProducts();
-  MultiplyTiles<Dot, 2, 2>({{zeros, zeros}, {0, 0}, {zeros, zeros}, {}}, 1);
+  TileShapes shapes;
+  for (int tile = 0; tile < 8; ++tile) shapes.Set(tile, kTileRows, kTileRowBytes);
+  shapes.Configure();
   for (int64_t i = 0; i < num_repeats; ++i) {
-    Dot::template Run<TileC(0, 0), TileA(0), TileB(0)>();
-    Dot::template Run<TileC(0, 1), TileA(0), TileB(1)>();
-    Dot::template Run<TileC(1, 0), TileA(1), TileB(0)>();
-    Dot::template Run<TileC(1, 1), TileA(1), TileB(1)>();
+    Dot::template Run<0, 4, 6>();
+    Dot::template Run<1, 4, 7>();
+    Dot::template Run<2, 5, 6>();
+    Dot::template Run<3, 5, 7>();
   }
   return num_repeats * 4 * 2 * kTileRows * kLanes * kTileColumns;
 }

@@ -266,6 +266,16 @@ class TestARowDependsOnItselfAlone:
             part = run(target, ARMS[arm], x[:num_rows], case)
             assert torch.equal(part, whole[:num_rows]), (arm, num_threads, num_rows)
 
+    @pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith("amx")])
+    @pytest.mark.parametrize("weight_format", [WeightFormat.BFLOAT16, WeightFormat.INT4], ids=lambda f: f.value)
+    def test_more_panels_than_may_have_sums_that_wait(self, target: str, weight_format: WeightFormat) -> None:
+        case = make_case(weight_format, 4150, 2600)
+        x = make_x(250, 2600, torch.bfloat16)
+        _native.set_num_threads(1)
+        batch = run(target, ARMS[2], x, case)
+        for row in (0, 131, 249):
+            assert torch.equal(batch[row : row + 1], run(target, ARMS[0], x[row : row + 1], case)), row
+
     @each_target
     @pytest.mark.parametrize("weight_format", [WeightFormat.INT8, WeightFormat.INT4], ids=lambda f: f.value)
     def test_without_batch_invariance_few_rows_take_bytes_and_many_what_tiles_take(

@@ -20,11 +20,6 @@ constexpr int kTileColumns = 32;  // of two bytes
 constexpr int kTileRowBytes = 64;
 constexpr int kTileBytes = kTileRows * kTileRowBytes;
 
-// Which tiles are what: two of A, two of B, and a C for each pair.
-constexpr int TileC(int a, int b) { return 2 * a + b; }
-constexpr int TileA(int a) { return 4 + a; }
-constexpr int TileB(int b) { return 6 + b; }
-
 // Shapes of the calling thread's tile registers, from Configure on while this lives.
 class TileShapes {
  public:
@@ -57,27 +52,6 @@ class TileShapes {
 
   Configuration configuration_;
   bool is_configured_ = false;
-};
-
-// Tiles of a product as above, of rows of one or two tiles of A.
-class Tiles {
- public:
-  // Rows of the two tiles of A and of the products they take part in. Clears all tiles if that is new.
-  void SetRows(int first, int second) {
-    if (first == rows_[0] && second == rows_[1]) return;
-    rows_[0] = first;
-    rows_[1] = second;
-    for (int a = 0; a < 2; ++a) {
-      shapes_.Set(TileA(a), rows_[a], kTileRowBytes);
-      shapes_.Set(TileB(a), kTileRows, kTileRowBytes);
-      for (int b = 0; b < 2; ++b) shapes_.Set(TileC(a, b), rows_[a], kTileRowBytes);
-    }
-    shapes_.Configure();
-  }
-
- private:
-  TileShapes shapes_;
-  int rows_[2] = {0, 0};
 };
 
 template <int kTile>
@@ -123,60 +97,6 @@ struct Fp16Dot {
   }
 };
 #endif
-
-// Lines to ask for into the L2 cache beside each step of a walk, from two places.
-struct TileFetch {
-  const char* from[2];
-  int lines_per_step;
-};
-
-// Where a walk over steps of 32 columns begins: two tiles of A, each `a_bytes` from its next one, and two of B, which lie
-// one behind the other.
-struct TileWalk {
-  const char* a[2];
-  int64_t a_bytes[2];
-  const char* b[2];
-  TileFetch fetch;
-};
-
-// C += A B for each pair of kNumA tiles of A and kNumB tiles of B, step by step. A function of its own, so that nothing
-// else takes the registers that addresses are kept in.
-template <class Dot, int kNumA, int kNumB>
-__attribute__((noinline)) void MultiplyTiles(const TileWalk& walk, int64_t num_steps) {
-  const char *a0 = walk.a[0], *a1 = walk.a[1], *b0 = walk.b[0], *b1 = walk.b[1];
-  const int64_t a0_bytes = walk.a_bytes[0], a1_bytes = walk.a_bytes[1];
-  const char *fetch0 = walk.fetch.from[0], *fetch1 = walk.fetch.from[1];
-  const int fetch_lines = walk.fetch.lines_per_step;
-  for (; num_steps > 0; --num_steps) {
-    for (int i = 0; i < fetch_lines; ++i, fetch0 += 64, fetch1 += 64) {
-      __builtin_prefetch(fetch0, 0, 2);
-      __builtin_prefetch(fetch1, 0, 2);
-    }
-    LoadTile<TileA(0)>(a0, kTileRowBytes);
-    LoadTile<TileB(0)>(b0, kTileRowBytes);
-    Dot::template Run<TileC(0, 0), TileA(0), TileB(0)>();
-    if constexpr (kNumB == 2) {
-      LoadTile<TileB(1)>(b1, kTileRowBytes);
-      Dot::template Run<TileC(0, 1), TileA(0), TileB(1)>();
-    }
-    if constexpr (kNumA == 2) {
-      LoadTile<TileA(1)>(a1, kTileRowBytes);
-      Dot::template Run<TileC(1, 0), TileA(1), TileB(0)>();
-      if constexpr (kNumB == 2) Dot::template Run<TileC(1, 1), TileA(1), TileB(1)>();
-    }
-    a0 += a0_bytes;
-    a1 += a1_bytes;
-    b0 += kTileBytes;
-    b1 += kTileBytes;
-  }
-}
-
-inline void ZeroProducts() {
-  ZeroTile<0>();
-  ZeroTile<1>();
-  ZeroTile<2>();
-  ZeroTile<3>();
-}
 
 }  // namespace
 }  // namespace HEADRACE_TARGET
