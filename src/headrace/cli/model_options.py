@@ -97,7 +97,7 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         default=EngineConfig.batch_invariant,
         help="on a CPU, give a request the same text, to the last bit, alone and in any batch; without it one with AMX "
-        "for float16 decodes up to 8 requests of int8 and int4 weights faster, and nothing else changes "
+        "for float16 decodes one or two requests of int8 and int4 weights a little faster, and nothing else changes "
         "(default: %(default)s)",
     )
     group.add_argument(

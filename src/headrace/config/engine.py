@@ -186,8 +186,8 @@ class EngineConfig:
 
     dataflow: how linear layers are computed, which changes their speed alone.
     batch_invariant: with the native CPU kernels, what a request gets is the same to the last bit alone and in any
-        batch. Where a CPU has one way to multiply integer weights that is faster for few rows and one for many (AMX
-        with float16), False lets it have both; True is the one for many. Nothing changes elsewhere.
+        batch. Where a CPU has one way to multiply integer weights that is faster for one or two rows and one for more
+        (AMX with float16), False lets it have both; True is the one for more. Nothing changes elsewhere.
     device: where weights, cache and activations lie.
     graphs: decode steps are recorded once and replayed as one call, as CUDA graphs on a GPU; changes their speed alone.
     graph_budget_s: what recording them may take at start on a GPU, about; what is left is recorded when it is first

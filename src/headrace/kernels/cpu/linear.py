@@ -31,7 +31,7 @@ class Linear:
     result depends on that row alone, to the bit, whatever the implementation.
 
     batch_invariant: False lets implementations differ in that: where there are such tiles, GEMV and flat GEMM take int8
-        all the same, which is faster for a few rows.
+        all the same, which is faster for one row or two.
 
     Raises:
         BackendUnavailable: an instruction set this machine cannot run.
