@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <memory>
 #include <stdexcept>
+#include <vector>
 
 #include "scratch.h"
+#include "shared_range.h"
 #include "targets.h"
 #include "thread_pool.h"
 
@@ -29,47 +31,72 @@ void CheckTypes(const LinearCall& call) {
   if (!fits) throw std::invalid_argument("input and weight must both be float32 or both bfloat16");
 }
 
+// How a product is cut, and what memory its threads need.
+struct Plan {
+  RowTiles tiles;
+  int64_t num_row_blocks;
+  int64_t num_panels;
+  int64_t block_panels;
+  int64_t prepared_row_bytes;
+  bool is_own;  // each thread prepares all rows for itself
+  int64_t scratch_bytes;
+  int64_t prepared_bytes;
+
+  int64_t PartBytes() const { return scratch_bytes + (is_own ? prepared_bytes : 0) + kScratchGapBytes; }
+  int64_t SharedBytes() const { return is_own ? 0 : prepared_bytes; }
+};
+
+Plan MakePlan(const LinearKernels& kernels, Arm arm, const LinearCall& call, int64_t num_parts) {
+  Plan plan = {};
+  const int64_t tile_rows = arm == Arm::kGemv ? 1 : kernels.max_tile_rows(call.weight.format);
+  plan.tiles = {call.num_rows, (call.num_rows - 1) / tile_rows + 1};
+  plan.prepared_row_bytes = kernels.prepared_row_bytes(call);
+  const int64_t row_bytes = plan.prepared_row_bytes == 0 ? Unprepared(call).row_bytes : plan.prepared_row_bytes;
+  // A single row may have any stride, even none.
+  const int64_t block_tiles = kernels.tiles_per_block(arm, plan.tiles, std::max<int64_t>(row_bytes, 1));
+  plan.num_row_blocks = (plan.tiles.num_tiles - 1) / block_tiles + 1;
+  plan.num_panels = (call.weight.rows + kLanes - 1) / kLanes;
+  plan.block_panels = kernels.panels_per_block(call, block_tiles);
+  // What another core has just written takes long to come from there, and waiting for it takes longer still: where rows
+  // are few and panels many, it is quicker to do all of it.
+  plan.is_own = call.num_rows <= kernels.max_own_rows && plan.num_panels >= kMinOwnPanels * num_parts;
+  plan.scratch_bytes = RoundUp(kernels.scratch_bytes(call, block_tiles), kVectorBytes);
+  plan.prepared_bytes = RoundUp(plan.tiles.num_tiles * plan.tiles.MaxRows() * plan.prepared_row_bytes, kVectorBytes);
+  return plan;
+}
+
 }  // namespace
 
 void Linear(Target target, Arm arm, const LinearCall& call) {
   CheckTypes(call);
   if (call.num_rows == 0) return;
   const LinearKernels& kernels = HEADRACE_CHOOSE(target, kLinear).kernels(call, arm);
-  const int64_t tile_rows = arm == Arm::kGemv ? 1 : kernels.max_tile_rows(call.weight.format);
-  const RowTiles tiles = {call.num_rows, (call.num_rows - 1) / tile_rows + 1};
   const bool is_parallel = call.num_rows * call.weight.rows * call.weight.columns >= kMinParallelWork;
   // The pool of now, whose threads are counted here: another one may be set meanwhile.
   const std::shared_ptr<ThreadPool> pool = is_parallel ? Pool() : nullptr;
-  const int64_t prepared_bytes = kernels.prepared_row_bytes(call);
-  const bool is_prepared = prepared_bytes != 0;
-  const int64_t row_bytes = is_prepared ? prepared_bytes : Unprepared(call).row_bytes;
-  // A single row may have any stride, even none.
-  const int64_t tiles_per_block = kernels.tiles_per_block(arm, tiles, std::max<int64_t>(row_bytes, 1));
-  const int64_t num_panels = (call.weight.rows + kLanes - 1) / kLanes;
-  const int64_t max_parts = is_parallel ? pool->num_threads() : 1;
-  // What another core has just written takes long to come from there, and waiting for it takes longer still: where rows
-  // are few and panels many, it is quicker to do all of it.
-  const bool is_own = call.num_rows <= kernels.max_own_rows && num_panels >= kMinOwnPanels * max_parts;
-  const int64_t activations_bytes = RoundUp(tiles.num_tiles * tiles.MaxRows() * prepared_bytes, kVectorBytes);
-  const int64_t scratch_bytes =
-      RoundUp(kernels.scratch_bytes(call, tiles_per_block, (num_panels - 1) / max_parts + 1), kVectorBytes);
-  const int64_t part_bytes = scratch_bytes + (is_own ? activations_bytes : 0) + kScratchGapBytes;
+  const int64_t num_parts = is_parallel ? pool->num_threads() : 1;
+  const Plan plan = MakePlan(kernels, arm, call, num_parts);
+  const Range all_groups = {0, (call.weight.padded_columns + kGroup - 1) / kGroup};
   // Of each thread, then what they share.
-  char* memory = Scratch(static_cast<size_t>(max_parts * part_bytes + (is_own ? 0 : activations_bytes)));
-  const int64_t num_blocks = (tiles.num_tiles - 1) / tiles_per_block + 1;
-  const Range groups = {0, (call.weight.padded_columns + kGroup - 1) / kGroup};
+  char* memory = Scratch(static_cast<size_t>(num_parts * plan.PartBytes() + plan.SharedBytes()));
+  std::vector<SharedRange> panels;
+  for (int64_t block = 0; block < plan.num_row_blocks; ++block)
+    panels.emplace_back(Range{0, plan.num_panels}, num_parts);
   Barrier barrier;
-  RunParts(pool.get(), [&](int part, int num_parts) {
-    char* scratch = memory + part * part_bytes;
-    Activations activations = Unprepared(call);
-    if (is_prepared) {
-      activations = {is_own ? scratch + scratch_bytes : memory + max_parts * part_bytes, row_bytes};
-      kernels.prepare(call, tiles, is_own ? groups : Part(groups, part, num_parts), activations);
-      if (!is_own) barrier.Wait(num_parts);
+  RunParts(pool.get(), [&](int part, int) {
+    char* scratch = memory + part * plan.PartBytes();
+    Activations x = Unprepared(call);
+    if (plan.prepared_row_bytes != 0) {
+      x = {plan.is_own ? scratch + plan.scratch_bytes : memory + num_parts * plan.PartBytes(), plan.prepared_row_bytes};
+      kernels.prepare(call, plan.tiles, plan.is_own ? all_groups : Part(all_groups, part, num_parts), x);
+      if (!plan.is_own) barrier.Wait(static_cast<int>(num_parts));
     }
-    const Range panels = Part({0, num_panels}, part, num_parts);
-    for (int64_t block = 0; block < num_blocks; ++block) {
-      kernels.compute(call, tiles, activations, {panels, Part({0, tiles.num_tiles}, block, num_blocks)}, scratch);
+    for (int64_t block = 0; block < plan.num_row_blocks; ++block) {
+      const Range tiles = Part({0, plan.tiles.num_tiles}, block, plan.num_row_blocks);
+      SharedRange& left = panels[static_cast<size_t>(block)];
+      for (Range piece; Size(piece = left.Take(part, plan.block_panels)) > 0;) {
+        kernels.compute(call, plan.tiles, x, {piece, tiles}, scratch);
+      }
     }
   });
 }

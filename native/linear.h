@@ -89,10 +89,13 @@ struct LinearKernels {
   int (*max_tile_rows)(Format format);
   // How many tiles, of rows of so many bytes, a block has at most.
   int64_t (*tiles_per_block)(Arm arm, RowTiles tiles, int64_t row_bytes);
+  // How many panels a block of so many tiles has at most. Threads take blocks one by one: those of few panels let them
+  // end together, those of many let what they share be read less often.
+  int64_t (*panels_per_block)(const LinearCall& call, int64_t num_tiles);
   // Bytes of one prepared row; 0 if the kernel reads x as it is.
   int64_t (*prepared_row_bytes)(const LinearCall& call);
-  // Bytes of memory of its own that each caller of `compute` needs for blocks of so many tiles and panels at most.
-  int64_t (*scratch_bytes)(const LinearCall& call, int64_t num_tiles, int64_t num_panels);
+  // Bytes of memory of its own that each caller of `compute` needs for blocks of so many tiles.
+  int64_t (*scratch_bytes)(const LinearCall& call, int64_t num_tiles);
   // Up to so many rows every thread prepares all of them for itself.
   int64_t max_own_rows;
   // Fills columns [kGroup * groups.begin, kGroup * groups.end) of all rows of activations.

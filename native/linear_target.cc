@@ -353,9 +353,12 @@ int64_t VectorTilesPerBlock(Arm arm, RowTiles tiles, int64_t row_bytes) {
   if (arm != Arm::kGemm) return tiles.num_tiles;
   return std::clamp<int64_t>(256 * 1024 / (tiles.Rows(0).end * row_bytes), 1, tiles.num_tiles);
 }
-int64_t NoScratch(const LinearCall&, int64_t, int64_t) { return 0; }
+// Pairs, which floating point takes.
+int64_t VectorPanelsPerBlock(const LinearCall&, int64_t) { return 4; }
+int64_t NoScratch(const LinearCall&, int64_t) { return 0; }
 
-constexpr LinearKernels kVectorKernels = {&MaxVectorRows,  &VectorTilesPerBlock, &VectorRowBytes, &NoScratch, 0,
+constexpr LinearKernels kVectorKernels = {&MaxVectorRows,  &VectorTilesPerBlock, &VectorPanelsPerBlock,
+                                          &VectorRowBytes, &NoScratch,           0,
                                           &PrepareVectors, &ComputeVectors};
 
 #ifdef __AMX_TILE__
@@ -365,8 +368,8 @@ constexpr int64_t kMaxOwnRows = 2 * kTileRows;
 int MaxTileRows(Format) { return kTileRows; }
 int64_t TilesPerBlock(Arm, RowTiles tiles, int64_t) { return std::min<int64_t>(tiles.num_tiles, kBlockTiles); }
 
-constexpr LinearKernels kTileKernels = {&MaxTileRows, &TilesPerBlock, &TileRowBytes, &TileScratchBytes,
-                                        kMaxOwnRows,  &PrepareTiles,  &ComputeTiles};
+constexpr LinearKernels kTileKernels = {&MaxTileRows,      &TilesPerBlock, &TilePanelsPerBlock, &TileRowBytes,
+                                        &TileScratchBytes, kMaxOwnRows,    &PrepareTiles,       &ComputeTiles};
 
 const LinearKernels& KernelsFor(const LinearCall& call, Arm arm) {
   const bool are_halves =

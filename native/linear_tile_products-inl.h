@@ -8,8 +8,10 @@ namespace {
 // Tiles of x in a block, and how many steps of a tile, times tiles, are walked at once: 1 MiB of x.
 constexpr int kBlockTiles = 16;
 constexpr int kBlockSteps = 1152;
-// Panels whose sums wait for the next steps: 4 MiB of them.
-constexpr int kBlockPanels = 256;
+// Panels of a block: so few that threads end together, or, where their sums wait for the next steps (1 MiB of them) and
+// each block reads all of x, more.
+constexpr int kBlockPanels = 12;
+constexpr int kWaitingPanels = 64;
 // How all tiles of a block meet some panels before the next ones come: in passes of so many tiles. The first pass may
 // take panels as they come from memory; others ask for a part each of the panels that follow.
 struct Passes {
@@ -33,8 +35,8 @@ inline int64_t NumChunks(const PackedView& w, int64_t num_tiles) {
 class TileScratch {
  public:
   TileScratch(int64_t num_tiles, char* memory) : memory_(memory), num_tiles_(num_tiles) {}
-  static int64_t NumBytes(const PackedView& w, int64_t num_tiles, int64_t num_panels) {
-    const int64_t num_sums = NumChunks(w, num_tiles) > 1 ? num_tiles * std::min<int64_t>(num_panels, kBlockPanels) : 0;
+  static int64_t NumBytes(const PackedView& w, int64_t num_tiles) {
+    const int64_t num_sums = NumChunks(w, num_tiles) > 1 ? num_tiles * kWaitingPanels : 0;
     return (kKept + kProducts + num_sums) * kTileBytes;
   }
   char* Unpacked() const { return memory_; }
@@ -51,8 +53,12 @@ class TileScratch {
   int64_t num_tiles_;
 };
 
-inline int64_t TileScratchBytes(const LinearCall& call, int64_t num_tiles, int64_t num_panels) {
-  return TileScratch::NumBytes(call.weight, num_tiles, num_panels);
+inline int64_t TilePanelsPerBlock(const LinearCall& call, int64_t num_tiles) {
+  return NumChunks(call.weight, num_tiles) > 1 ? kWaitingPanels : kBlockPanels;
+}
+
+inline int64_t TileScratchBytes(const LinearCall& call, int64_t num_tiles) {
+  return TileScratch::NumBytes(call.weight, num_tiles);
 }
 
 template <class Out>
@@ -72,7 +78,7 @@ inline void StoreOutputs(const LinearCall& call, const PreparedTiles& x, int64_t
   StorePanel<uint16_t>(call, x, tile, panel, sums);
 }
 
-// All tiles of x and panels of a block, which is small enough for its sums to wait.
+// All tiles of x and panels of a block.
 template <class Kernel>
 class BlockProducts {
  public:
@@ -199,26 +205,18 @@ class BlockProducts {
   Range lines_ = {0, 0};
 };
 
-template <class Kernel>
-void ComputeTiles(const LinearCall& call, const PreparedTiles& x, const Block& block, char* memory) {
-  for (int64_t begin = block.panels.begin; begin < block.panels.end; begin += kBlockPanels) {
-    const Range panels = {begin, std::min(begin + kBlockPanels, block.panels.end)};
-    BlockProducts<Kernel>(call, x, {panels, block.tiles}, memory).Run();
-  }
-}
-
 inline void ComputeTiles(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block,
                          char* memory) {
   const PreparedTiles x(tiles, activations);
   switch (call.weight.format) {
 #ifdef __AVX512FP16__
     case Format::kInt8:
-      return ComputeTiles<Int8Tiles>(call, x, block, memory);
+      return BlockProducts<Int8Tiles>(call, x, block, memory).Run();
     case Format::kInt4:
-      return ComputeTiles<Int4Tiles>(call, x, block, memory);
+      return BlockProducts<Int4Tiles>(call, x, block, memory).Run();
 #endif
     default:
-      return ComputeTiles<Bfloat16Tiles>(call, x, block, memory);
+      return BlockProducts<Bfloat16Tiles>(call, x, block, memory).Run();
   }
 }
 
