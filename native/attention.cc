@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "scratch.h"
+#include "shared_range.h"
 #include "targets.h"
 #include "thread_pool.h"
 
@@ -21,10 +22,11 @@ constexpr int64_t kMinParallelWork = 4096;
 // Pieces for each thread, so that the last ones to end do not leave the others waiting long.
 constexpr int64_t kPiecesPerThread = 4;
 
-// A tile of rows, the splits they see and how many pieces these are cut into. With more than one piece, each split's
-// partial result goes to partials, and whoever ends the last piece merges them.
+// A tile of rows, the panels and splits they see and how many pieces these are cut into. With more than one piece, each
+// split's partial result goes to partials, and whoever ends the last piece merges them.
 struct TileWork {
   RowTile tile;
+  Range panels;
   Range splits;
   int64_t cost;
   int num_pieces;
@@ -103,7 +105,8 @@ void CheckSequence(const AttentionCall& call, int64_t seq) {
 TileWork MakeWork(const AttentionCall& call, const RowTile& tile) {
   const Row first = RowAt(call, tile, tile.rows.begin), last = RowAt(call, tile, tile.rows.end - 1);
   const int64_t num_rows = tile.rows.end - tile.rows.begin;
-  return {tile, VisibleSplits(call, tile), (last.end - first.begin) * (num_rows + kReadingRows), 1, 0};
+  const Range panels = VisiblePanels(call, first, last);
+  return {tile, panels, SplitsOf(panels), (last.end - first.begin) * (num_rows + kReadingRows), 1, 0};
 }
 
 void CutIntoPieces(const AttentionCall& call, int num_threads, Schedule& schedule) {
@@ -149,12 +152,12 @@ Range SplitsOf(const TileWork& work, int64_t piece) {
   return {boundary(piece), boundary(piece + 1)};
 }
 
-Upcoming UpcomingAt(const AttentionCall& call, const Schedule& schedule, size_t piece) {
+Upcoming UpcomingAt(const Schedule& schedule, size_t piece) {
   if (piece >= schedule.pieces.size()) return {};
   const TileWork& work = schedule.works[schedule.pieces[piece].work];
-  const Range splits = SplitsOf(work, schedule.pieces[piece].index), visible = VisiblePanels(call, work.tile);
+  const Range splits = SplitsOf(work, schedule.pieces[piece].index);
   const int64_t begin = SplitBegin(splits.begin) * kTilePanels, end = SplitBegin(splits.end) * kTilePanels;
-  return {work.tile.seq, work.tile.kv_head, {std::max(begin, visible.begin), std::min(end, visible.end)}};
+  return {work.tile.seq, work.tile.kv_head, {std::max(begin, work.panels.begin), std::min(end, work.panels.end)}};
 }
 
 void ListWorks(const AttentionCall& call, Schedule& schedule) {
@@ -165,9 +168,8 @@ void ListWorks(const AttentionCall& call, Schedule& schedule) {
     const int64_t num_rows = (call.cu_seqlens_q[seq + 1] - call.cu_seqlens_q[seq]) * group;
     // The last rows see the most: they come first.
     for (int64_t end = num_rows; end > 0; end = (end - 1) / kPassRows * kPassRows) {
-      for (int64_t kv_head = 0; kv_head < call.layout.shape.num_kv_heads; ++kv_head) {
-        schedule.works.push_back(MakeWork(call, {seq, kv_head, {(end - 1) / kPassRows * kPassRows, end}}));
-      }
+      TileWork work = MakeWork(call, {seq, 0, {(end - 1) / kPassRows * kPassRows, end}});
+      for (; work.tile.kv_head < call.layout.shape.num_kv_heads; ++work.tile.kv_head) schedule.works.push_back(work);
     }
   }
 }
@@ -184,15 +186,14 @@ Row RowAt(const AttentionCall& call, const RowTile& tile, int64_t row) {
   return {first + row / group, tile.kv_head * group + row % group, begin, end, panels};
 }
 
-Range VisiblePanels(const AttentionCall& call, const RowTile& tile) {
-  // By positions, which grow from row to row; a row that sees nothing has no panels.
-  const int64_t begin = RowAt(call, tile, tile.rows.begin).begin, end = RowAt(call, tile, tile.rows.end - 1).end;
-  return begin < end ? Range{call.layout.PanelOf(begin), call.layout.PanelOf(end - 1) + 1} : Range{0, 0};
+// By positions, which grow from row to row; a row that sees nothing has no panels.
+Range VisiblePanels(const AttentionCall& call, const Row& first, const Row& last) {
+  if (first.begin >= last.end) return {0, 0};
+  return {call.layout.PanelOf(first.begin), call.layout.PanelOf(last.end - 1) + 1};
 }
 
-Range VisibleSplits(const AttentionCall& call, const RowTile& tile) {
-  const Range panels = VisiblePanels(call, tile);
-  const int64_t last = std::max(panels.end - 1, panels.begin);  // a tile has a split even where it sees nothing
+Range SplitsOf(Range panels) {
+  const int64_t last = std::max(panels.end - 1, panels.begin);
   return {SplitOf(panels.begin / kTilePanels), SplitOf(last / kTilePanels) + 1};
 }
 
@@ -214,27 +215,24 @@ void Attention(Target target, const AttentionCall& call) {
       reinterpret_cast<float*>(partial_memory.Get(static_cast<size_t>(schedule.partial_floats) * sizeof(float)));
   const int64_t workspace_bytes = kScratchGapBytes + kernels.workspace_bytes(call);
   char* workspaces = workspace_memory.Get(static_cast<size_t>(num_threads * workspace_bytes));
-  std::atomic<size_t> next_piece{0};
+  SharedRange pieces({0, static_cast<int64_t>(schedule.pieces.size())}, num_threads);
   Schedule& work_list = schedule;  // of this thread, for the others
+  const auto attend = [&](int64_t index, char* workspace) {
+    const Piece& piece = work_list.pieces[static_cast<size_t>(index)];
+    const TileWork& work = work_list.works[static_cast<size_t>(piece.work)];
+    const Upcoming upcoming = UpcomingAt(work_list, static_cast<size_t>(index + 1));
+    if (work.num_pieces == 1) return kernels.attend(call, work.tile, upcoming, workspace);
+    const Range splits = SplitsOf(work, piece.index);
+    const int64_t floats = PartialFloats(call.layout, Size(work.tile.rows));
+    float* first = partials + work.partials;
+    float* mine = first + (splits.begin - work.splits.begin) * floats;
+    kernels.attend_splits(call, work.tile, splits, upcoming, mine, workspace);
+    if (work_list.unfinished[piece.work].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    kernels.merge(call, work.tile, first, workspace);
+  };
   const auto work_on = [&](int thread) {
-    char* workspace = workspaces + thread * workspace_bytes;
-    for (size_t i; (i = next_piece.fetch_add(1, std::memory_order_relaxed)) < work_list.pieces.size();) {
-      const Piece& piece = work_list.pieces[i];
-      const TileWork& work = work_list.works[piece.work];
-      // The other threads take as many until then.
-      const Upcoming upcoming = UpcomingAt(call, work_list, i + static_cast<size_t>(num_threads));
-      if (work.num_pieces == 1) {
-        kernels.attend(call, work.tile, upcoming, workspace);
-        continue;
-      }
-      const Range splits = SplitsOf(work, piece.index);
-      const int64_t floats = PartialFloats(call.layout, work.tile.rows.end - work.tile.rows.begin);
-      float* first = partials + work.partials;
-      float* mine = first + (splits.begin - work.splits.begin) * floats;
-      kernels.attend_splits(call, work.tile, splits, upcoming, mine, workspace);
-      if (work_list.unfinished[piece.work].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        kernels.merge(call, work.tile, first, workspace);
-      }
+    for (Range mine; Size(mine = pieces.Take(thread, 1)) > 0;) {
+      attend(mine.begin, workspaces + thread * workspace_bytes);
     }
   };
   if (num_threads == 1) {

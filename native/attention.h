@@ -131,9 +131,10 @@ struct Row {
 
 Row RowAt(const AttentionCall& call, const RowTile& tile, int64_t row);
 
-// The panels, and the splits, that at least one of the rows sees.
-Range VisiblePanels(const AttentionCall& call, const RowTile& tile);
-Range VisibleSplits(const AttentionCall& call, const RowTile& tile);
+// The panels that at least one of some rows of a sequence sees, by the first and the last of them.
+Range VisiblePanels(const AttentionCall& call, const Row& first, const Row& last);
+// The splits that some panels lie in. Rows have one even where they see nothing.
+Range SplitsOf(Range panels);
 
 // Floats of one split's partial result: m of all rows, then their sums, then their o, head_dim rounded up to 16.
 static inline int64_t PartialFloats(const KvLayout& layout, int64_t num_rows) {

@@ -189,9 +189,8 @@ void Attend(const AttentionCall& call, const RowTile& tile, const Upcoming& upco
   PrepareRows(call, tile, w);
   bool is_merged[kPassRows] = {};
   std::fill_n(w.total.m, tile.rows.end - tile.rows.begin, -kInfinity);
-  const Range splits = VisibleSplits(call, tile);
-  const int64_t end = VisiblePanels(call, tile).end;
-  TileReader reader(call, tile, end, end, upcoming);
+  const Range panels = VisiblePanels(call, w.rows[0], w.rows[Size(tile.rows) - 1]), splits = SplitsOf(panels);
+  TileReader reader(call, tile, panels.end, panels.end, upcoming);
   BlockTiles tiles;
   for (int64_t split = splits.begin; split < splits.end; ++split) {
     AttendSplit(call, tile, w, split, reader, tiles);
@@ -216,7 +215,8 @@ void AttendSplits(const AttentionCall& call, const RowTile& tile, Range splits, 
   const Workspace w = WorkspaceIn(call, workspace);
   PrepareRows(call, tile, w);
   const int64_t num_rows = tile.rows.end - tile.rows.begin, o_stride = OutputStride(call.layout);
-  const int64_t visible = VisiblePanels(call, tile).end, mine = SplitBegin(splits.end) * kTilePanels;
+  const int64_t visible = VisiblePanels(call, w.rows[0], w.rows[num_rows - 1]).end;
+  const int64_t mine = SplitBegin(splits.end) * kTilePanels;
   TileReader reader(call, tile, visible, mine < visible ? mine : visible, upcoming);
   BlockTiles tiles;
   for (int64_t split = splits.begin; split < splits.end; ++split, partials += PartialFloats(call.layout, num_rows)) {
@@ -233,7 +233,7 @@ void Merge(const AttentionCall& call, const RowTile& tile, const float* partials
   bool is_merged[kPassRows] = {};
   std::fill_n(w.total.m, num_rows, -kInfinity);
   FindRows(call, tile, w);
-  const Range splits = VisibleSplits(call, tile);
+  const Range splits = SplitsOf(VisiblePanels(call, w.rows[0], w.rows[num_rows - 1]));
   for (int64_t split = splits.begin; split < splits.end; ++split, partials += PartialFloats(call.layout, num_rows)) {
     MergeSplit(call, tile, w, split, partials, partials + num_rows, partials + 2 * num_rows, is_merged);
   }
