@@ -53,7 +53,7 @@ Plan MakePlan(const LinearKernels& kernels, Arm arm, const LinearCall& call, int
   plan.prepared_row_bytes = kernels.prepared_row_bytes(call);
   const int64_t row_bytes = plan.prepared_row_bytes == 0 ? Unprepared(call).row_bytes : plan.prepared_row_bytes;
   // A single row may have any stride, even none.
-  const int64_t block_tiles = kernels.tiles_per_block(arm, plan.tiles, std::max<int64_t>(row_bytes, 1));
+  const int64_t block_tiles = kernels.tiles_per_block(call, arm, plan.tiles, std::max<int64_t>(row_bytes, 1));
   plan.num_row_blocks = (plan.tiles.num_tiles - 1) / block_tiles + 1;
   plan.num_panels = (call.weight.rows + kLanes - 1) / kLanes;
   plan.block_panels = kernels.panels_per_block(call, block_tiles);

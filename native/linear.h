@@ -64,10 +64,11 @@ struct RowTiles {
   int64_t MaxRows() const { return (num_rows + num_tiles - 1) / num_tiles; }
 };
 
-// Activations in the form the kernels read; row m begins at values + m * row_bytes.
+// Activations in the form the kernels read: num_tiles * MaxRows() places of row_bytes each.
 //
-// Floating point: float32, or bfloat16 (as Bf16X), filled with zeros up to padded_columns.
-// Tiles: linear_tiles-inl.h.
+// Floating point: row m begins at values + m * row_bytes: float32, or bfloat16 (as Bf16X), with zeros up to
+// padded_columns.
+// Tiles: tile t begins at values + t * MaxRows() * row_bytes; see linear_tiles-inl.h.
 // Integers: a tile of R rows is one block of records, one for each group along K, in the order in which it is read:
 //   int8 q[R][32]      the group's quantized values
 //   int32 start[R]     where its sums of products begin: the bits of `shift`, less offset * sum of q
@@ -88,7 +89,7 @@ struct LinearKernels {
   // The most rows a tile takes.
   int (*max_tile_rows)(Format format);
   // How many tiles, of rows of so many bytes, a block has at most.
-  int64_t (*tiles_per_block)(Arm arm, RowTiles tiles, int64_t row_bytes);
+  int64_t (*tiles_per_block)(const LinearCall& call, Arm arm, RowTiles tiles, int64_t row_bytes);
   // How many panels a block of so many tiles has at most. Threads take blocks one by one: those of few panels let them
   // end together, those of many let what they share be read less often.
   int64_t (*panels_per_block)(const LinearCall& call, int64_t num_tiles);
@@ -96,7 +97,7 @@ struct LinearKernels {
   int64_t (*prepared_row_bytes)(const LinearCall& call);
   // Bytes of memory of its own that each caller of `compute` needs for blocks of so many tiles.
   int64_t (*scratch_bytes)(const LinearCall& call, int64_t num_tiles);
-  // Up to so many rows every thread prepares all of them for itself.
+  // The most rows that every thread prepares for itself, if it has panels enough to make that a small part of its work.
   int64_t max_own_rows;
   // Fills columns [kGroup * groups.begin, kGroup * groups.end) of all rows of activations.
   void (*prepare)(const LinearCall& call, RowTiles tiles, Range groups, const Activations& activations);

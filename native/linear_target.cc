@@ -349,7 +349,7 @@ namespace HEADRACE_TARGET {
 namespace {
 
 // With kGemm as many as stay in an L2 cache beside the panels passing by.
-int64_t VectorTilesPerBlock(Arm arm, RowTiles tiles, int64_t row_bytes) {
+int64_t VectorTilesPerBlock(const LinearCall&, Arm arm, RowTiles tiles, int64_t row_bytes) {
   if (arm != Arm::kGemm) return tiles.num_tiles;
   return std::clamp<int64_t>(256 * 1024 / (tiles.Rows(0).end * row_bytes), 1, tiles.num_tiles);
 }
@@ -363,10 +363,13 @@ constexpr LinearKernels kVectorKernels = {&MaxVectorRows,  &VectorTilesPerBlock,
 
 #ifdef __AMX_TILE__
 
+// Two tiles: as long as each thread prepares them, the other one would have waited for its half of them.
 constexpr int64_t kMaxOwnRows = 2 * kTileRows;
 
 int MaxTileRows(Format) { return kTileRows; }
-int64_t TilesPerBlock(Arm, RowTiles tiles, int64_t) { return std::min<int64_t>(tiles.num_tiles, kBlockTiles); }
+int64_t TilesPerBlock(const LinearCall& call, Arm, RowTiles tiles, int64_t) {
+  return std::min(tiles.num_tiles, IsQuantized(call.weight.format) ? kIntBlockTiles : kFloatBlockTiles);
+}
 
 constexpr LinearKernels kTileKernels = {&MaxTileRows,      &TilesPerBlock, &TilePanelsPerBlock, &TileRowBytes,
                                         &TileScratchBytes, kMaxOwnRows,    &PrepareTiles,       &ComputeTiles};

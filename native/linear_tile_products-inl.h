@@ -5,8 +5,12 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
-// Tiles of x in a block, and how many steps of a tile, times tiles, are walked at once: 1 MiB of x.
-constexpr int kBlockTiles = 16;
+// Tiles of x in a block. Integers are read from memory by the first pass of some (see Passes) and unpacked by each: few
+// full ones take less time than many.
+constexpr int64_t kIntBlockTiles = 12;
+constexpr int64_t kFloatBlockTiles = 16;
+// How many steps of a tile, times tiles, are walked at once: 1.1 MiB of x, which leaves room in an L2 cache for panels
+// on their way.
 constexpr int kBlockSteps = 1152;
 // Panels of a block: so few that threads end together, or, where their sums wait for the next steps (1 MiB of them) and
 // each block reads all of x, more.
@@ -20,7 +24,15 @@ struct Passes {
   bool is_first_from_memory;
 };
 
-// Weights that are not unpacked come from the L2 cache in each pass: two panels, since six would take half of it.
+// One of them: the tiles, and the lines of each step of the panels that follow that it asks for, if any.
+struct Pass {
+  Range tiles;
+  bool is_from_memory;
+  Range lines;
+};
+
+// Weights that are not unpacked come from the L2 cache in each pass: two panels, since six, up to 1.7 MiB, would leave
+// no room for x.
 template <class Kernel>
 constexpr Passes PassesFor(int64_t num_tiles) {
   return Kernel::kIsUnpacked || num_tiles <= kMostTiles ? Passes{kMostTiles, 6, true} : Passes{2, 2, false};
@@ -86,15 +98,15 @@ class BlockProducts {
       : call_(call),
         x_(x),
         block_(block),
-        passes_(PassesFor<Kernel>(block.tiles.end - block.tiles.begin)),
-        scratch_(block.tiles.end - block.tiles.begin, memory) {
+        passes_(PassesFor<Kernel>(Size(block.tiles))),
+        scratch_(Size(block.tiles), memory) {
     for (int tile = 0; tile <= kTileOfX; ++tile) shapes_.Set(tile, x.num_rows(), kTileRowBytes);
     shapes_.Set(kTileOfW, kTileRows, kTileRowBytes);
     shapes_.Configure();
   }
 
   void Run() {
-    num_chunks_ = NumChunks(call_.weight, block_.tiles.end - block_.tiles.begin);
+    num_chunks_ = NumChunks(call_.weight, Size(block_.tiles));
     for (chunk_ = 0; chunk_ < num_chunks_; ++chunk_) {
       steps_ = Part({0, NumSteps(call_.weight)}, chunk_, num_chunks_);
       for (int64_t panel = block_.panels.begin; panel < block_.panels.end; panel += passes_.num_panels) {
@@ -104,47 +116,49 @@ class BlockProducts {
   }
 
  private:
-  void RunPanels(Range panels) {
-    const int64_t num_tiles = block_.tiles.end - block_.tiles.begin;
-    const int64_t num_passes = (num_tiles - 1) / passes_.most_tiles + 1, num_before = passes_.is_first_from_memory;
-    for (int64_t pass = 0; pass < num_passes; ++pass) {
-      const Range tiles = Part(block_.tiles, pass, num_passes);
-      is_from_memory_ = pass < num_before;
-      if (!is_from_memory_) lines_ = Part({0, Kernel::kStepVectors}, pass - num_before, num_passes - num_before);
-      switch (tiles.end - tiles.begin) {
+  void RunPanels(Range panels) const {
+    const int64_t num_passes = (Size(block_.tiles) - 1) / passes_.most_tiles + 1;
+    const int64_t num_from_memory = passes_.is_first_from_memory ? 1 : 0;
+    for (int64_t i = 0; i < num_passes; ++i) {
+      Pass pass = {Part(block_.tiles, i, num_passes), i < num_from_memory, {0, 0}};
+      if (!pass.is_from_memory) {
+        pass.lines = Part({0, Kernel::kStepVectors}, i - num_from_memory, num_passes - num_from_memory);
+      }
+      switch (Size(pass.tiles)) {
         case 1:
-          RunTiles<1>(tiles.begin, panels);
+          RunPass<1>(pass, panels);
           break;
         case 2:
-          RunTiles<2>(tiles.begin, panels);
+          RunPass<2>(pass, panels);
           break;
         case 3:
-          RunTiles<3>(tiles.begin, panels);
+          RunPass<3>(pass, panels);
           break;
       }
     }
   }
 
   template <int kNumA>
-  void RunTiles(int64_t tile, Range panels) const {
+  void RunPass(const Pass& pass, Range panels) const {
     constexpr int kNumP = PanelsFor(kNumA);
     int64_t panel = panels.begin;
-    for (; panel + kNumP <= panels.end; panel += kNumP) Multiply<kNumA, kNumP>(tile, panel);
-    if (kNumP > 2 && panels.end - panel == 2) return Multiply<kNumA, 2>(tile, panel);
-    if (kNumP > 1 && panels.end - panel == 1) return Multiply<kNumA, 1>(tile, panel);
+    for (; panel + kNumP <= panels.end; panel += kNumP) Multiply<kNumA, kNumP>(pass, panel);
+    if (kNumP > 2 && panels.end - panel == 2) return Multiply<kNumA, 2>(pass, panel);
+    if (kNumP > 1 && panels.end - panel == 1) return Multiply<kNumA, 1>(pass, panel);
   }
 
   template <int kNumA, int kNumP>
-  void Multiply(int64_t tile, int64_t panel) const {
+  void Multiply(const Pass& pass, int64_t panel) const {
     const bool is_last = chunk_ + 1 == num_chunks_;
+    const int64_t tile = pass.tiles.begin;
     const auto sums = [&](int i) HEADRACE_LAMBDA {
       return scratch_.Sums(tile + i / kNumP - block_.tiles.begin, panel + i % kNumP - block_.panels.begin);
     };
     // Those of more tiles would be gone from the L1 cache again when they are written.
-    if (is_last && block_.tiles.end - block_.tiles.begin <= kMostTiles) PrefetchOutputs(tile, panel, kNumP);
+    if (is_last && Size(block_.tiles) <= kMostTiles) PrefetchOutputs(panel, kNumP);
     Unroll<kNumA * kNumP>([&](auto i)
                               HEADRACE_LAMBDA { chunk_ == 0 ? ZeroTile<i>() : LoadTile<i>(sums(i), kTileRowBytes); });
-    Walk<kNumA, kNumP>(tile, panel);
+    Walk<kNumA, kNumP>(pass, panel);
     Unroll<kNumA * kNumP>([&](auto i) HEADRACE_LAMBDA {
       float* to = is_last ? scratch_.Product(i) : sums(i);
       StoreTile<i>(to, kTileRowBytes);
@@ -153,26 +167,26 @@ class BlockProducts {
   }
 
   template <int kNumA, int kNumP>
-  void Walk(int64_t tile, int64_t panel) const {
+  void Walk(const Pass& pass, int64_t panel) const {
     const PackedView& w = call_.weight;
     StepWalk walk = {w.weights + panel * w.panel_bytes + steps_.begin * Kernel::kStepVectors * kVectorBytes,
                      w.panel_bytes,
                      nullptr,
                      w.num_groups * kLanes,
-                     x_.At(tile) + steps_.begin * x_.step_bytes(),
+                     x_.At(pass.tiles.begin) + steps_.begin * x_.step_bytes(),
                      x_.tile_bytes(),
                      x_.step_bytes(),
                      steps_.end - steps_.begin,
-                     passes_.num_panels * w.panel_bytes + lines_.begin * kVectorBytes,
-                     static_cast<int>(lines_.end - lines_.begin),
+                     passes_.num_panels * w.panel_bytes + pass.lines.begin * kVectorBytes,
+                     static_cast<int>(Size(pass.lines)),
                      scratch_.Unpacked()};
     if constexpr (Kernel::kIsUnpacked) {
       walk.scales = w.scales + (panel * w.num_groups + steps_.begin) * kLanes;
-      return MultiplySteps<kNumA, kNumP>(walk);
+      return MultiplySteps<kNumA, kNumP>(walk, pass.is_from_memory);
     } else {
       const int64_t end = std::min(steps_.end, w.panel_bytes / kTileBytes);
       walk.num_steps = end - steps_.begin;
-      MultiplySteps<kNumA, kNumP>(walk);
+      MultiplySteps<kNumA, kNumP>(walk, pass.is_from_memory);
       if (end == steps_.end) return;
       for (int p = 0; p < kNumP; ++p) PadStep(w, panel + p, end, scratch_.Unpacked() + p * kTileBytes);
       MultiplyStep<typename Kernel::Dot, kNumA, kNumP>(walk.x + walk.num_steps * walk.x_step_bytes, walk.x_bytes,
@@ -181,14 +195,14 @@ class BlockProducts {
   }
 
   template <int kNumA, int kNumP>
-  void MultiplySteps(const StepWalk& walk) const {
-    is_from_memory_ ? MultiplyAll<Kernel, kNumA, kNumP, true>(walk) : MultiplyAll<Kernel, kNumA, kNumP, false>(walk);
+  void MultiplySteps(const StepWalk& walk, bool is_from_memory) const {
+    is_from_memory ? MultiplyAll<Kernel, kNumA, kNumP, true>(walk) : MultiplyAll<Kernel, kNumA, kNumP, false>(walk);
   }
 
-  void PrefetchOutputs(int64_t first_tile, int64_t panel, int num_panels) const {
-    for (int64_t row = x_.Rows(first_tile).begin; row < x_.Rows(block_.tiles.end - 1).end; ++row) {
-      __builtin_prefetch(OutputAt(call_, row, panel), 1);
-      __builtin_prefetch(OutputAt(call_, row, panel + num_panels - 1), 1);
+  // All rows' for some panels.
+  void PrefetchOutputs(int64_t panel, int num_panels) const {
+    for (int64_t row = x_.Rows(block_.tiles.begin).begin; row < x_.Rows(block_.tiles.end - 1).end; ++row) {
+      for (int p = 0; p < num_panels; ++p) __builtin_prefetch(OutputAt(call_, row, panel + p), 1);
     }
   }
 
@@ -201,8 +215,6 @@ class BlockProducts {
   int64_t num_chunks_ = 0;
   int64_t chunk_ = 0;
   Range steps_ = {0, 0};
-  bool is_from_memory_ = true;
-  Range lines_ = {0, 0};
 };
 
 inline void ComputeTiles(const LinearCall& call, RowTiles tiles, const Activations& activations, const Block& block,

@@ -92,7 +92,8 @@ inline void UnpackStep(const uint8_t* w, int64_t panel_bytes, const uint16_t* sc
 }
 
 // A function of its own, and none of its variables in memory: what is unpacked goes through all places of a page, and a
-// load from the stack would wait for the store that it could depend on. kIsFromMemory: weights do.
+// load from the stack would wait for the store that it could depend on. kIsFromMemory: the weights come from memory,
+// not from the L2 cache.
 template <class Kernel, int kNumA, int kNumP, bool kIsFromMemory>
 __attribute__((noinline)) void MultiplyAll(const StepWalk& walk) {
   constexpr int kStepBytes = Kernel::kStepVectors * kVectorBytes;

@@ -253,18 +253,37 @@ class TestARowDependsOnItselfAlone:
 
     @each_target
     @each_format
-    @pytest.mark.parametrize("num_inputs", [2049, 4130])
+    @pytest.mark.parametrize("num_inputs", [4130, 12330])
     def test_rows_too_long_for_a_cache(self, target: str, weight_format: WeightFormat, num_inputs: int) -> None:
-        """They are walked in parts, whose sums wait for the next one, in one block of rows and in several."""
+        """They are walked in parts, whose sums wait for the next one, in one block of rows and in several; the longer
+        ones already where three tiles are multiplied at once."""
         case = make_case(weight_format, 100, num_inputs)
-        x = make_x(300, num_inputs, case.x_dtypes[0])
+        most_rows = 300 if num_inputs < 10000 else 80
+        x = make_x(most_rows, num_inputs, case.x_dtypes[0])
         expected = expected_of(case, x, halves=has_half_tiles(target, case))
         whole = run(target, ARMS[2], x, case)
         assert_within(whole, expected, tolerance_of(case, x, expected))
-        for arm, num_threads, num_rows in ((0, 2, 40), (1, 1, 49), (1, 9, 300), (2, 9, 33), (2, 1, 257), (2, 2, 1)):
+        sizes = ((0, 2, 40), (1, 1, 49), (1, 9, 300), (2, 9, 33), (2, 1, 257), (2, 2, 1), (2, 2, 48))
+        for arm, num_threads, num_rows in sizes:
             _native.set_num_threads(num_threads)
             part = run(target, ARMS[arm], x[:num_rows], case)
             assert torch.equal(part, whole[:num_rows]), (arm, num_threads, num_rows)
+
+    @each_target
+    @each_format
+    def test_what_lay_in_scratch_memory_does_not_matter(self, target: str, weight_format: WeightFormat) -> None:
+        """NaN where steps are filled up with zeros, and in place of the row that one of two tiles has less."""
+        _native.set_num_threads(1)
+        case = make_case(weight_format, 33, 33)
+        x = make_x(17, 33, case.x_dtypes[0])
+        expected = expected_of(case, x, halves=has_half_tiles(target, case))
+        nan = cpu.make_weight_builder(WeightFormat.BFLOAT16, 48, 63)
+        nan.write(0, torch.full((48, 63), torch.nan))
+        weight_of_nan = nan.build()
+        for arm in ARMS:
+            rows_of_nan = torch.full((18, 63), torch.nan, dtype=torch.bfloat16)
+            cpu.Linear(target, cpu.Stream())(rows_of_nan, weight_of_nan, arm=arm)
+            assert_within(run(target, arm, x, case), expected, tolerance_of(case, x, expected))
 
     @pytest.mark.parametrize("target", [name for name in TARGETS if name.startswith("amx")])
     @pytest.mark.parametrize("weight_format", [WeightFormat.BFLOAT16, WeightFormat.INT4], ids=lambda f: f.value)
@@ -422,7 +441,7 @@ class TestInputs:
         for weight_format in FORMATS:
             case = make_case(weight_format, 33, 100)
             for target in TARGETS:
-                for num_rows in (1, 2, 9):
+                for num_rows in (1, 2, 9, 17, 50):
                     x = make_x(num_rows, 100, case.x_dtypes[0])
                     poisoned = torch.full((num_rows + 2, 33), torch.nan, dtype=x.dtype)
                     native = _native.Linear(target, True)

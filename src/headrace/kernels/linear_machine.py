@@ -15,8 +15,8 @@ from headrace.kernels.weights import Weight
 DEFAULT_INFLECTIONS = Inflections(flat_gemm_from=2, gemm_from=96)
 """From 96 rows on x outgrows the L2 cache for the widths of common models, and reading W again costs less."""
 
-_HALF_TILE_INFLECTIONS = Inflections(flat_gemm_from=2, gemm_from=9)
-"""Of integer weights where only GEMM unpacks them into tiles: up to 8 rows dot products of bytes are as fast."""
+_HALF_TILE_INFLECTIONS = Inflections(flat_gemm_from=2, gemm_from=4)
+"""Of integer weights where only GEMM unpacks them into tiles: from 4 rows on that beats dot products of bytes."""
 
 Stopwatch = Callable[[], float]
 """Runs something and returns the seconds that one call of it took."""
