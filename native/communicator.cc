@@ -1,7 +1,6 @@
 #include "communicator.h"
 
 #include <algorithm>
-#include <new>
 #include <set>
 #include <stdexcept>
 
@@ -33,17 +32,6 @@ Range Shard(int64_t count, int rank, int world_size) {
 }
 
 }  // namespace
-
-char* Communicator::Scratch(size_t num_bytes) {
-  if (num_bytes > scratch_bytes_) {
-    scratch_.reset();
-    scratch_bytes_ = 0;
-    scratch_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, RoundUp(num_bytes))));
-    if (scratch_ == nullptr) throw std::bad_alloc();
-    scratch_bytes_ = num_bytes;
-  }
-  return scratch_.get();
-}
 
 Algorithm AllReduceAlgorithm(size_t payload_bytes, int world_size, bool allows_int8) {
   if (allows_int8 && payload_bytes >= kInt8MinBytes) return Algorithm::kTwoShotInt8;

@@ -2,7 +2,6 @@
 #ifndef HEADRACE_NATIVE_COMMUNICATOR_H_
 #define HEADRACE_NATIVE_COMMUNICATOR_H_
 
-#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <string>
@@ -12,6 +11,7 @@
 #include "dtype.h"
 #include "ledger.h"
 #include "range.h"
+#include "scratch.h"
 #include "transport.h"
 
 namespace headrace {
@@ -37,16 +37,12 @@ class Communicator {
   void Close() { transport_->Close(); }
 
   // Valid until the next call; grows, never shrinks.
-  char* Scratch(size_t num_bytes);
+  char* Scratch(size_t num_bytes) { return scratch_.Get(num_bytes); }
 
  private:
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
   AbortFlag abort_;
   std::unique_ptr<Transport> transport_;
-  std::unique_ptr<char, Free> scratch_;
-  size_t scratch_bytes_ = 0;
+  ScratchMemory scratch_;
 };
 
 // Which all-reduce sends a payload in a group of so many ranks; all ranks agree because nothing else matters.
