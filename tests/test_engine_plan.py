@@ -1,6 +1,10 @@
 """How large the cache becomes, and how long a sequence may be, for given memory."""
 
+import logging
+from pathlib import Path
+
 import pytest
+from tiny_model import write_tiny_model
 
 from headrace.config import (
     Activation,
@@ -17,6 +21,9 @@ from headrace.config import (
     RopeType,
     SchedulerConfig,
 )
+from headrace.config.settings import engine_config
+from headrace.engine import load
+from headrace.engine.engine import Engine
 from headrace.engine.engine_plan import EnginePlan, resolve_max_model_len, resolve_plan
 from headrace.errors import ConfigError, ContextLengthError
 
@@ -68,6 +75,19 @@ def test_default_length_gives_way_and_says_so() -> None:
     assert result.max_model_len == 64
     [remark] = result.remarks
     assert "max_model_len is 64 instead of 256" in remark
+
+
+def test_whoever_loads_a_model_is_told_what_gave_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`headrace serve` said nothing of a length that memory had cut; only `LLM` did."""
+    folder = write_tiny_model(tmp_path)
+    monkeypatch.setattr(load, "tightest_host", lambda reports: (reports[0].block_bytes, 40 * reports[0].block_bytes))
+    with caplog.at_level(logging.WARNING, logger="headrace"):
+        engine = Engine(load.load_model(engine_config(model=str(folder), device="cpu")))
+    engine.close()
+    [message] = caplog.messages
+    assert f"max_model_len is {engine.model.plan.max_model_len} instead of 8192" in message
 
 
 @pytest.mark.parametrize(

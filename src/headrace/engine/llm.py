@@ -1,6 +1,5 @@
 """The Python entry point: text in, text out."""
 
-import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,8 +15,6 @@ from headrace.engine.engine import Engine
 from headrace.engine.load import load_model
 from headrace.engine.outputs import RequestOutput, RequestUpdate
 from headrace.errors import RequestError
-
-logger = logging.getLogger(__name__)
 
 Prompt = str | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
@@ -68,8 +65,6 @@ class LLM:
             **settings,
         )
         self.engine = Engine(load_model(config))
-        for remark in self.engine.model.plan.remarks:
-            logger.warning(remark)
         self._request_ids = count()
         self._dropped: deque[str] = deque()
         self._listeners: dict[str, Callable[[], Callable[[RequestUpdate], None] | None]] = {}

@@ -1,5 +1,6 @@
 """From a model's name to what an engine runs."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ from headrace.models.loading import WeightFormats
 from headrace.models.model_folder import resolve_model_folder
 from headrace.models.source import ModelSource
 from headrace.tokenizer import ChatTemplate, Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,8 @@ def load_model(config: EngineConfig, *, change_kernels: Callable[[Kernels], Kern
             num_threads=loaded.num_threads,
             memory_fraction=default_memory_fraction(loaded.kernels.device),
         )
+        for remark in plan.remarks:
+            logger.warning(remark)
         eos_token_ids = files.eos_token_ids(loaded.source)
         agreement = {
             "num_blocks": plan.num_blocks,
