@@ -36,7 +36,7 @@ Range SharedRange::Take(int64_t part, int64_t most) {
   return {0, 0};
 }
 
-// What a share has left only shrinks, and none gets items back that left it: one that still looks as it was seen is.
+// A share that reads as it was seen has those very items, whatever happened meanwhile.
 bool SharedRange::Steal(int64_t part) {
   while (true) {
     Share* richest = nullptr;
