@@ -24,6 +24,7 @@ from headrace import LLM, SamplingParams
 from headrace.demo_model import demo_model_path
 from headrace.errors import CheckpointError, EngineStopped, HeadraceError, RankError
 from scripts.kill_ranks.__main__ import random_trials
+from scripts.kill_ranks.shared_memory import left_in_shared_memory, names_in_shared_memory
 from scripts.kill_ranks.trial import DEATH_S, MPIEXEC, Trial, run_trial
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")
@@ -98,6 +99,34 @@ def test_a_lost_rank_of_mpiexec(victim, moment, how):
         is_launched=True,
     )
     assert_no_problem(trial)
+
+
+NAMED_MEMORY_PROGRAM = """
+import mmap, sys, time
+with open(sys.argv[1], "wb+") as named:
+    named.truncate(mmap.PAGESIZE)
+    mapped = mmap.mmap(named.fileno(), mmap.PAGESIZE)
+print("mapped", flush=True)
+time.sleep(60)
+"""
+
+
+def test_memory_of_another_program_is_not_left_behind():
+    """A trial once failed for the name that another MPI program had while it started; a killed one's name is left."""
+    before = names_in_shared_memory()
+    name = f"headrace_test_{os.getpid()}"
+    path = Path("/dev/shm", name)
+    command = [sys.executable, "-c", NAMED_MEMORY_PROGRAM, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as program:
+        try:
+            assert program.stdout.readline() == b"mapped\n"
+            assert name not in left_in_shared_memory(before)
+            program.kill()
+            program.wait()
+            assert name in left_in_shared_memory(before)
+        finally:
+            program.kill()
+            path.unlink(missing_ok=True)
 
 
 def channels_of(llm: LLM, what: str) -> dict:

@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from scripts.kill_ranks.shared_memory import left_in_shared_memory, names_in_shared_memory
+
 MOMENTS = ("loading", "idle", "prefill", "decode")
 
 DEATH_S = 5.0
@@ -78,7 +80,7 @@ def run_trial(trial: Trial) -> Outcome:
     """Load, signal, watch. Ends whatever it has started."""
     outcome = Outcome(trial=trial)
     with tempfile.TemporaryDirectory() as folder:
-        shared_before = _shared_memory(trial)
+        shared_before = names_in_shared_memory()
         caller = Caller(trial, Path(folder))
         try:
             _watch(trial, caller, outcome)
@@ -88,7 +90,7 @@ def run_trial(trial: Trial) -> Outcome:
             caller.end()
         if left := [entry.name for entry in Path(folder).iterdir()]:
             outcome.problems.append(f"left in the folder for temporary files: {', '.join(left)}")
-        if left := sorted(_shared_memory(trial) - shared_before):
+        if left := left_in_shared_memory(shared_before):
             outcome.problems.append(f"left in shared memory: {', '.join(left)}")
     if "Traceback" in caller.stderr:
         outcome.problems.append(f"a traceback: {caller.stderr[-2000:]}")
@@ -318,9 +320,3 @@ def _wait(is_so: Callable[[], bool], timeout_s: float, complaint: str) -> None:
         if time.monotonic() > deadline_s:
             raise _Unexpected(f"{complaint} after {timeout_s:g} s")
         time.sleep(0.01)
-
-
-def _shared_memory(trial: Trial) -> set[str]:
-    """Whatever has a name there, but for what MPI programs have that run at the same time as ranks without MPI."""
-    found = {entry.name for entry in Path("/dev/shm").iterdir()}
-    return {name for name in found if trial.is_launched or not name.startswith("mpich")}
