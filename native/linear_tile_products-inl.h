@@ -57,7 +57,7 @@ class TileScratch {
   float* Sums(int64_t tile, int64_t panel) const { return At(kKept + kProducts + panel * num_tiles_ + tile); }
 
  private:
-  static constexpr int kKept = kKeptSteps * PanelsFor(1);
+  static constexpr int kKept = kPlaces<kProducts> * kProducts;
 
   float* At(int64_t tile) const { return reinterpret_cast<float*>(memory_ + tile * kTileBytes); }
 
@@ -138,13 +138,11 @@ class BlockProducts {
     }
   }
 
-  template <int kNumA>
+  // Those that are left over are fewer at once.
+  template <int kNumA, int kNumP = PanelsFor<Kernel>(kNumA)>
   void RunPass(const Pass& pass, Range panels) const {
-    constexpr int kNumP = PanelsFor(kNumA);
-    int64_t panel = panels.begin;
-    for (; panel + kNumP <= panels.end; panel += kNumP) Multiply<kNumA, kNumP>(pass, panel);
-    if (kNumP > 2 && panels.end - panel == 2) return Multiply<kNumA, 2>(pass, panel);
-    if (kNumP > 1 && panels.end - panel == 1) return Multiply<kNumA, 1>(pass, panel);
+    for (; Size(panels) >= kNumP; panels.begin += kNumP) Multiply<kNumA, kNumP>(pass, panels.begin);
+    if constexpr (kNumP > 1) RunPass<kNumA, std::min(3, kNumP - 1)>(pass, panels);
   }
 
   template <int kNumA, int kNumP>
@@ -182,21 +180,18 @@ class BlockProducts {
                      scratch_.Unpacked()};
     if constexpr (Kernel::kIsUnpacked) {
       walk.scales = w.scales + (panel * w.num_groups + steps_.begin) * kLanes;
-      return MultiplySteps<kNumA, kNumP>(walk, pass.is_from_memory);
+      pass.is_from_memory ? MultiplyUnpacked<Kernel, kNumA, kNumP, true>(walk)
+                          : MultiplyUnpacked<Kernel, kNumA, kNumP, false>(walk);
     } else {
       const int64_t end = std::min(steps_.end, w.panel_bytes / kTileBytes);
       walk.num_steps = end - steps_.begin;
-      MultiplySteps<kNumA, kNumP>(walk, pass.is_from_memory);
+      pass.is_from_memory ? MultiplyStored<Kernel, kNumA, kNumP, true>(walk)
+                          : MultiplyStored<Kernel, kNumA, kNumP, false>(walk);
       if (end == steps_.end) return;
       for (int p = 0; p < kNumP; ++p) PadStep(w, panel + p, end, scratch_.Unpacked() + p * kTileBytes);
       MultiplyStep<typename Kernel::Dot, kNumA, kNumP>(walk.x + walk.num_steps * walk.x_step_bytes, walk.x_bytes,
                                                        scratch_.Unpacked(), kTileBytes);
     }
-  }
-
-  template <int kNumA, int kNumP>
-  void MultiplySteps(const StepWalk& walk, bool is_from_memory) const {
-    is_from_memory ? MultiplyAll<Kernel, kNumA, kNumP, true>(walk) : MultiplyAll<Kernel, kNumA, kNumP, false>(walk);
   }
 
   // All rows' for some panels.

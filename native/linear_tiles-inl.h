@@ -121,40 +121,38 @@ inline void UnpackRow(__m512i bits, __m512i mask, __m512h scale, __m512h offset,
   _mm512_store_ph(to, _mm512_fmadd_ph(_mm512_castsi512_ph(_mm512_and_si512(bits, mask)), scale, offset));
 }
 
-inline void UnpackInt4(const uint8_t* w, const uint16_t* scales, char* to) {
-  const GroupScales scale = LoadScales(scales, kInt4Bias);
+// A vector of integers is some tile rows: those of one of a step's vectors.
+inline void UnpackInt4(__m512i even, const GroupScales& scale, char* to) {
   const __m512i low = _mm512_set1_epi16(0x000f), high = _mm512_set1_epi16(0x00f0);
-  for (int i = 0; i < kGroup / VectorColumns(Format::kInt4); ++i, w += kVectorBytes, to += 4 * kTileRowBytes) {
-    const __m512i even = _mm512_loadu_si512(w), odd = _mm512_srli_epi16(even, 8);
-    UnpackRow(even, low, scale.low, scale.offset, to);
-    UnpackRow(odd, low, scale.low, scale.offset, to + kTileRowBytes);
-    UnpackRow(even, high, scale.high, scale.offset, to + 2 * kTileRowBytes);
-    UnpackRow(odd, high, scale.high, scale.offset, to + 3 * kTileRowBytes);
-  }
+  const __m512i odd = _mm512_srli_epi16(even, 8);
+  UnpackRow(even, low, scale.low, scale.offset, to);
+  UnpackRow(odd, low, scale.low, scale.offset, to + kTileRowBytes);
+  UnpackRow(even, high, scale.high, scale.offset, to + 2 * kTileRowBytes);
+  UnpackRow(odd, high, scale.high, scale.offset, to + 3 * kTileRowBytes);
 }
 
-inline void UnpackInt8(const uint8_t* w, const uint16_t* scales, char* to) {
-  const GroupScales scale = LoadScales(scales, kInt8Bias);
+inline void UnpackInt8(__m512i even, const GroupScales& scale, char* to) {
   const __m512i low = _mm512_set1_epi16(0x00ff);
-  for (int i = 0; i < kGroup / VectorColumns(Format::kInt8); ++i, w += kVectorBytes, to += 2 * kTileRowBytes) {
-    const __m512i even = _mm512_loadu_si512(w);
-    UnpackRow(even, low, scale.low, scale.offset, to);
-    UnpackRow(_mm512_srli_epi16(even, 8), low, scale.low, scale.offset, to + kTileRowBytes);
-  }
+  UnpackRow(even, low, scale.low, scale.offset, to);
+  UnpackRow(_mm512_srli_epi16(even, 8), low, scale.low, scale.offset, to + kTileRowBytes);
 }
 
 struct Int8Tiles {
   using Dot = Fp16Dot;
   static constexpr bool kIsUnpacked = true;
   static constexpr int kStepVectors = kGroup / VectorColumns(Format::kInt8);
-  static void Unpack(const uint8_t* w, const uint16_t* scales, char* to) { UnpackInt8(w, scales, to); }
+  using Scale = GroupScales;
+  static GroupScales Scales(const uint16_t* scales) { return LoadScales(scales, kInt8Bias); }
+  static void Unpack(__m512i w, const GroupScales& scale, char* to) { UnpackInt8(w, scale, to); }
 };
 
 struct Int4Tiles {
   using Dot = Fp16Dot;
   static constexpr bool kIsUnpacked = true;
   static constexpr int kStepVectors = kGroup / VectorColumns(Format::kInt4);
-  static void Unpack(const uint8_t* w, const uint16_t* scales, char* to) { UnpackInt4(w, scales, to); }
+  using Scale = GroupScales;
+  static GroupScales Scales(const uint16_t* scales) { return LoadScales(scales, kInt4Bias); }
+  static void Unpack(__m512i w, const GroupScales& scale, char* to) { UnpackInt4(w, scale, to); }
 };
 
 #endif
