@@ -38,11 +38,11 @@ struct Piece {
   int32_t index;
 };
 
-// What one call computes. Kept by the calling thread, so that memory is allocated only when a call is larger than all
-// before it.
+// What one call computes. Kept by the calling thread, so that lists grow only when a call is larger than all before it.
 struct Schedule {
   std::vector<TileWork> works;
-  std::vector<Piece> pieces;
+  std::vector<Piece> sorted;                       // long ones first
+  std::vector<Piece> pieces;                       // the same, in the order of their shares
   std::unique_ptr<std::atomic<int>[]> unfinished;  // pieces of each work
   size_t unfinished_capacity = 0;
   int64_t partial_floats = 0;
@@ -102,11 +102,29 @@ void CheckSequence(const AttentionCall& call, int64_t seq) {
   }
 }
 
+// The panels of positions [begin, end); none where there are none.
+Range PanelsOf(const KvLayout& layout, int64_t begin, int64_t end) {
+  return begin < end ? Range{layout.PanelOf(begin), layout.PanelOf(end - 1) + 1} : Range{0, 0};
+}
+
 TileWork MakeWork(const AttentionCall& call, const RowTile& tile) {
   const Row first = RowAt(call, tile, tile.rows.begin), last = RowAt(call, tile, tile.rows.end - 1);
-  const int64_t num_rows = tile.rows.end - tile.rows.begin;
   const Range panels = VisiblePanels(call, first, last);
-  return {tile, panels, SplitsOf(panels), (last.end - first.begin) * (num_rows + kReadingRows), 1, 0};
+  return {tile, panels, SplitsOf(panels), (last.end - first.begin) * (Size(tile.rows) + kReadingRows), 1, 0};
+}
+
+// Gives each of some threads, whose shares lie one behind the other, as many long pieces as the others, in the order of
+// the list.
+void Deal(const std::vector<Piece>& pieces, int num_threads, std::vector<Piece>& dealt) {
+  dealt.resize(pieces.size());
+  const Range all = {0, static_cast<int64_t>(pieces.size())};
+  size_t next = 0;
+  for (int64_t round = 0; next < pieces.size(); ++round) {
+    for (int thread = 0; thread < num_threads; ++thread) {
+      const Range share = Part(all, thread, num_threads);
+      if (round < Size(share)) dealt[static_cast<size_t>(share.begin + round)] = pieces[next++];
+    }
+  }
 }
 
 void CutIntoPieces(const AttentionCall& call, int num_threads, Schedule& schedule) {
@@ -115,24 +133,25 @@ void CutIntoPieces(const AttentionCall& call, int num_threads, Schedule& schedul
   const int64_t target = total / (num_threads * kPiecesPerThread) + 1;
   const int64_t max_pieces = call.max_pieces > 0 ? call.max_pieces : INT32_MAX;
   schedule.partial_floats = 0;
-  schedule.pieces.clear();
+  schedule.sorted.clear();
   for (TileWork& work : schedule.works) {
-    const int64_t num_splits = work.splits.end - work.splits.begin;
+    const int64_t num_splits = Size(work.splits);
     const int64_t wanted = num_threads > 1 ? (work.cost + target - 1) / target : 1;
     // Rows that see nothing of a share cost nothing, and are written all the same.
     work.num_pieces = static_cast<int>(std::max<int64_t>(1, std::min({num_splits, wanted, max_pieces})));
     if (work.num_pieces == 1) continue;
     work.partials = schedule.partial_floats;
-    schedule.partial_floats += num_splits * PartialFloats(call.layout, work.tile.rows.end - work.tile.rows.begin);
+    schedule.partial_floats += num_splits * PartialFloats(call.layout, Size(work.tile.rows));
   }
-  // Long pieces first.
+  // Threads that end with short pieces end together.
   for (const bool is_long : {true, false}) {
     for (size_t i = 0; i < schedule.works.size(); ++i) {
       const TileWork& work = schedule.works[i];
       if ((work.cost / work.num_pieces > target / 2) != is_long) continue;
-      for (int index = 0; index < work.num_pieces; ++index) schedule.pieces.push_back({static_cast<int32_t>(i), index});
+      for (int index = 0; index < work.num_pieces; ++index) schedule.sorted.push_back({static_cast<int32_t>(i), index});
     }
   }
+  Deal(schedule.sorted, num_threads, schedule.pieces);
   if (schedule.works.size() > schedule.unfinished_capacity) {
     schedule.unfinished_capacity = schedule.works.size();
     schedule.unfinished = std::make_unique<std::atomic<int>[]>(schedule.unfinished_capacity);
@@ -142,8 +161,8 @@ void CutIntoPieces(const AttentionCall& call, int num_threads, Schedule& schedul
   }
 }
 
-// The splits of a piece. Pieces have as many tiles as splits allow, which differ in length.
-Range SplitsOf(const TileWork& work, int64_t piece) {
+// Pieces have as many tiles as splits allow, which differ in length.
+Range SplitsOfPiece(const TileWork& work, int64_t piece) {
   const int64_t first = SplitBegin(work.splits.begin), num_tiles = SplitBegin(work.splits.end) - first;
   const auto boundary = [&](int64_t i) {
     const int64_t tile = first + num_tiles * i / work.num_pieces, split = SplitOf(tile);
@@ -155,7 +174,7 @@ Range SplitsOf(const TileWork& work, int64_t piece) {
 Upcoming UpcomingAt(const Schedule& schedule, size_t piece) {
   if (piece >= schedule.pieces.size()) return {};
   const TileWork& work = schedule.works[schedule.pieces[piece].work];
-  const Range splits = SplitsOf(work, schedule.pieces[piece].index);
+  const Range splits = SplitsOfPiece(work, schedule.pieces[piece].index);
   const int64_t begin = SplitBegin(splits.begin) * kTilePanels, end = SplitBegin(splits.end) * kTilePanels;
   return {work.tile.seq, work.tile.kv_head, {std::max(begin, work.panels.begin), std::min(end, work.panels.end)}};
 }
@@ -182,14 +201,12 @@ Row RowAt(const AttentionCall& call, const RowTile& tile, int64_t row) {
   const int64_t position = call.context_lens[tile.seq] - num_new + row / group;
   const int64_t visible = position < call.sliding_window ? 0 : position - call.sliding_window + 1;
   const int64_t begin = OwnedPositions(call, tile.seq, visible), end = OwnedPositions(call, tile.seq, position + 1);
-  const Range panels = begin < end ? Range{call.layout.PanelOf(begin), call.layout.PanelOf(end - 1) + 1} : Range{0, 0};
-  return {first + row / group, tile.kv_head * group + row % group, begin, end, panels};
+  return {first + row / group, tile.kv_head * group + row % group, begin, end, PanelsOf(call.layout, begin, end)};
 }
 
 // By positions, which grow from row to row; a row that sees nothing has no panels.
 Range VisiblePanels(const AttentionCall& call, const Row& first, const Row& last) {
-  if (first.begin >= last.end) return {0, 0};
-  return {call.layout.PanelOf(first.begin), call.layout.PanelOf(last.end - 1) + 1};
+  return PanelsOf(call.layout, first.begin, last.end);
 }
 
 Range SplitsOf(Range panels) {
@@ -222,7 +239,7 @@ void Attention(Target target, const AttentionCall& call) {
     const TileWork& work = work_list.works[static_cast<size_t>(piece.work)];
     const Upcoming upcoming = UpcomingAt(work_list, static_cast<size_t>(index + 1));
     if (work.num_pieces == 1) return kernels.attend(call, work.tile, upcoming, workspace);
-    const Range splits = SplitsOf(work, piece.index);
+    const Range splits = SplitsOfPiece(work, piece.index);
     const int64_t floats = PartialFloats(call.layout, Size(work.tile.rows));
     float* first = partials + work.partials;
     float* mine = first + (splits.begin - work.splits.begin) * floats;

@@ -80,6 +80,7 @@ void Linear(Target target, Arm arm, const LinearCall& call) {
   // Of each thread, then what they share.
   char* memory = Scratch(static_cast<size_t>(num_parts * plan.PartBytes() + plan.SharedBytes()));
   std::vector<SharedRange> panels;
+  panels.reserve(static_cast<size_t>(plan.num_row_blocks));
   for (int64_t block = 0; block < plan.num_row_blocks; ++block)
     panels.emplace_back(Range{0, plan.num_panels}, num_parts);
   Barrier barrier;

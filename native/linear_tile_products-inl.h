@@ -16,6 +16,7 @@ constexpr int kBlockSteps = 1152;
 // each block reads all of x, more.
 constexpr int kBlockPanels = 12;
 constexpr int kWaitingPanels = 64;
+
 // How all tiles of a block meet some panels before the next ones come: in passes of so many tiles. The first pass may
 // take panels as they come from memory; others ask for a part each of the panels that follow.
 struct Passes {
@@ -32,10 +33,15 @@ struct Pass {
 };
 
 // Weights that are not unpacked come from the L2 cache in each pass: two panels, since six, up to 1.7 MiB, would leave
-// no room for x.
+// no room for x. Of integers no pass but the only one has a single tile.
 template <class Kernel>
 constexpr Passes PassesFor(int64_t num_tiles) {
   return Kernel::kIsUnpacked || num_tiles <= kMostTiles ? Passes{kMostTiles, 6, true} : Passes{2, 2, false};
+}
+
+template <class Kernel>
+constexpr bool MayComeFromL2(int num_a, int num_p) {
+  return Kernel::kIsUnpacked ? num_a > 1 : num_a <= 2 && num_p <= 2;
 }
 
 inline int64_t NumChunks(const PackedView& w, int64_t num_tiles) {
@@ -49,15 +55,16 @@ class TileScratch {
   TileScratch(int64_t num_tiles, char* memory) : memory_(memory), num_tiles_(num_tiles) {}
   static int64_t NumBytes(const PackedView& w, int64_t num_tiles) {
     const int64_t num_sums = NumChunks(w, num_tiles) > 1 ? num_tiles * kWaitingPanels : 0;
-    return (kKept + kProducts + num_sums) * kTileBytes;
+    return (kUnpacked + kProducts + num_sums) * kTileBytes;
   }
   char* Unpacked() const { return memory_; }
-  float* Product(int i) const { return At(kKept + i); }
+  float* Product(int i) const { return At(kUnpacked + i); }
   // Of a tile of x and a panel, counted from the block's first ones.
-  float* Sums(int64_t tile, int64_t panel) const { return At(kKept + kProducts + panel * num_tiles_ + tile); }
+  float* Sums(int64_t tile, int64_t panel) const { return At(kUnpacked + kProducts + panel * num_tiles_ + tile); }
 
  private:
-  static constexpr int kKept = kPlaces<kProducts> * kProducts;
+  static constexpr int kUnpacked = kPlaces<6> * 6;
+  static_assert(kUnpacked >= kPlaces<3> * 3 && kUnpacked >= kPlaces<2> * 2 && kUnpacked >= kPlaces<1>);
 
   float* At(int64_t tile) const { return reinterpret_cast<float*>(memory_ + tile * kTileBytes); }
 
@@ -180,18 +187,31 @@ class BlockProducts {
                      scratch_.Unpacked()};
     if constexpr (Kernel::kIsUnpacked) {
       walk.scales = w.scales + (panel * w.num_groups + steps_.begin) * kLanes;
-      pass.is_from_memory ? MultiplyUnpacked<Kernel, kNumA, kNumP, true>(walk)
-                          : MultiplyUnpacked<Kernel, kNumA, kNumP, false>(walk);
+      MultiplySteps<kNumA, kNumP>(pass, walk);
     } else {
       const int64_t end = std::min(steps_.end, w.panel_bytes / kTileBytes);
       walk.num_steps = end - steps_.begin;
-      pass.is_from_memory ? MultiplyStored<Kernel, kNumA, kNumP, true>(walk)
-                          : MultiplyStored<Kernel, kNumA, kNumP, false>(walk);
+      MultiplySteps<kNumA, kNumP>(pass, walk);
       if (end == steps_.end) return;
       for (int p = 0; p < kNumP; ++p) PadStep(w, panel + p, end, scratch_.Unpacked() + p * kTileBytes);
       MultiplyStep<typename Kernel::Dot, kNumA, kNumP>(walk.x + walk.num_steps * walk.x_step_bytes, walk.x_bytes,
                                                        scratch_.Unpacked(), kTileBytes);
     }
+  }
+
+  template <int kNumA, int kNumP>
+  static void MultiplySteps(const Pass& pass, const StepWalk& walk) {
+    const auto multiply = [&](auto is_from_memory) HEADRACE_LAMBDA {
+      if constexpr (Kernel::kIsUnpacked) {
+        MultiplyUnpacked<Kernel, kNumA, kNumP, is_from_memory>(walk);
+      } else {
+        MultiplyStored<Kernel, kNumA, kNumP, is_from_memory>(walk);
+      }
+    };
+    if constexpr (MayComeFromL2<Kernel>(kNumA, kNumP)) {
+      if (!pass.is_from_memory) return multiply(std::false_type());
+    }
+    multiply(std::true_type());
   }
 
   // All rows' for some panels.

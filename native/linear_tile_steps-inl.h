@@ -24,8 +24,9 @@ constexpr int kStreamScaleBytes = 512;
 
 // Integers are unpacked between the products of an earlier step, a vector here and there: a core looks ahead too little
 // to find out that tiles and vectors could work at the same time, the less where it shares itself with another thread.
-// Tiles are loaded from the cache, not from stores under way, which wait for the products before them: there lie more
-// of those than two between. As few steps as that takes have a place, so that they stay in the L1 cache.
+// Tiles are loaded from the cache, not from stores under way, which wait for the products before them: there lie two of
+// those between, or more, but where a step has a single one. As few steps as that takes have a place, so that they stay
+// in the L1 cache.
 template <int kNumP>
 constexpr int kPlaces = kNumP > 2 ? 2 : 3;
 
@@ -121,7 +122,7 @@ class StreamAhead {
 
 template <class Kernel>
 using WeightsAhead = StreamAhead<kStreamBytes<Kernel>, Kernel::kStepVectors * kVectorBytes>;
-using ScalesAhead = StreamAhead<kStreamScaleBytes, kLanes* int{sizeof(uint16_t)}>;
+using ScalesAhead = StreamAhead<kStreamScaleBytes, static_cast<int>(kLanes * sizeof(uint16_t))>;
 
 // Unpacks the steps of some panels one after the other into a few places, a vector at a time.
 template <class Kernel, int kNumP, bool kIsFromMemory>
@@ -166,10 +167,10 @@ class StepUnpacking {
   static constexpr int kVectors = kNumP * Kernel::kStepVectors;
   static constexpr int kPlaceBytes = kNumP * kTileBytes;
 
-  // The compiler would keep an address for each panel instead of what lies between them, more than it has registers.
   HEADRACE_INLINE void LookAhead() {
     weights_bytes_ = weights_ahead_.Bytes(steps_left_);
     scales_bytes_ = scales_ahead_.Bytes(steps_left_);
+    // The compiler would keep an address for each panel instead of what lies between them, more than it has registers.
     asm("" : "+r"(panel_bytes_), "+r"(panel_scales_), "+r"(weights_bytes_), "+r"(scales_bytes_));
   }
 
@@ -179,7 +180,7 @@ class StepUnpacking {
     const uint8_t* panel = weights_ + kPanel * panel_bytes_;
     const uint8_t* from = panel + kVector * kVectorBytes;
     if constexpr (kVector == 0) {
-      scale_ = Kernel::Scales(scales_ + kPanel * panel_scales_);
+      scale_ = Kernel::LoadScale(scales_ + kPanel * panel_scales_);
       if constexpr (kIsFromMemory) Fetch<3>(scales_ + kPanel * panel_scales_, scales_bytes_, 1);
       if constexpr (!kIsFromMemory) Fetch<2>(panel, fetch_bytes_, fetch_lines_);
     }
@@ -204,9 +205,9 @@ class StepUnpacking {
   typename Kernel::Scale scale_;
 };
 
-// Functions of their own, and none of their variables in memory: what is unpacked goes through all places of a page,
-// and a load from the stack would wait for the store that it could depend on. kIsFromMemory: the weights come from
-// memory, not from the L2 cache.
+// Functions of their own, and few of their variables in memory: what is unpacked goes through all places of a page, and
+// a load from the stack would wait for the store that it could depend on. kIsFromMemory: the weights come from memory,
+// not from the L2 cache.
 template <class Kernel, int kNumA, int kNumP, bool kIsFromMemory>
 __attribute__((noinline)) void MultiplyUnpacked(const StepWalk& walk) {
   using Dot = typename Kernel::Dot;

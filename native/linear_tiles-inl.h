@@ -121,20 +121,21 @@ inline void UnpackRow(__m512i bits, __m512i mask, __m512h scale, __m512h offset,
   _mm512_store_ph(to, _mm512_fmadd_ph(_mm512_castsi512_ph(_mm512_and_si512(bits, mask)), scale, offset));
 }
 
-// A vector of integers is some tile rows: those of one of a step's vectors.
-inline void UnpackInt4(__m512i even, const GroupScales& scale, char* to) {
+// One vector of a step: four tile rows of int4, two of int8. Its even bytes are entries of the one row, its odd bytes
+// those of the next.
+inline void UnpackInt4(__m512i bytes, const GroupScales& scale, char* to) {
   const __m512i low = _mm512_set1_epi16(0x000f), high = _mm512_set1_epi16(0x00f0);
-  const __m512i odd = _mm512_srli_epi16(even, 8);
-  UnpackRow(even, low, scale.low, scale.offset, to);
+  const __m512i odd = _mm512_srli_epi16(bytes, 8);
+  UnpackRow(bytes, low, scale.low, scale.offset, to);
   UnpackRow(odd, low, scale.low, scale.offset, to + kTileRowBytes);
-  UnpackRow(even, high, scale.high, scale.offset, to + 2 * kTileRowBytes);
+  UnpackRow(bytes, high, scale.high, scale.offset, to + 2 * kTileRowBytes);
   UnpackRow(odd, high, scale.high, scale.offset, to + 3 * kTileRowBytes);
 }
 
-inline void UnpackInt8(__m512i even, const GroupScales& scale, char* to) {
+inline void UnpackInt8(__m512i bytes, const GroupScales& scale, char* to) {
   const __m512i low = _mm512_set1_epi16(0x00ff);
-  UnpackRow(even, low, scale.low, scale.offset, to);
-  UnpackRow(_mm512_srli_epi16(even, 8), low, scale.low, scale.offset, to + kTileRowBytes);
+  UnpackRow(bytes, low, scale.low, scale.offset, to);
+  UnpackRow(_mm512_srli_epi16(bytes, 8), low, scale.low, scale.offset, to + kTileRowBytes);
 }
 
 struct Int8Tiles {
@@ -142,7 +143,7 @@ struct Int8Tiles {
   static constexpr bool kIsUnpacked = true;
   static constexpr int kStepVectors = kGroup / VectorColumns(Format::kInt8);
   using Scale = GroupScales;
-  static GroupScales Scales(const uint16_t* scales) { return LoadScales(scales, kInt8Bias); }
+  static GroupScales LoadScale(const uint16_t* scales) { return LoadScales(scales, kInt8Bias); }
   static void Unpack(__m512i w, const GroupScales& scale, char* to) { UnpackInt8(w, scale, to); }
 };
 
@@ -151,7 +152,7 @@ struct Int4Tiles {
   static constexpr bool kIsUnpacked = true;
   static constexpr int kStepVectors = kGroup / VectorColumns(Format::kInt4);
   using Scale = GroupScales;
-  static GroupScales Scales(const uint16_t* scales) { return LoadScales(scales, kInt4Bias); }
+  static GroupScales LoadScale(const uint16_t* scales) { return LoadScales(scales, kInt4Bias); }
   static void Unpack(__m512i w, const GroupScales& scale, char* to) { UnpackInt4(w, scale, to); }
 };
 

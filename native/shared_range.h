@@ -20,7 +20,8 @@ class SharedRange {
   // The range must lie in [0, 2^32).
   SharedRange(Range whole, int64_t num_parts);
 
-  // Up to `most` items for a part; none when no part has any left.
+  // Up to `most` items for a part; none when no part has any left that it could take, so that what is being moved from
+  // one part to another meanwhile is that one's alone.
   Range Take(int64_t part, int64_t most);
 
  private:

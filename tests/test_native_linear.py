@@ -253,10 +253,10 @@ class TestARowDependsOnItselfAlone:
 
     @each_target
     @each_format
-    @pytest.mark.parametrize("num_inputs", [4130, 12330])
+    @pytest.mark.parametrize("num_inputs", [4130, 12330, 37010])
     def test_rows_too_long_for_a_cache(self, target: str, weight_format: WeightFormat, num_inputs: int) -> None:
         """They are walked in parts, whose sums wait for the next one, in one block of rows and in several; the longer
-        ones already where three tiles are multiplied at once."""
+        ones already where three tiles are multiplied at once, and the longest where there is a single one."""
         case = make_case(weight_format, 100, num_inputs)
         most_rows = 300 if num_inputs < 10000 else 80
         x = make_x(most_rows, num_inputs, case.x_dtypes[0])
