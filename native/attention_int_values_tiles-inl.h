@@ -20,28 +20,32 @@ struct alignas(64) IntSums {
 };
 
 // A chunk's values of the panels of a group, of which those outside the range, whose p is 0, stand for anything.
-inline void GatherValues(const TilePanels& panels, int64_t group, int64_t offset, uint8_t* to) {
+inline void GatherValues(const TilePanels& panels, int64_t group, int64_t chunk, uint8_t* to) {
   const uint8_t* const* address = panels.address + group * kSplitPanels;
+  const int64_t offset = panels.layout->value_offset + chunk * kIntSteps * kVectorBytes;
   Unroll<kSplitPanels>([&](auto j) HEADRACE_LAMBDA {
-    panels.PrefetchNext(group * kSplitPanels + j, offset, kIntSteps);
+    panels.PrefetchForValues<kIntSteps>(group * kSplitPanels + j, chunk * kIntSteps);
     Unroll<kIntSteps>([&](auto i) HEADRACE_LAMBDA {
       memcpy(to + (i * kSplitPanels + j) * kVectorBytes, address[j] + offset + i * kVectorBytes, kVectorBytes);
     });
   });
 }
 
+// The values of a group are gathered between the products of the group before it: a tile cannot be loaded from what is
+// still being stored.
 template <int kChunks>
 void TileIntProducts(const ValueTile& at, IntSums& sums) {
-  alignas(64) uint8_t values[kChunks][kTileBytes];
-  const int64_t offset = at.call.layout.value_offset + at.chunk * kIntSteps * kVectorBytes;
+  alignas(64) uint8_t values[2][kChunks][kTileBytes];
+  const auto gather = [&](int64_t group, auto c) HEADRACE_LAMBDA {
+    if (group < at.range.end) GatherValues(at.panels, group, at.chunk + c, values[group % 2][c]);
+  };
   Unroll<kChunks * kDigits>([&](auto c) HEADRACE_LAMBDA { ZeroTile<c>(); });
+  Unroll<kChunks>([&](auto c) HEADRACE_LAMBDA { gather(at.range.begin, c); });
   for (int64_t group = at.range.begin; group < at.range.end; ++group) {
     const char* p = at.p + group * kSplitPositions;
     Unroll<kChunks>([&](auto c) HEADRACE_LAMBDA {
-      GatherValues(at.panels, group, offset + c * kIntSteps * kVectorBytes, values[c]);
-    });
-    Unroll<kChunks>([&](auto c) HEADRACE_LAMBDA {
-      LoadTile<kWideB>(values[c], kVectorBytes);
+      gather(group + 1, c);
+      LoadTile<kWideB>(values[group % 2][c], kVectorBytes);
       Unroll<kDigits>([&](auto digit) HEADRACE_LAMBDA {
         LoadTile<kWideA>(p + digit * kTilePositions, kDigits * kTilePositions);
         UnsignedSignedDot::Run<c * kDigits + digit, kWideA, kWideB>();

@@ -18,10 +18,32 @@ struct TilePanels {
   const uint8_t* address[kTilePanels];
   const uint8_t* next[kTilePanels];
   bool is_next_fetched;  // by the first block of rows; tiles take so little time that asking again would show
+  bool is_fetch_spread;  // over all steps of a tile, and not only over those that read the cache
 
-  void PrefetchNext(int64_t i, int64_t offset, int64_t num_vectors) const {
-    if (is_next_fetched) return;
-    for (int64_t v = 0; v < num_vectors; ++v) Prefetch(next[i] + offset + v * kVectorBytes);
+  // A core can wait for few lines at a time, and reading the cache by tile registers is faster than memory answers. So
+  // scores and values ask for three lines where they read four, from both ends of a panel, and what is computed in
+  // between for those in its middle: first of them the scaling of integers, then each part of the probabilities.
+  template <int kVectors>
+  void PrefetchForScores(int64_t i, int64_t vector) const {
+    PrefetchLines<kVectors / 4 * 3>(i, BytesFor(vector));
+  }
+  void PrefetchForScaling(int64_t i) const { PrefetchLines<kScalingLines>(i, BytesFor(layout->key_vectors)); }
+  // Bytes of each panel that one of so many parts of the probabilities asks for.
+  Range BytesForProbabilities(int64_t part, int64_t num_parts) const {
+    if (!is_fetch_spread || is_next_fetched) return {0, 0};
+    const bool is_scaled = layout->shape.format == Format::kInt8;
+    const int64_t begin = BytesFor(layout->key_vectors) / kVectorBytes + (is_scaled ? kScalingLines : 0);
+    const Range lines = Part({begin, FirstForValues() / kVectorBytes}, part, num_parts);
+    return {lines.begin * kVectorBytes, lines.end * kVectorBytes};
+  }
+  void PrefetchBytes(int64_t i, Range bytes) const {
+    constexpr int kLines = 4;
+    for (int64_t offset = bytes.begin; offset < bytes.end; offset += kLines * kVectorBytes)
+      PrefetchLines<kLines>(i, offset);
+  }
+  template <int kVectors>
+  void PrefetchForValues(int64_t i, int64_t vector) const {
+    PrefetchLines<kVectors / 4 * 3>(i, FirstForValues() + BytesFor(vector));
   }
 
   // int8: of keys, then of values.
@@ -36,6 +58,20 @@ struct TilePanels {
     if (!has_gaps) return kPanelPositions;
     const int64_t rest = layout->shape.block_size - (first + i) % layout->panels_per_block * kPanelPositions;
     return rest < kPanelPositions ? rest : kPanelPositions;
+  }
+
+ private:
+  static constexpr int kScalingLines = 4;
+
+  static int64_t BytesFor(int64_t num_vectors) { return num_vectors / 4 * 3 * kVectorBytes; }
+  int64_t FirstForValues() const {
+    return layout->panel_bytes - BytesFor((layout->scale_offset - layout->value_offset) / kVectorBytes);
+  }
+  template <int kLines>
+  void PrefetchLines(int64_t i, int64_t offset) const {
+    if (is_next_fetched) return;
+    const uint8_t* from = next[i] + offset;
+    Unroll<kLines>([&](auto line) HEADRACE_LAMBDA { Prefetch(from + line * kVectorBytes); });
   }
 };
 

@@ -4,10 +4,18 @@ namespace headrace {
 namespace HEADRACE_TARGET {
 namespace {
 
+// What rows `row` and on ask for of each panel that comes next. Those that are computed one by one do not.
+template <int kRows>
+inline Range BytesToFetch(const TilePanels& panels, const SoftmaxBlock& block, int row) {
+  const int num_parts = block.count / kSoftmaxRows;
+  if (num_parts == 0) return row == 0 ? panels.BytesForProbabilities(0, 1) : Range{0, 0};
+  return kRows == kSoftmaxRows ? panels.BytesForProbabilities(row / kSoftmaxRows, num_parts) : Range{0, 0};
+}
+
 // store(r, i, e) for e = 2^(t - reference), positions i and on of row `row` + r, and their sums, of float32 before any
 // rounding.
 template <int kRows, int kDegree, class StoreProbabilities>
-HEADRACE_INLINE void Exponentials(const SoftmaxBlock& block, const float* reference, int row,
+HEADRACE_INLINE void Exponentials(const TilePanels& panels, const SoftmaxBlock& block, const float* reference, int row,
                                   const StoreProbabilities& store) {
   const float* t = block.t + row * kTilePositions;
   float* sums = block.sum + row * kLanes;
@@ -16,8 +24,10 @@ HEADRACE_INLINE void Exponentials(const SoftmaxBlock& block, const float* refere
     m[r] = Broadcast(reference[row + r]);
     sum[r] = Load(sums + r * kLanes);
   });
+  const Range fetched = BytesToFetch<kRows>(panels, block, row);
   const int64_t end = block.visible.end * kPanelPositions;
   for (int64_t i = block.visible.begin * kPanelPositions; i < end; i += kPanelPositions) {
+    panels.PrefetchBytes(i / kPanelPositions, fetched);
     Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
       const F32x16 e = Exp2<kDegree>(Sub(Load(t + r * kTilePositions + i), m[r]));
       sum[r] = Add(sum[r], e);
@@ -28,18 +38,18 @@ HEADRACE_INLINE void Exponentials(const SoftmaxBlock& block, const float* refere
 }
 
 template <int kRows>
-void Float32Probabilities(const SoftmaxBlock& block, const float* reference, int row) {
+void Float32Probabilities(const TilePanels& panels, const SoftmaxBlock& block, const float* reference, int row) {
   auto* p = reinterpret_cast<float*>(block.p) + row * kTilePositions;
-  Exponentials<kRows, 6>(block, reference, row, [=](auto r, int64_t i, const F32x16& e) HEADRACE_LAMBDA {
+  Exponentials<kRows, 6>(panels, block, reference, row, [=](auto r, int64_t i, const F32x16& e) HEADRACE_LAMBDA {
     Store(p + r * kTilePositions + i, e);
   });
 }
 
 // Four coefficients leave an error far below that of rounding to bfloat16.
 template <int kRows>
-void Bfloat16Probabilities(const SoftmaxBlock& block, const float* reference, int row) {
+void Bfloat16Probabilities(const TilePanels& panels, const SoftmaxBlock& block, const float* reference, int row) {
   auto* p = reinterpret_cast<Bf16X*>(block.p) + row * kTilePositions;
-  Exponentials<kRows, 4>(block, reference, row, [=](auto r, int64_t i, const F32x16& e) HEADRACE_LAMBDA {
+  Exponentials<kRows, 4>(panels, block, reference, row, [=](auto r, int64_t i, const F32x16& e) HEADRACE_LAMBDA {
     StoreBf16X(p + r * kTilePositions + i, e);
   });
 }
@@ -116,11 +126,12 @@ inline void ChooseDigits(const TilePanels& panels, const SoftmaxBlock& block, co
 // p times the values' scales as two digits, kSplitPanels panels at a time (StoreSplit). Panels that a row does not see,
 // among those, have p = 0.
 template <int kRows>
-void IntProbabilities(const SoftmaxBlock& block, const float* reference, const Digits& digits, int row) {
+void IntProbabilities(const TilePanels& panels, const SoftmaxBlock& block, const float* reference, const Digits& digits,
+                      int row) {
   float* t = block.t + row * kTilePositions;
   float* sums = block.sum + row * kLanes;
   auto* high = reinterpret_cast<uint8_t*>(block.p) + row * 2 * kTilePositions;
-  const Range groups = SplitGroups(block.visible);
+  const Range groups = SplitGroups(block.visible), fetched = BytesToFetch<kRows>(panels, block, row);
   F32x16 minus_m[kRows], sum[kRows], inverse[kRows];
   Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
     minus_m[r] = Broadcast(-reference[row + r]);
@@ -133,6 +144,7 @@ void IntProbabilities(const SoftmaxBlock& block, const float* reference, const D
     F32x16 scale[kSplitPanels];
     Unroll<kSplitPanels>([&](auto j) HEADRACE_LAMBDA { scale[j] = Load(digits.scales + i + j * kPanelPositions); });
     Unroll<kRows>([&](auto r) HEADRACE_LAMBDA {
+      if constexpr (r < kSplitPanels) panels.PrefetchBytes(i / kPanelPositions + r, fetched);
       F32x16 p[kSplitPanels];
       Unroll<kSplitPanels>([&](auto j) HEADRACE_LAMBDA {
         const float* from = t + r * kTilePositions + i + j * kPanelPositions;
@@ -167,11 +179,11 @@ void ComputeProbabilities(const AttentionCall& call, const TilePanels& panels, c
   if (is_int) {
     Digits digits;
     ChooseDigits(panels, block, largest, reference, digits);
-    ForEachRows(block, [&](auto rows, int row) { IntProbabilities<rows>(block, reference, digits, row); });
+    ForEachRows(block, [&](auto rows, int row) { IntProbabilities<rows>(panels, block, reference, digits, row); });
   } else if (format == Format::kBfloat16) {
-    ForEachRows(block, [&](auto rows, int row) { Bfloat16Probabilities<rows>(block, reference, row); });
+    ForEachRows(block, [&](auto rows, int row) { Bfloat16Probabilities<rows>(panels, block, reference, row); });
   } else {
-    ForEachRows(block, [&](auto rows, int row) { Float32Probabilities<rows>(block, reference, row); });
+    ForEachRows(block, [&](auto rows, int row) { Float32Probabilities<rows>(panels, block, reference, row); });
   }
 }
 

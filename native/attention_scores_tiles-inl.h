@@ -13,21 +13,21 @@ inline const uint8_t* Padded(const uint8_t* from, int64_t num_vectors, uint8_t* 
   return to;
 }
 
-// A step of kPanels panels, `offset` into them; of a half step only num_vectors may be read.
+// A step of kPanels panels from a vector of them on; of a half step only num_vectors may be read.
 template <class Dot, int kPanels>
-inline void WideScoreStep(const ScoreTile& at, int64_t offset) {
+inline void WideScoreStep(const ScoreTile& at, int64_t vector) {
   Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
-    at.panels.PrefetchNext(at.panel + p, offset, kWideVectors);
-    LoadTile<kWideB>(at.panels.address[at.panel + p] + offset, kVectorBytes);
+    at.panels.PrefetchForScores<kWideVectors>(at.panel + p, vector);
+    LoadTile<kWideB>(at.panels.address[at.panel + p] + vector * kVectorBytes, kVectorBytes);
     Dot::template Run<p, kWideA, kWideB>();
   });
 }
 template <class Dot, int kPanels>
-inline void HalfScoreStep(const ScoreTile& at, int64_t offset, int64_t num_vectors) {
+inline void HalfScoreStep(const ScoreTile& at, int64_t vector, int64_t num_vectors) {
   Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
     alignas(64) uint8_t padded[kHalfVectors * kVectorBytes];
-    const uint8_t* from = at.panels.address[at.panel + p] + offset;
-    at.panels.PrefetchNext(at.panel + p, offset, num_vectors);
+    const uint8_t* from = at.panels.address[at.panel + p] + vector * kVectorBytes;
+    at.panels.PrefetchForScores<kHalfVectors>(at.panel + p, vector);
     LoadTile<kHalfB>(num_vectors < kHalfVectors ? Padded(from, num_vectors, padded) : from, kVectorBytes);
     Dot::template Run<p, kHalfA, kHalfB>();
   });
@@ -43,12 +43,12 @@ void TileScores(const ScoreTile& at) {
   int64_t i = 0;
   for (; i + kWideVectors <= num_vectors; i += kWideVectors) {
     LoadTile<kWideA>(query + i * kQueryBytes, row_bytes);
-    WideScoreStep<Dot, kPanels>(at, i * kVectorBytes);
+    WideScoreStep<Dot, kPanels>(at, i);
   }
   for (; i < num_vectors; i += kHalfVectors) {
     const int64_t rest = num_vectors - i;
     LoadTile<kHalfA>(query + i * kQueryBytes, row_bytes);
-    HalfScoreStep<Dot, kPanels>(at, i * kVectorBytes, rest < kHalfVectors ? rest : kHalfVectors);
+    HalfScoreStep<Dot, kPanels>(at, i, rest < kHalfVectors ? rest : kHalfVectors);
   }
   Unroll<kPanels>([&](auto p) HEADRACE_LAMBDA {
     StoreTile<p>(at.t + p * kPanelPositions, kTilePositions * static_cast<int64_t>(sizeof(float)));
@@ -73,7 +73,7 @@ void ScaleScores(const AttentionCall& call, float* t, int num_rows, Range range)
 // Sums of integers, in t, as IntScores ends. row: of the workspace.
 void ScaleIntScores(const Workspace& w, const TilePanels& panels, int64_t row, int num_rows, Range range) {
   for (int64_t panel = range.begin; panel < range.end; ++panel) {
-    panels.PrefetchNext(panel, panels.layout->scale_offset, 2);
+    panels.PrefetchForScaling(panel);
     const F32x16 key_scale = Load(panels.Scales(panel));
     float* t = w.t + panel * kPanelPositions;
     for (int r = 0; r < num_rows; ++r, t += kTilePositions) {

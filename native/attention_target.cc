@@ -39,11 +39,12 @@ namespace HEADRACE_TARGET {
 namespace {
 
 // Rows that all see something of one tile: scores, probabilities, products. first and count: of the workspace's rows.
-void AttendSeeing(const AttentionCall& call, const Workspace& w, const TilePanels& panels, int first, int count,
+void AttendSeeing(const AttentionCall& call, const Workspace& w, TilePanels& panels, int first, int count,
                   BlockTiles& tiles) {
   Range visible[kMaxBlockRows];
   for (int r = 0; r < count; ++r) visible[r] = VisiblePanels(panels, w.rows[first + r]);
-  if (UsesTiles(call.layout.shape.format, count)) tiles.SetRows(count);
+  panels.is_fetch_spread = UsesTiles(call.layout.shape.format, count);
+  if (panels.is_fetch_spread) tiles.SetRows(count);
   ComputeScores(call, w, panels, first, count, Hull(visible, count));
   const KvLayout& layout = call.layout;
   const int64_t p_bytes = ProbabilityBytes(layout.shape.format), o_stride = OutputStride(layout);
@@ -61,7 +62,7 @@ void AttendSeeing(const AttentionCall& call, const Workspace& w, const TilePanel
 
 // One block of rows over one tile. Those that see nothing of it lie before or behind the others, or, where a window
 // leaves a share of the context, between them.
-void AttendBlock(const AttentionCall& call, const Workspace& w, const TilePanels& panels, int first, int count,
+void AttendBlock(const AttentionCall& call, const Workspace& w, TilePanels& panels, int first, int count,
                  BlockTiles& tiles) {
   const auto sees = [&](int i) { return VisiblePanels(panels, w.rows[i]).end > 0; };
   for (int i = first; i < first + count; ++i) {

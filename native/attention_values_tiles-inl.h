@@ -41,8 +41,9 @@ void TileProducts(const ValueTile& at) {
   float* o = at.o + at.chunk * kLanes;
   LoadOutputs<kChunks>(o, row_bytes);
   for (int64_t panel = at.range.begin; panel < at.range.end; ++panel) {
-    const auto prefetch = [&](int64_t c)
-                              HEADRACE_LAMBDA { at.panels.PrefetchNext(panel, offset + c * kChunkBytes, kHalfVectors); };
+    const auto prefetch = [&](int64_t c) HEADRACE_LAMBDA {
+      at.panels.PrefetchForValues<kHalfVectors>(panel, (at.chunk + c) * kHalfVectors);
+    };
     MultiplyPanel<kChunks>(at.p + panel * kProbabilityPanelBytes, at.panels.address[panel] + offset, prefetch);
   }
   StoreOutputs<kChunks>(o, row_bytes);
