@@ -5,6 +5,7 @@
 #include <string>
 
 #include "float_bits.h"
+#include "scale_byte.h"
 #include "thread_pool.h"
 
 namespace headrace {
@@ -41,10 +42,10 @@ void ReadRow(const PackedView& matrix, int64_t row, const StoreEntry& store) {
     case Format::kInt4:
       break;
   }
-  const uint16_t* scales = matrix.scales + row / kLanes * matrix.num_groups * kLanes + row % kLanes;
+  const uint8_t* scales = matrix.scales + row / kLanes * matrix.num_groups * kLanes + row % kLanes;
   const bool is_int4 = matrix.format == Format::kInt4;
   for (int64_t begin = 0; begin < columns; begin += kGroup) {
-    const float scale = FromHalf(scales[begin / kGroup * kLanes]);
+    const float scale = FromScaleByte(scales[begin / kGroup * kLanes]);
     const int64_t end = begin + kGroup < columns ? begin + kGroup : columns;
     for (int64_t k = begin; k < end; ++k) {
       const int q = is_int4 ? Int4At(lane, k) : Int8At(lane, k);

@@ -243,7 +243,7 @@ template <class Kernel, int kRows>
 void IntTile(const LinearCall& call, const TilePlace& at) {
   const PackedView& weight = call.weight;
   const uint8_t* w = weight.weights + at.panel * weight.panel_bytes;
-  const uint16_t* w_scales = weight.scales + at.panel * weight.num_groups * kLanes;
+  const uint8_t* w_scales = weight.scales + at.panel * weight.num_groups * kLanes;
   const char* x = at.x;
   F32x16 acc[kRows];
   for (int r = 0; r < kRows; ++r) acc[r] = Broadcast(0.0f);
@@ -251,7 +251,7 @@ void IntTile(const LinearCall& call, const TilePlace& at) {
   for (int64_t g = 0; g < weight.num_groups; ++g) {
     output.Next();
     for (int s = 0; s < GroupWeights<Kernel>::kSteps; ++s) Prefetch(w + s * kVectorBytes);
-    AddGroup<Kernel>(GroupWeights<Kernel>(w), LoadHalf(w_scales), x, acc);
+    AddGroup<Kernel>(GroupWeights<Kernel>(w), LoadScales(w_scales), x, acc);
     w += GroupWeights<Kernel>::kSteps * kVectorBytes;
     w_scales += kLanes;
     x += kRows * kGroupRowBytes;

@@ -93,7 +93,7 @@ inline void MultiplyStep(const char* x, int64_t x_bytes, const char* tile, int64
 struct StepWalk {
   const uint8_t* weights;
   int64_t panel_bytes;
-  const uint16_t* scales;
+  const uint8_t* scales;
   int64_t panel_scales;
   const char* x;
   int64_t x_bytes;  // from one tile to the next one
@@ -122,7 +122,7 @@ class StreamAhead {
 
 template <class Kernel>
 using WeightsAhead = StreamAhead<kStreamBytes<Kernel>, Kernel::kStepVectors * kVectorBytes>;
-using ScalesAhead = StreamAhead<kStreamScaleBytes, static_cast<int>(kLanes * sizeof(uint16_t))>;
+using ScalesAhead = StreamAhead<kStreamScaleBytes, kLanes>;
 
 // Unpacks the steps of some panels one after the other into a few places, a vector at a time.
 template <class Kernel, int kNumP, bool kIsFromMemory>
@@ -135,7 +135,7 @@ class StepUnpacking {
         panel_scales_(walk.panel_scales),
         steps_left_(walk.num_steps),
         weights_ahead_(walk.panel_bytes, kNumP, walk.num_steps),
-        scales_ahead_(walk.panel_scales * sizeof(uint16_t), kNumP, walk.num_steps),
+        scales_ahead_(walk.panel_scales, kNumP, walk.num_steps),
         fetch_bytes_(walk.fetch_bytes),
         fetch_lines_(walk.fetch_lines),
         memory_(walk.memory) {
@@ -191,7 +191,7 @@ class StepUnpacking {
 
   const uint8_t* weights_;
   int64_t panel_bytes_;
-  const uint16_t* scales_;
+  const uint8_t* scales_;
   int64_t panel_scales_;
   int64_t steps_left_;
   WeightsAhead<Kernel> weights_ahead_;

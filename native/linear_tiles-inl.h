@@ -55,8 +55,8 @@ class PreparedTiles {
 // infinity or a magnitude of 2^111 makes its row NaN. As where x becomes int8 (prepare-inl.h).
 constexpr int kHalfExponent = 14;
 // Unpacked weights are too small by this power of two: float16 has no factor that makes up for a subnormal's 2^-24 and
-// a scale of up to 2 at the same time. They are off by at most 2^-12 of themselves or by 2^-14, where the row's largest
-// scale is 1 to 2 and rounding its weights to integers costs up to a half of that.
+// a scale of up to 2 at the same time. Those of int8 are off by at most 2^-12 of themselves, and all by 2^-15, where
+// the row's largest scale is 1 to 2 and rounding its weights to integers costs up to a half of that.
 constexpr int kUnpackedExponent = 10;
 
 #ifdef __AVX512FP16__
@@ -108,9 +108,15 @@ struct GroupScales {
   __m512h offset;  // 2^-kUnpackedExponent
 };
 
-inline GroupScales LoadScales(const uint16_t* scales, int bias) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
-  const auto pairs = _mm512_castsi512_ph(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 16)));
+// A byte in the high half of a word and one place further right has its exponent and the rest where float16 has them;
+// only that the sign is there twice.
+inline GroupScales LoadGroupScales(const uint8_t* scales, int bias) {
+  const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+  const __m512i to_words =
+      _mm512_set_epi32(0x0fff0fff, 0x0eff0eff, 0x0dff0dff, 0x0cff0cff, 0x0bff0bff, 0x0aff0aff, 0x09ff09ff, 0x08ff08ff,
+                       0x07ff07ff, 0x06ff06ff, 0x05ff05ff, 0x04ff04ff, 0x03ff03ff, 0x02ff02ff, 0x01ff01ff, 0x00ff00ff);
+  const __m512i words = _mm512_srai_epi16(_mm512_shuffle_epi8(bytes, to_words), 1);
+  const auto pairs = _mm512_castsi512_ph(_mm512_and_si512(words, _mm512_set1_epi16(static_cast<short>(0xbfff))));
   const auto times = [&](float factor) { return _mm512_mul_ph(pairs, _mm512_set1_ph(static_cast<_Float16>(factor))); };
   return {times(0x1p14f), times(0x1p10f), times(static_cast<float>(-bias) / (1 << kUnpackedExponent))};
 }
@@ -143,7 +149,7 @@ struct Int8Tiles {
   static constexpr bool kIsUnpacked = true;
   static constexpr int kStepVectors = kGroup / VectorColumns(Format::kInt8);
   using Scale = GroupScales;
-  static GroupScales LoadScale(const uint16_t* scales) { return LoadScales(scales, kInt8Bias); }
+  static GroupScales LoadScale(const uint8_t* scales) { return LoadGroupScales(scales, kInt8Bias); }
   static void Unpack(__m512i w, const GroupScales& scale, char* to) { UnpackInt8(w, scale, to); }
 };
 
@@ -152,7 +158,7 @@ struct Int4Tiles {
   static constexpr bool kIsUnpacked = true;
   static constexpr int kStepVectors = kGroup / VectorColumns(Format::kInt4);
   using Scale = GroupScales;
-  static GroupScales LoadScale(const uint16_t* scales) { return LoadScales(scales, kInt4Bias); }
+  static GroupScales LoadScale(const uint8_t* scales) { return LoadGroupScales(scales, kInt4Bias); }
   static void Unpack(__m512i w, const GroupScales& scale, char* to) { UnpackInt4(w, scale, to); }
 };
 

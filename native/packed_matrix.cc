@@ -9,6 +9,7 @@
 
 #include "float_bits.h"
 #include "quantize_rows.h"
+#include "scale_byte.h"
 #include "scratch.h"
 #include "targets.h"
 #include "thread_pool.h"
@@ -98,6 +99,16 @@ void ExpandPairs(const uint8_t* pairs, int64_t columns, uint8_t* to) {
   if (columns % 2 != 0) to[columns - 1] = static_cast<uint8_t>((pairs[columns / 2] & 15) - kInt4Bias);
 }
 
+// The least magnitude that a byte holds and a scale does not exceed, which is at most 1.875 itself; with its sign.
+float HeldScale(double scale) {
+  const float magnitude = ScaleFrom(std::max(static_cast<float>(std::fabs(scale)), kLeastScale));
+  return scale < 0 ? -magnitude : magnitude;
+}
+
+void Requantize(double factor, int8_t* q) {
+  for (int k = 0; k < kGroup; ++k) q[k] = static_cast<int8_t>(std::lrint(factor * q[k]));
+}
+
 }  // namespace
 
 PackedLayout::PackedLayout(Format format, int64_t rows, int64_t columns)
@@ -108,7 +119,7 @@ PackedLayout::PackedLayout(Format format, int64_t rows, int64_t columns)
       padded_columns(RoundUp(columns, IsQuantized(format) ? kGroup : VectorColumns(format))),
       num_groups(IsQuantized(format) ? padded_columns / kGroup : 0),
       panel_bytes(padded_columns / VectorColumns(format) * kVectorBytes),
-      num_bytes(num_panels * (panel_bytes + num_groups * kLanes * static_cast<int64_t>(sizeof(uint16_t)) +
+      num_bytes(num_panels * (panel_bytes + num_groups * kLanes +
                               (IsQuantized(format) ? kLanes * static_cast<int64_t>(sizeof(float)) : 0))) {
   if (rows < 0 || columns < 1) throw std::invalid_argument("a matrix has at least one column, and no fewer rows than 0");
 }
@@ -118,7 +129,7 @@ PackedMatrix::PackedMatrix(Format format, int64_t rows, int64_t columns)
       memory_(MapMemory(std::max<size_t>(static_cast<size_t>(layout_.num_bytes), 1))),
       weights_(memory_.get()) {
   uint8_t* end_of_weights = weights_ + layout_.num_panels * layout_.panel_bytes;
-  scales_ = reinterpret_cast<uint16_t*>(end_of_weights);
+  scales_ = end_of_weights;
   row_scales_ = reinterpret_cast<float*>(scales_ + layout_.num_panels * layout_.num_groups * kLanes);
 }
 
@@ -182,7 +193,7 @@ bool PackedMatrix::WriteRows(Target target, int64_t row, const RowsView& x) {
         CopyRow(layout_.format, x.dtype, from, layout_.columns, values);
       } else if (kernels.quantize_row(layout_.format, x.dtype, from, layout_.columns,
                                       reinterpret_cast<int8_t*>(values), scales)) {
-        WriteScales(rows.begin + i, scales);
+        WriteScales(rows.begin + i, scales, reinterpret_cast<int8_t*>(values));
       } else {
         is_finite = false;
         memset(values, 0, row_bytes);
@@ -199,8 +210,8 @@ void PackedMatrix::WriteQuantizedRows(int64_t row, int64_t num_rows, const uint8
   const bool is_int4 = layout_.format == Format::kInt4;
   const int64_t from_bytes = is_int4 ? (layout_.columns + 1) / 2 : layout_.columns;
   const int64_t num_scales = num_rows * layout_.num_groups;
-  if (!std::all_of(scales, scales + num_scales, [](float scale) { return std::isfinite(scale); })) {
-    throw std::invalid_argument("a weight's scale is NaN or infinite");
+  if (!std::all_of(scales, scales + num_scales, [](float scale) { return std::fabs(scale) < 0x1p127f; })) {
+    throw std::invalid_argument("a weight's scale is NaN, infinite or above 2^127");
   }
   ForEachPanel(row, num_rows, [&](Range rows) {
     char* memory = Scratch(static_cast<size_t>(kLanes * layout_.padded_columns));
@@ -215,21 +226,26 @@ void PackedMatrix::WriteQuantizedRows(int64_t row, int64_t num_rows, const uint8
       } else {
         memcpy(to, from, layout_.columns);
       }
-      WriteScales(rows.begin + i, scales + (rows.begin - row + i) * layout_.num_groups);
+      const float* row_scales = scales + (rows.begin - row + i) * layout_.num_groups;
+      WriteScales(rows.begin + i, row_scales, reinterpret_cast<int8_t*>(to));
     }
     PackRows(rows.begin, rows.end - rows.begin, packed);
   });
 }
 
-void PackedMatrix::WriteScales(int64_t row, const float* scales) {
+void PackedMatrix::WriteScales(int64_t row, const float* scales, int8_t* q) {
   float largest = 0;
   for (int64_t g = 0; g < layout_.num_groups; ++g) largest = std::max(largest, std::fabs(scales[g]));
-  int exponent = 0;
-  if (largest > 0) exponent = std::ilogb(largest);
+  const int exponent = largest > 0 ? std::ilogb(ScaleFrom(largest)) : 0;
   row_scales_[row] = std::ldexp(1.0f, exponent);
   const double inverse = std::ldexp(1.0, -exponent);
-  uint16_t* packed = scales_ + row / kLanes * layout_.num_groups * kLanes + row % kLanes;
-  for (int64_t g = 0; g < layout_.num_groups; ++g) packed[g * kLanes] = ToHalf(static_cast<float>(scales[g] * inverse));
+  uint8_t* packed = scales_ + row / kLanes * layout_.num_groups * kLanes + row % kLanes;
+  for (int64_t g = 0; g < layout_.num_groups; ++g) {
+    const double scale = scales[g] * inverse;
+    const float held = HeldScale(scale);
+    packed[g * kLanes] = ToScaleByte(held);
+    if (held != scale) Requantize(scale / held, q + g * kGroup);
+  }
 }
 
 }  // namespace headrace

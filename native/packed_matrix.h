@@ -11,11 +11,11 @@
 //
 // N is filled up to a multiple of 16 and K to one of 1, 2, 32 and 32, with zeros.
 //
-// Scales of the integer formats: w[n][k] = row_scale[n] * scale[n][k / 32] * q, scale in float16, row_scale a power of
-// two. Lying [panel][group][16], scales cost half a bit for each weight, where float32 would cost one. The power of two
-// brings the largest |scale| of a row into [1, 2), so that float16's narrow range does not matter: a scale is off by at
-// most 2^-11 of itself or 2^-25 of the row's largest one. A group's weights are then off by less than 0.05 % of the
-// largest weight in it, where rounding q to an integer alone is off by up to 0.4 % (int8) and 6 % (int4).
+// Scales of the integer formats: w[n][k] = row_scale[n] * scale[n][k / 32] * q, scale in a byte (scale_byte.h),
+// row_scale a power of two. Lying [panel][group][16], scales cost a quarter of a bit for each weight, where float16
+// would cost half a bit and float32 one. The power of two brings the largest |scale| of a row into [1, 2). QuantizeRows
+// chooses scales that bytes hold; a group whose scale is below 2^-14 of the row's power of two, or none of a byte's,
+// has its integers rounded once more, to steps of the next scale.
 #ifndef HEADRACE_NATIVE_PACKED_MATRIX_H_
 #define HEADRACE_NATIVE_PACKED_MATRIX_H_
 
@@ -74,7 +74,7 @@ struct PackedLayout {
 };
 
 // Where the parts of a packed matrix lie. Plain data: kernels for several instruction sets read it.
-//   weights [panel][k][lane], scales [panel][group][lane] float16, row_scales [panel][lane]
+//   weights [panel][k][lane], scales [panel][group][lane] bytes, row_scales [panel][lane]
 struct PackedView {
   Format format;
   int64_t rows;
@@ -83,7 +83,7 @@ struct PackedView {
   int64_t num_groups;
   int64_t panel_bytes;
   const uint8_t* weights;
-  const uint16_t* scales;
+  const uint8_t* scales;
   const float* row_scales;
 };
 
@@ -134,7 +134,8 @@ class PackedMatrix {
   uint8_t* Lane(int64_t row) const { return weights_ + row / kLanes * layout_.panel_bytes + row % kLanes * 4; }
   // Stores rows of one panel, each in its format's type, filled up to padded_columns: integers as signed bytes.
   void PackRows(int64_t row, int64_t num_rows, const uint8_t* const* from);
-  void WriteScales(int64_t row, const float* scales);
+  // Rounds q anew, signed bytes filled up to padded_columns, where a byte does not hold a scale.
+  void WriteScales(int64_t row, const float* scales, int8_t* q);
   // write(part of the rows, none of which shares a panel with another part), in parallel.
   template <class Write>
   void ForEachPanel(int64_t row, int64_t num_rows, const Write& write);
@@ -142,7 +143,7 @@ class PackedMatrix {
   PackedLayout layout_;
   std::shared_ptr<uint8_t> memory_;
   uint8_t* weights_;
-  uint16_t* scales_;
+  uint8_t* scales_;
   float* row_scales_;
 };
 

@@ -1,7 +1,7 @@
 // Weights as integers in groups along K, as headrace.kernels.reference.quantize_rows does it, to the bit.
 //
-//   int8   scale = max|w| / 127, q = round(w / scale), clamped to -127 .. 127
-//   int4   scale = w_max / -8 with w_max the first entry of largest magnitude, q clamped to -8 .. 7
+//   int8   scale = max|w| / 127, rounded up to 4 bits, q = round(w / scale)
+//   int4   scale = w_max / -8 with w_max the first entry of largest magnitude, rounded to 4 bits, q clamped to -8 .. 7
 //   w / scale is w * (1 / scale); a scale below the smallest normal float is 0, and so are its q.
 #ifndef HEADRACE_NATIVE_QUANTIZE_ROWS_H_
 #define HEADRACE_NATIVE_QUANTIZE_ROWS_H_

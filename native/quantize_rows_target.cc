@@ -6,6 +6,7 @@
 #include "simd/simd-inl.h"
 
 #include "load-inl.h"
+#include "scale_byte.h"
 
 namespace headrace {
 namespace HEADRACE_TARGET {
@@ -20,7 +21,8 @@ float ScaleOf(Format format, const X* x, const F32x16& first, const F32x16& seco
   const float scale = format == Format::kInt8
                           ? FromBits(largest) / 127.0f
                           : ToFloat32(x[FirstOfMagnitude(first, second, largest)]) / -8.0f;
-  return (Bits(scale) & 0x7fffffff) < kSmallestNormal ? 0.0f : scale;
+  if ((Bits(scale) & 0x7fffffff) < kSmallestNormal) return 0.0f;
+  return format == Format::kInt8 ? ScaleFrom(scale) : NearestScale(scale);
 }
 
 template <class X>
@@ -31,7 +33,7 @@ bool QuantizeGroup(Format format, const X* x, int8_t* q, float* scale) {
   *scale = ScaleOf(format, x, first, second, largest);
   RoundToBytes(first, second, *scale == 0.0f ? 0.0f : 1.0f / *scale, q);
   if (format == Format::kInt4) {
-    // w / scale is at least -8 (1 + 2^-22), which rounds to -8.
+    // w / scale is above -8.5, which rounds to -8.
     for (int i = 0; i < kGroup; ++i) q[i] = q[i] > 7 ? 7 : q[i];
   }
   return true;

@@ -1,5 +1,7 @@
 """The quantized formats entry by entry in numpy: the oracle of the kernels and of whole quantized models."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from headrace.config import WeightFormat
@@ -16,12 +18,28 @@ def plain_quantize(rows: np.ndarray, weight_format: WeightFormat) -> tuple[np.nd
             group = rows[row, start : start + QUANTIZATION_GROUP_SIZE].astype(np.float32)
             extreme = group[np.abs(group).argmax()]
             is_int8 = weight_format is WeightFormat.INT8
-            scale = np.float32(abs(extreme) / np.float32(127) if is_int8 else extreme / np.float32(-8))
+            scale = (
+                four_bits(abs(extreme) / np.float32(127), np.ceil)
+                if is_int8
+                else four_bits(extreme / np.float32(-8), half_up)
+            )
             low, high = (-127, 127) if is_int8 else (-8, 7)
             scales[row, g] = scale
             if scale != 0:
                 q[row, start : start + len(group)] = np.clip(np.rint(group * (np.float32(1) / scale)), low, high)
     return q, scales
+
+
+def four_bits(value: np.float32, rounded: Callable[[np.float64], np.float64]) -> np.float32:
+    """A leading one and three bits; 0 for what is below the normal numbers."""
+    if abs(value) < np.finfo(np.float32).tiny:
+        return np.float32(0)
+    mantissa, exponent = np.frexp(np.float64(value))
+    return np.float32(np.sign(mantissa) * np.ldexp(rounded(abs(mantissa) * 16), int(exponent) - 4))
+
+
+def half_up(value: np.float64) -> np.float64:
+    return np.floor(value + 0.5)
 
 
 def plain_dequantize(q: np.ndarray, scales: np.ndarray) -> np.ndarray:

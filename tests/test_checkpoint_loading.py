@@ -563,8 +563,8 @@ def test_loading_takes_little_more_memory_than_the_weights(llama, large, dtype, 
         pytest.skip("the kernel does not let a process reset its peak memory")
     num_linear = VOCAB * HIDDEN + NUM_LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
     if kernels is KernelChoice.CPU and quantize != "none":
-        # Scales in float16 instead of float32, and one float32 for each row.
-        bytes_per_weight += 2 / 32 - 4 / 32 + _row_scale_bytes() / num_linear
+        # Scales in a byte instead of float32, and one float32 for each row.
+        bytes_per_weight += 1 / 32 - 4 / 32 + _row_scale_bytes() / num_linear
     expected = num_linear * bytes_per_weight + VOCAB * HIDDEN * (4 if dtype == "float32" else 2)
     ratio = measured["grown"] / measured["weights"]
     megabytes = measured["weights"] / 1e6

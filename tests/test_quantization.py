@@ -65,8 +65,8 @@ def round_trip(rows: Tensor, weight_format: WeightFormat) -> tuple[np.ndarray, n
 def assert_error_within_bound(rows: Tensor, weight_format: WeightFormat) -> None:
     """|w - dequantized| <= |scale| / 2.
 
-    But for int4 entries above 7 steps, which are cut to 7: at most one step, for the mirror image of the largest entry.
-    And but for groups too small for a normal scale, which become zero.
+    But for int4 entries above 7 steps, which are cut to 7: at most one and a half, for the mirror image of the largest
+    entry where the scale was rounded down. And but for groups too small for a normal scale, which become zero.
     """
     w = rows.double().numpy()
     dequantized, scales = round_trip(rows, weight_format)
@@ -75,7 +75,7 @@ def assert_error_within_bound(rows: Tensor, weight_format: WeightFormat) -> None
     allowed = np.full_like(w, 0.5)
     if weight_format is WeightFormat.INT4:
         allowed = np.maximum(allowed, steps - 7)
-        assert steps.max(initial=0) <= 8 + 1e-6
+        assert steps.max(initial=0) <= 8.5
     allowed = np.where(scales == 0, 127 * TINY, allowed * np.abs(scales) * (1 + 1e-5) + 1e-44)
     assert (np.abs(w - dequantized) <= allowed).all()
 
@@ -111,20 +111,31 @@ def test_zeros_stay_zero(weight_format):
 
 
 @FORMATS
-def test_largest_entry_of_each_group_is_kept(weight_format):
-    rows = torch.randn(5, 96)
-    dequantized, _ = round_trip(rows, weight_format)
-    groups, back = rows.double().numpy().reshape(5, 3, 32), dequantized.reshape(5, 3, 32)
-    largest = np.abs(groups).argmax(-1)[..., None]
-    np.testing.assert_allclose(
-        np.take_along_axis(back, largest, -1), np.take_along_axis(groups, largest, -1), rtol=1e-6
+def test_scales_are_as_near_to_the_least_as_four_bits_come(weight_format):
+    """int8: at most an eighth above it. int4: within a sixteenth of it, and so that the largest entry lands on -8."""
+    rows = torch.randn(50, 96)
+    dequantized, scales = round_trip(rows, weight_format)
+    least = np.abs(rows.double().numpy().reshape(50, 3, 32)).max(-1) / (
+        8 if weight_format is WeightFormat.INT4 else 127
     )
+    scales = scales.reshape(50, 3, 32)[..., 0]
+    assert np.array_equal(np.frexp(scales)[0] * 16 % 1, np.zeros_like(scales))
+    if weight_format is WeightFormat.INT8:
+        assert ((scales >= least * (1 - 1e-6)) & (scales <= least * 1.125)).all()
+    else:
+        assert (np.abs(np.abs(scales) / least - 1) <= 1 / 16 + 1e-6).all()
+        assert np.array_equal((dequantized.reshape(50, 3, 32) / scales[..., None]).min(-1), np.full((50, 3), -8.0))
 
 
 def test_int4_cuts_the_mirror_image_of_the_largest_entry_by_one_step():
     dequantized, scales = round_trip(torch.tensor([[8.0, -8.0, 7.4, -7.4]]), WeightFormat.INT4)
     assert scales[0, 0] == -1.0
     assert dequantized.tolist() == [[8.0, -7.0, 7.0, -7.0]]
+
+
+def test_int4_scale_between_two_of_four_bits_goes_to_the_larger():
+    assert round_trip(torch.tensor([[-8.5]]), WeightFormat.INT4)[1] == 1.125
+    assert round_trip(torch.tensor([[np.nextafter(np.float32(-8.5), np.float32(0))]]), WeightFormat.INT4)[1] == 1.0
 
 
 @FORMATS
@@ -224,30 +235,35 @@ def by_definition(
     return reference.linear(x, weight, bias)
 
 
+def distance(actual: Tensor, expected: Tensor) -> Tensor:
+    return (actual - expected).abs().mean(dim=-1).median()
+
+
 @pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")
 @FORMATS
 @ALL_MODELS
 def test_native_model_computes_what_its_definition_says(written, name, weight_format):
-    """Native scales are float16, which may turn the rounding of an activation: near the definition, not equal.
+    """Sums in another order may turn the rounding of an activation: near the definition, not equal.
 
     The yardstick is what rounding activations costs: native logits lie nearer to the definition's than those lie to the
-    logits of unrounded activations. Where there are tiles that take float16, which rounds less than the weights' own
-    scales do, logits lie nearer to those of unrounded activations by far.
+    logits of unrounded activations. Where there are tiles that take float16, which rounds less than bytes do, logits
+    lie nearer to those of unrounded activations by far. So for the middle one of the tokens: some may go to another
+    expert.
     """
     how = {"quantize": Quantize(weight_format.value)}
     mixture = partial(reference.mixture, linear=by_definition)
     defined = replace(resolve_kernels(REFERENCE), linear=by_definition, mixture=mixture)
     expected = prompt_logits(load_folder(written[name], kernels=defined, **how), PROMPT)
     unrounded = prompt_logits(load_folder(written[name], kernels=REFERENCE, **how), PROMPT)
-    price = (unrounded - expected).abs().mean()
+    price = distance(unrounded, expected)
     cpu = import_module("headrace.kernels.cpu")
     for target in {cpu.best_target(), [t for t in cpu.supported_targets() if not cpu.has_float16_tiles(t)][-1]}:
         kernels = resolve_kernels(KernelChoice.CPU, instruction_set=target)
         actual = prompt_logits(load_folder(written[name], kernels=kernels, **how), PROMPT)
         if cpu.has_float16_tiles(target):
-            assert (actual - unrounded).abs().mean() < price / 4
+            assert distance(actual, unrounded) < price / 4
         else:
-            assert (actual - expected).abs().mean() < price
+            assert distance(actual, expected) < price
 
 
 @EACH_KERNELS
@@ -282,10 +298,10 @@ def test_engine_runs_on_quantized_weights(written, name, quantize):
 @EACH_KERNELS
 @FORMATS
 def test_quantized_weights_take_the_bytes_of_their_format(written, weight_format, kernels):
-    """Scales are float32, or float16 and a float32 for each row."""
+    """Scales are float32, or a byte and a float32 for each row."""
     decoder = load_folder(written["k-64"], quantize=Quantize(weight_format.value), kernels=kernels)
     weight = decoder.layers[0].mlp.down.weight
-    scale_bytes, row_bytes = (4, 0) if kernels is REFERENCE else (2, 4)
+    scale_bytes, row_bytes = (4, 0) if kernels is REFERENCE else (1, 4)
     per_entry = (1 if weight_format is WeightFormat.INT8 else 0.5) + scale_bytes / QUANTIZATION_GROUP_SIZE
     assert weight.num_bytes == 64 * (96 * per_entry + row_bytes)
 

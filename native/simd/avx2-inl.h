@@ -7,6 +7,7 @@
 
 #include "float_bits.h"
 #include "linear.h"
+#include "scale_byte.h"
 
 namespace headrace {
 namespace avx2 {
@@ -33,9 +34,15 @@ inline __m256i LoadHalfVector(const void* from) { return _mm256_loadu_si256(stat
 
 inline F32x16 Broadcast(float value) { return {{_mm256_set1_ps(value), _mm256_set1_ps(value)}}; }
 inline F32x16 Load(const float* from) { return {{_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}}; }
-inline F32x16 LoadHalf(const uint16_t* from) {
-  const auto* halves = reinterpret_cast<const __m128i*>(from);
-  return {{_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))}};
+inline F32x16 LoadScales(const uint8_t* from) {
+  F32x16 out;
+  for (int h = 0; h < 2; ++h) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * h));
+    const __m256i wide = _mm256_slli_epi32(_mm256_cvtepi8_epi32(bytes), kScaleShift);
+    const __m256i kept = _mm256_and_si256(wide, _mm256_set1_epi32(static_cast<int>(kScaleBits)));
+    out.half[h] = _mm256_castsi256_ps(_mm256_or_si256(kept, _mm256_set1_epi32(kScaleExponent)));
+  }
+  return out;
 }
 inline F32x16 LoadBfloat16(const uint16_t* from) {
   const auto* halves = reinterpret_cast<const __m128i*>(from);

@@ -19,6 +19,7 @@
 
 #include "float_bits.h"
 #include "linear.h"
+#include "scale_byte.h"
 
 namespace headrace {
 namespace HEADRACE_TARGET {
@@ -37,8 +38,12 @@ using I32x16 = __m512i;
 
 inline F32x16 Broadcast(float value) { return _mm512_set1_ps(value); }
 inline F32x16 Load(const float* from) { return _mm512_loadu_ps(from); }
-inline F32x16 LoadHalf(const uint16_t* from) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+inline F32x16 LoadScales(const uint8_t* from) {
+  constexpr int kAndThenOr = 0xea;
+  const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_slli_epi32(wide, kScaleShift),
+                                                       _mm512_set1_epi32(static_cast<int>(kScaleBits)),
+                                                       _mm512_set1_epi32(kScaleExponent), kAndThenOr));
 }
 inline F32x16 LoadBfloat16(const uint16_t* from) {
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));

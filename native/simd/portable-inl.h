@@ -5,6 +5,7 @@
 
 #include "float_bits.h"
 #include "linear.h"
+#include "scale_byte.h"
 
 namespace headrace {
 namespace portable {
@@ -38,8 +39,8 @@ inline F32x16 Broadcast(float value) {
 inline F32x16 Load(const float* from) {
   return MakeF32([&](int i) { return from[i]; });
 }
-inline F32x16 LoadHalf(const uint16_t* from) {
-  return MakeF32([&](int i) { return FromHalf(from[i]); });
+inline F32x16 LoadScales(const uint8_t* from) {
+  return MakeF32([&](int i) { return FromScaleByte(from[i]); });
 }
 inline F32x16 LoadBfloat16(const uint16_t* from) {
   return MakeF32([&](int i) { return FromBfloat16(from[i]); });

@@ -92,8 +92,9 @@ class BlockedWeight:
     """A quantized weight in the layout of the Triton kernels: BLOCK_COLUMNS columns of all rows, then the next ones.
 
     w[n, k] is row_scales[n] * scales[b, n, g] * q with b = k // 64 and g = k % 64 // 32: `QuantizedWeight` with each
-    scale in float16 and a power of two for each row, which brings the largest of its scales into [1, 2). A scale is off
-    by at most 2^-11 of itself or 2^-25 of the row's largest one. K is filled up with zeros.
+    scale in float16 and a power of two for each row, which brings the largest of its scales into [1, 2). Scales of
+    `quantize_rows` stay as they are down to 2^-21 of that; others are off by at most 2^-11 of themselves or 2^-25 of
+    the row's largest one. K is filled up with zeros.
 
     A block is what one step of a kernel multiplies, 32 or 64 bytes of a row beside those of the next row, so that a
     warp reads whole lines. Four nibbles of a word lie 16 columns apart: all words' nibble p is a piece of 16 columns,

@@ -11,8 +11,12 @@ from headrace.kernels.weights import QUANTIZATION_GROUP_SIZE, QuantizedWeight
 def quantize_rows(rows: Tensor, weight_format: WeightFormat) -> tuple[Tensor, Tensor]:
     """Quantize each row in groups of QUANTIZATION_GROUP_SIZE entries.
 
-    int8: scale = max|w| / 127. int4: scale = -w_max / 8 with w_max the entry of largest magnitude, so that it lands on
-    -8 and the whole range -8 .. 7 is used; the scale may be negative. q = round(w / scale), clamped.
+    int8: scale = max|w| / 127, rounded up. int4: scale = -w_max / 8, rounded to nearest, with w_max the entry of
+    largest magnitude, so that it lands on -8 and the whole range -8 .. 7 is used; the scale may be negative.
+    q = round(w / scale), clamped.
+
+    Scales are rounded to 4 significant bits, since packed weights keep them in a byte, and q after them. Steps of int4
+    are up to 6 % longer or shorter than they could be, those of int8 up to 12 % longer.
 
     Shapes:
         rows:    [n, K]
@@ -26,11 +30,10 @@ def quantize_rows(rows: Tensor, weight_format: WeightFormat) -> tuple[Tensor, Te
     if not torch.isfinite(largest).all():
         raise KernelError("cannot quantize a weight that holds NaN or infinity")
     if weight_format is WeightFormat.INT8:
-        scales, low, high = largest / 127.0, -127, 127
+        scales, low, high = _in_four_bits(largest / 127.0, (1 << 20) - 1), -127, 127
     else:
         extreme = groups.gather(-1, magnitudes.argmax(dim=-1, keepdim=True))
-        scales, low, high = extreme / -8.0, -8, 7
-    scales = torch.where(scales.abs() < torch.finfo(torch.float32).tiny, 0.0, scales)
+        scales, low, high = _in_four_bits(extreme / -8.0, 1 << 19), -8, 7
     inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
     # `groups` may be the caller's rows; only the product is ours to change in place.
     q = torch.mul(groups, inverse, out=magnitudes).round_().clamp_(low, high).flatten(1)[:, : rows.shape[1]]
@@ -100,6 +103,12 @@ def in_groups(rows: Tensor) -> Tensor:
     if padding:
         rows = torch.nn.functional.pad(rows, (0, padding))
     return rows.reshape(rows.shape[0], rows.shape[1] // QUANTIZATION_GROUP_SIZE, QUANTIZATION_GROUP_SIZE)
+
+
+def _in_four_bits(scales: Tensor, added: int) -> Tensor:
+    """Of each mantissa the leading one and three bits more, once `added` is added to its bits; below the normals 0."""
+    shortened = ((scales.view(torch.int32) + added) & -(1 << 20)).view(torch.float32)
+    return torch.where(scales.abs() < torch.finfo(torch.float32).tiny, 0.0, shortened)
 
 
 def _pack_int4(q: Tensor) -> Tensor:
