@@ -1,6 +1,6 @@
 // t = log2(e) * soft_cap(softmax_scale * q k) for a block of rows and the panels of a tile.
 //
-// As in linear_target.cc, a tile of the product is kRows rows of q times kPanels panels of keys, one vector of
+// As in linear_vectors-inl.h, a tile of the product is kRows rows of q times kPanels panels of keys, one vector of
 // accumulators for each pair; lanes are positions. Whatever the tile, a score is one chain over head_dim, ascending.
 
 namespace headrace {

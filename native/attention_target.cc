@@ -26,6 +26,8 @@
 
 #include "attention_values-inl.h"
 
+#include "attention_int_values-inl.h"
+
 #include "attention_values_tiles-inl.h"
 
 #include "attention_int_values_tiles-inl.h"
