@@ -46,3 +46,15 @@ def calm_torch() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """What torch.empty gives holds NaN, or the largest integer: an element that a kernel leaves out is seen.
+
+    Of ops that have no deterministic implementation on a GPU torch only warns: this is not about those.
+    """
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warned)

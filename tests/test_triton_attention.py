@@ -18,23 +18,17 @@ from headrace.kernels.triton import attention
 from headrace.kernels.triton.attention import Attention
 from headrace.kernels.triton.context_share import weigh_share
 
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero|All-NaN):RuntimeWarning")
-"""numpy's, in the interpreter, where a GPU gives infinity and NaN without a word."""
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # numpy's, in the interpreter, where a GPU gives infinity and NaN without a word.
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero|All-NaN):RuntimeWarning"),
+]
 
 each_scheme = pytest.mark.parametrize("scheme", list(SoftmaxScheme), ids=lambda s: s.value)
 each_format = pytest.mark.parametrize("cache_format", list(KvCacheFormat), ids=lambda f: f.value)
 
 MIXED = ((150, 1), (70, 40), (3, 3), (40, 2))
 """A token to decode, a chunk of a prompt, a whole one, and two tokens at once."""
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """torch.empty gives NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def run(problem: Problem, spec, *, num_programs: int | None = None):

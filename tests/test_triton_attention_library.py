@@ -14,6 +14,8 @@ from headrace.kernels.triton import attention, attention_library
 from headrace.kernels.triton.attention import Attention
 from headrace.kernels.triton.attention_library import LibraryPrefill
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 MIXED = ((150, 1), (70, 40), (3, 3), (40, 2), (33, 33))
 """A token to decode, a chunk of a prompt, whole ones, and two tokens at once."""
 

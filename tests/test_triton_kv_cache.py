@@ -18,7 +18,10 @@ from headrace.kernels.triton.rotary import rotary_table
 from headrace.kernels.triton.rotary_store import rotary_store_kv_
 from headrace.kernels.triton.splits import max_num_splits, split_begin, split_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|All-NaN):RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value|All-NaN):RuntimeWarning"),
+]
 
 each_format = pytest.mark.parametrize("cache_format", list(KvCacheFormat), ids=lambda f: f.value)
 BFLOAT16_STEP = 2.0**-7

@@ -1,7 +1,5 @@
 """Triton's mixtures of experts against float64 and the definition: dense and quantized weights, any routing."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,18 +21,12 @@ from headrace.kernels.triton.mixture import Mixture
 from headrace.kernels.triton.weights import as_quantized, make_weight_builder
 from headrace.kernels.tuning import Tiles
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 70, 37
 SPEC = MixtureSpec(num_experts_per_token=2, renormalize=True, activation=Activation.SILU)
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs() -> Iterator[None]:
-    """Fills what torch.empty gives with NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make_mixture() -> Mixture:

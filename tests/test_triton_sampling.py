@@ -1,7 +1,5 @@
 """Triton's argmax, top-k and log-sum-exp of logits against their definitions."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -18,16 +16,10 @@ from triton_device import DEVICE
 
 from headrace.kernels.triton import make_ops
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 OPS = make_ops(DEVICE)
 INF, NAN = float("inf"), float("nan")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs() -> Iterator[None]:
-    """Fills what torch.empty gives with NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def with_ties(num_rows: int, vocab_size: int, values: list[float]) -> np.ndarray:

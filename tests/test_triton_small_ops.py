@@ -1,7 +1,6 @@
 """Triton's norms, residual additions and activations against float64; odd sizes first."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,20 +16,14 @@ from triton_device import DEVICE, DTYPES
 
 from headrace.kernels.triton import make_ops
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 OPS = make_ops(DEVICE)
 SIZES = (1, 2, 17, 64, 100, 257, 2048)
 EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_activation = pytest.mark.parametrize("kind", list(Activation), ids=lambda kind: kind.value)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs() -> Iterator[None]:
-    """Fills what torch.empty gives with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
