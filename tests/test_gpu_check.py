@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +21,12 @@ pytest.importorskip("transformers", reason="transformers, which is measured too,
 from triton_device import DEVICE, IS_INTERPRETED
 
 from headrace.kernels import KernelChoice, resolve_kernels
-from scripts.gpu_check import report
+from scripts.gpu_check import attention, attention_peers, linears, report
+from scripts.gpu_check import peers as engines
 from scripts.gpu_check.__main__ import main
 from scripts.gpu_check.checkpoint import random_checkpoint
 from scripts.gpu_check.context import Context
-from scripts.gpu_check.figures import Figure, Results, Trouble, figure_entry, merged, trouble_entry
+from scripts.gpu_check.figures import Figure, Results, Trouble, entries_of, figure_entry, merged, trouble_entry
 from scripts.gpu_check.scale import DRY, FULL
 from scripts.gpu_check.suites import outcomes
 from scripts.gpu_check.suites import test_files as files_to_test
@@ -47,6 +49,14 @@ def results_of(*figures: Figure) -> Results:
     for found in figures:
         results.add(figure_entry(found))
     return results
+
+
+def merged_again(results: Results) -> Results:
+    """Through a file, as one run goes on with another's."""
+    again = Results()
+    for entry in entries_of(json.loads(json.dumps(results.to_json()))):
+        again.add(entry)
+    return again
 
 
 def dry_stages() -> list[str]:
@@ -114,11 +124,11 @@ class TestDryRun:
         assert len((out / "started").read_text()) >= len(data["tests"]) + 1
 
     def test_what_was_computed_was_compared(self, data) -> None:
+        """Peers too: what they compute must be the same."""
         for group in ("linear", "decode attention", "prefill attention", "chunk attention", "agreement"):
             errors = [found["error"] for found in data["figures"] if found["group"] == group]
-            compared = [error for error in errors if error is not None]
-            assert compared
-            assert max(compared) < 1e-3
+            assert errors
+            assert max(errors) < 1e-3
 
     def test_the_table_comes_as_text_and_as_markdown(self, data, out) -> None:
         results = merged([out / "results.json"])
@@ -213,17 +223,18 @@ class TestMerging:
         assert list(merged([tmp_path / "1", tmp_path / "2"]).troubles) == ["model"]
 
 
-class TestErrors:
-    @pytest.fixture
-    def context(self, tmp_path) -> Context:
-        return Context(
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            scale=DRY,
-            folder=tmp_path,
-            deadline_s=time.time() + 60,
-        )
+@pytest.fixture
+def context(tmp_path) -> Context:
+    return Context(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        scale=DRY,
+        folder=tmp_path,
+        deadline_s=time.time() + 60,
+    )
 
+
+class TestErrors:
     def test_are_relative_to_the_reference(self, context) -> None:
         expected = torch.tensor([3.0, 4.0])
         assert context.error(lambda: torch.tensor([3.0, 5.0]), expected) == pytest.approx(0.2)
@@ -244,6 +255,95 @@ class TestErrors:
         assert context.errors({"a": [fails], "b": [lambda: torch.ones(2)]}, expected) == {"b": 0.0}
         assert context.race({"a": [fails], "b": [lambda: torch.ones(2)]}).keys() == {"b"}
         assert failed == 2 * [("a", "ValueError: no such shape", True)]
+
+
+@pytest.fixture
+def failed(context, monkeypatch) -> dict[str, str]:
+    """What is reported as a failure, by part; the kernels are those of the reference, which are there everywhere."""
+    monkeypatch.setenv("HEADRACE_KERNELS", KernelChoice.REFERENCE.value)
+    found: dict[str, str] = {}
+    context.report = lambda part, message, is_failure: found.update({part: message} if is_failure else {})
+    return found
+
+
+class TestPeers:
+    """One that computes something else would be beaten, or would win, by doing other work."""
+
+    @pytest.mark.parametrize("phase", ["decode", "prefill", "chunk"])
+    def test_that_are_right_are_timed(self, context, failed, phase) -> None:
+        found = {figure.labels["by"]: figure for figure in attention.measure("grouped", phase)(context)}
+        assert {"synchronized", "torch SDPA", "FlexAttention"} <= found.keys()
+        assert all(figure.is_timed and figure.is_right for figure in found.values())
+        assert not failed
+
+    def test_a_mask_of_another_corner_is_named_in_the_place_of_a_time(self, context, failed, monkeypatch) -> None:
+        monkeypatch.setattr(attention_peers, "_causal", lambda case: {"is_causal": True})
+        found = {figure.labels["by"]: figure for figure in attention.measure("grouped", "chunk")(context)}
+        wrong = found.pop("torch SDPA")
+        assert not wrong.is_timed
+        assert wrong.error > 0.1
+        assert all(figure.is_timed and figure.is_right for figure in found.values())
+        said = f"differs from the reference by {wrong.error:.2g}"
+        assert failed == {"torch SDPA": said}
+        results = results_of(*found.values(), wrong)
+        assert f"| {said} |" in report.markdown(results)
+        assert report.markdown(merged_again(results)) == report.markdown(results)
+        [right] = [verdict for verdict in verdicts(results) if verdict.name.startswith("outputs compared")]
+        assert (right.value, right.where) == ("0", f"of {len(found)}"), "the backend's own are right"
+
+    @pytest.mark.parametrize("weight_format", DRY.formats)
+    def test_a_linear_layer_is_held_to_the_weights_that_it_has(self, context, failed, weight_format) -> None:
+        """Those that were not quantized."""
+        found = list(linears.measure(weight_format, "down")(context))
+        assert {figure.labels["arm"] for figure in found} == {"chosen", "cuBLAS"}
+        assert all(figure.is_timed and figure.is_right for figure in found)
+        assert not failed
+
+    def test_a_wrong_linear_layer_has_no_time_and_no_ratio(self, context, failed, monkeypatch) -> None:
+        wrong = SimpleNamespace(linear=lambda x, weight: x @ weight.T * 1.001)
+        monkeypatch.setattr(linears, "F", wrong)
+        found = {figure.labels["arm"]: figure for figure in linears.measure("float32", "down")(context)}
+        said = "differs from the reference by 0.001"
+        assert failed == {"cuBLAS": said}
+        assert (found["chosen"].is_timed, found["cuBLAS"].is_timed) == (True, False)
+        table = report.markdown(results_of(*found.values()))
+        rows = {line.split(" | ")[1]: line for line in table.splitlines() if line.startswith("| down")}
+        assert said in rows["cuBLAS"]
+        assert "(" not in rows["chosen"]
+
+    def test_one_that_fails_ends_nothing(self, context, failed, monkeypatch) -> None:
+        def fails(*arguments, **options) -> torch.Tensor:
+            raise RuntimeError("no kernel for this GPU")
+
+        monkeypatch.setattr(attention_peers.F, "scaled_dot_product_attention", fails)
+        monkeypatch.setattr(attention_peers.CompiledFlex, "calls", fails)
+        found = [figure.labels["by"] for figure in attention.measure("grouped", "decode")(context)]
+        assert found == [scheme.value for scheme in context.kernels.softmax_schemes]
+        assert failed == dict.fromkeys(("torch SDPA", "FlexAttention"), "RuntimeError: no kernel for this GPU")
+
+    def test_kernels_that_are_compiled_ahead_give_no_figure(self, context, failed, monkeypatch) -> None:
+        monkeypatch.setattr(attention_peers, "_causal", lambda case: {"is_causal": True})
+        context.compiles_only = True
+        assert list(attention.measure("grouped", "chunk")(context)) == []
+
+    @pytest.mark.parametrize("tolerance", [1e-3, -1.0])
+    def test_a_compiled_model_is_held_to_the_one_it_was_compiled_from(
+        self, context, failed, monkeypatch, tolerance
+    ) -> None:
+        monkeypatch.setattr(engines, "_LOGITS_TOLERANCE", tolerance)
+        [found] = engines.measure(engines.COMPILED)(context)
+        assert found.is_timed == found.is_right == (tolerance > 0)
+        assert list(failed) == ["transformers compiled"] * (tolerance < 0)
+
+    def test_another_peer_is_what_an_engine_is_compared_with(self) -> None:
+        labels = {"format": "bfloat16", "batch": 1, "context": 512}
+        results = results_of(
+            figure("decode", 1.0, by="headrace", **labels),
+            replace(figure("decode", math.inf, by="transformers compiled", **labels), error=0.3, tolerance=0.05),
+        )
+        [compiled] = [verdict for verdict in verdicts(results) if verdict.name.endswith("transformers, compiled")]
+        assert compiled.is_met is None
+        assert "| differs from the reference by 0.3 |" in report.markdown(results)
 
 
 class TestTargets:

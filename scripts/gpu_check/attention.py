@@ -50,7 +50,7 @@ def _measure(heads: str, phase: str, context: Context) -> Iterator[Figure]:
 
 def _case(context: Context, case: Case, flex: CompiledFlex) -> Iterator[Figure]:
     paged = _make_paged(context, case)
-    runs: dict[str, list[Callable[[], Tensor]]] = {
+    own: dict[str, list[Callable[[], Tensor]]] = {
         scheme.value: [
             partial(_attention, context, paged, cache, SoftmaxSpec(scheme=scheme, unified_max=_UNIFIED_MAX))
             for cache in paged.caches
@@ -58,13 +58,13 @@ def _case(context: Context, case: Case, flex: CompiledFlex) -> Iterator[Figure]:
         for scheme in context.kernels.softmax_schemes
     }
     if _library_can(context, case):
-        runs[LIBRARY] = [partial(_by_library, context, paged, cache) for cache in paged.caches]
+        own[LIBRARY] = [partial(_by_library, context, paged, cache) for cache in paged.caches]
+    others = peers(context, case, paged, flex)
     sequences = sorted({0, case.batch - 1})
     expected = torch.stack([_expected(context, case, paged, i) for i in sequences])
-    first = {name: [partial(_of_sequences, calls[0], case, sequences)] for name, calls in runs.items()}
+    first = {name: [partial(_of_sequences, calls[0], case, sequences)] for name, calls in (own | others).items()}
     errors = context.errors(first, expected)
-    raced = {name: runs[name] for name in errors} | peers(context, case, paged, flex)
-    for name, found in context.race(raced).items():
+    for name, found in context.race_right(own | others, errors, others).items():
         yield Figure(
             group=f"{case.phase} attention",
             labels={"heads": case.heads, "batch": case.batch, "context": case.tokens, "by": name},
@@ -72,7 +72,7 @@ def _case(context: Context, case: Case, flex: CompiledFlex) -> Iterator[Figure]:
             slowest_s=found.slowest_s,
             num_bytes=case.num_bytes,
             num_ops=case.num_ops,
-            error=errors.get(name),
+            error=errors[name],
             tolerance=TOLERANCE[context.dtype],
             is_captured=found.is_captured,
         )
@@ -108,8 +108,11 @@ def _by_library(context: Context, paged: Paged, cache: KvCache) -> Tensor:
 
 
 def _of_sequences(run: Callable[[], Tensor], case: Case, sequences: list[int]) -> Tensor:
+    """[sequences, num_new, num_heads, head_dim], of tokens end to end or, as torch's own attention has them, of heads
+    before tokens."""
     out = run()
-    return out.view(case.batch, case.num_new, *out.shape[1:])[sequences]
+    by_sequence = out.transpose(1, 2) if out.dim() == 4 else out.view(case.batch, case.num_new, *out.shape[1:])
+    return by_sequence[sequences]
 
 
 def _make_paged(context: Context, case: Case) -> Paged:
@@ -135,18 +138,9 @@ def _cache_format(context: Context) -> KvCacheFormat:
     return KvCacheFormat.FLOAT32 if context.dtype == torch.float32 else KvCacheFormat.BFLOAT16
 
 
-def _keys_and_values(
-    context: Context, case: Case, paged: Paged, cache: KvCache, sequence: int
-) -> tuple[Tensor, Tensor]:
-    """Of one sequence [context_len, num_kv_heads, head_dim] each."""
-    positions = torch.arange(case.context_len, device=context.device)
-    slots = paged.tables[sequence].long()[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-    return context.kernels.read_kv(cache, slots)
-
-
 def _expected(context: Context, case: Case, paged: Paged, sequence: int) -> Tensor:
     """softmax(q K^T / sqrt(head_dim)) V in float32, a head at a time."""
-    key, value = (x.float() for x in _keys_and_values(context, case, paged, paged.caches[0], sequence))
+    key, value = paged.keys_and_values(context.kernels, paged.caches[0], sequence)
     query = paged.query.view(case.batch, case.num_new, *paged.query.shape[1:])[sequence].float()
     first_position = case.context_len - case.num_new
     hidden = torch.arange(case.context_len, device=context.device)[None] > (

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from headrace.bench.kernels import ModelShape
 from headrace.config import KvCacheFormat
-from headrace.kernels import KvCache, KvCacheSpec
+from headrace.kernels import Kernels, KvCache, KvCacheSpec
 
 BLOCK_SIZE = 16
 
@@ -68,3 +69,9 @@ class Paged:
     tables: Tensor
     context_lens: Tensor
     cu_seqlens_q: Tensor
+
+    def keys_and_values(self, kernels: Kernels, cache: KvCache, sequence: int) -> tuple[Tensor, Tensor]:
+        """Of one sequence, from one of the caches: two tensors [context_len, num_kv_heads, head_dim] float32."""
+        positions = torch.arange(int(self.context_lens[sequence]), device=self.tables.device)
+        slots = self.tables[sequence].long()[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        return kernels.read_kv(cache, slots)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,37 +13,55 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from headrace.kernels import KvCache
 from scripts.gpu_check.attention_cases import BLOCK_SIZE, Case, Paged
 from scripts.gpu_check.context import Context
 
 SDPA, FLEX, FLASHINFER = "torch SDPA", "FlexAttention", "FlashInfer"
 
+Call = Callable[[], Tensor]
 
-def peers(context: Context, case: Case, paged: Paged, flex: CompiledFlex) -> dict[str, list[Callable[[], Tensor]]]:
-    """The same work by others: torch's on keys and values that lie in order, FlashInfer's on pages."""
-    group = case.shape.num_heads // case.shape.num_kv_heads
-    size = (case.batch, case.shape.num_kv_heads, case.context_len, case.shape.head_dim)
-    query = context.randn(case.batch, case.shape.num_heads, case.num_new, case.shape.head_dim)
-    pairs = [(context.randn(*size), context.randn(*size)) for _ in paged.caches]
-    runs: dict[str, list[Callable[[], Tensor]]] = {
-        SDPA: [
-            partial(F.scaled_dot_product_attention, query, k, v, enable_gqa=group > 1, **_causal(case))
-            for k, v in pairs
-        ]
-    }
+_PAGES_AT_ONCE = 2**11
+"""That are copied: in float32, which the ops read caches in, they are twice as large as what they become."""
+
+
+def peers(context: Context, case: Case, paged: Paged, flex: CompiledFlex) -> dict[str, list[Call]]:
+    """The same attention over the same keys and values by others, a call for each cache; one that cannot be had is
+    reported. torch's take them in the order of positions, FlashInfer on pages."""
+    in_order = cache(partial(_in_order, context, case, paged))
+    makers: dict[str, Callable[[], list[Call]]] = {SDPA: lambda: _sdpa(case, *in_order())}
     if (case.batch, case.context_len) in context.scale.flex:
-        try:
-            call = flex.for_case(case)
-            call(query, *pairs[0])
-            runs[FLEX] = [partial(call, query, k, v) for k, v in pairs]
-        except Exception as error:
-            context.part_failed(FLEX, error)
+        makers[FLEX] = lambda: flex.calls(case, *in_order())
     if context.device.type == "cuda" and importlib.util.find_spec("flashinfer") is not None:
+        makers[FLASHINFER] = lambda: _flashinfer(context, case, paged)
+    runs = {}
+    for name, make in makers.items():
         try:
-            runs[FLASHINFER] = _flashinfer(context, case, paged.query)
+            runs[name] = make()
         except Exception as error:
-            context.part_failed(FLASHINFER, error)
+            context.part_failed(name, error)
     return runs
+
+
+def _in_order(context: Context, case: Case, paged: Paged) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Queries [batch, num_heads, num_new, head_dim], and keys and values of each cache [batch, num_kv_heads,
+    context_len, head_dim]."""
+    query = paged.query.view(case.batch, case.num_new, case.shape.num_heads, case.shape.head_dim)
+    size = (case.batch, case.shape.num_kv_heads, case.context_len, case.shape.head_dim)
+    pairs = []
+    for kv_cache in paged.caches:
+        pair = tuple(torch.empty(size, dtype=context.dtype, device=context.device) for _ in range(2))
+        for sequence in range(case.batch):
+            for target, found in zip(pair, paged.keys_and_values(context.kernels, kv_cache, sequence), strict=True):
+                target[sequence] = found.transpose(0, 1)
+        pairs.append(pair)
+    return query.transpose(1, 2).contiguous(), pairs
+
+
+def _sdpa(case: Case, query: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Call]:
+    is_grouped = case.shape.num_heads > case.shape.num_kv_heads
+    attend = partial(F.scaled_dot_product_attention, query, enable_gqa=is_grouped, **_causal(case))
+    return [partial(attend, key, value) for key, value in pairs]
 
 
 def _causal(case: Case) -> dict[str, Any]:
@@ -60,7 +78,7 @@ class CompiledFlex:
         self._context = context
         self._compiled: Callable[..., Tensor] | None = None
 
-    def for_case(self, case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def calls(self, case: Case, query: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Call]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         # Each shape is compiled anew; beyond the usual 8 torch would run the rest uncompiled.
@@ -75,7 +93,7 @@ class CompiledFlex:
                 lambda _b, _h, q, k: k <= q + first, None, None, case.num_new, case.context_len, self._context.device
             )
         is_grouped = case.shape.num_heads > case.shape.num_kv_heads
-        return partial(_flex, self._compiled, mask, is_grouped)
+        return [partial(_flex, self._compiled, mask, is_grouped, query, key, value) for key, value in pairs]
 
 
 def _flex(
@@ -84,13 +102,13 @@ def _flex(
     return compiled(query, key, value, block_mask=mask, enable_gqa=is_grouped)
 
 
-def _flashinfer(context: Context, case: Case, query: Tensor) -> list[Callable[[], Tensor]]:
-    """FlashInfer's paged kernels; copies of the cache in its own layout."""
+def _flashinfer(context: Context, case: Case, paged: Paged) -> list[Call]:
+    """FlashInfer's paged kernels; copies of the caches in its own layout."""
     flashinfer = importlib.import_module("flashinfer")
     shape, device = case.shape, context.device
     workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
     indptr = case.num_blocks * torch.arange(case.batch + 1, dtype=torch.int32, device=device)
-    indices = torch.randperm(case.batch * case.num_blocks, dtype=torch.int32, device=device)
+    indices = paged.tables.flatten()
     last = torch.full((case.batch,), (case.context_len - 1) % BLOCK_SIZE + 1, dtype=torch.int32, device=device)
     if case.num_new == 1:
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
@@ -108,6 +126,17 @@ def _flashinfer(context: Context, case: Case, query: Tensor) -> list[Callable[[]
             q_data_type=context.dtype,
             kv_data_type=context.dtype,
         )
-    size = (case.batch * case.num_blocks, 2, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
-    caches = [context.randn(*size) for _ in range(context.num_copies(case.num_bytes))]
-    return [partial(wrapper.run, query, cache) for cache in caches]
+    return [partial(wrapper.run, paged.query, _in_pages(context, case, kv_cache)) for kv_cache in paged.caches]
+
+
+def _in_pages(context: Context, case: Case, kv_cache: KvCache) -> Tensor:
+    """A cache as FlashInfer has it ("NHD"): [pages, 2, page_size, num_kv_heads, head_dim], keys before values."""
+    num_pages, shape = case.batch * case.num_blocks, case.shape
+    size = (num_pages, 2, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
+    pages = torch.empty(size, dtype=context.dtype, device=context.device)
+    for first in range(0, num_pages, _PAGES_AT_ONCE):
+        some = pages[first : first + _PAGES_AT_ONCE]
+        slots = torch.arange(first * BLOCK_SIZE, (first + len(some)) * BLOCK_SIZE, device=context.device)
+        for kind, found in enumerate(context.kernels.read_kv(kv_cache, slots)):
+            some[:, kind] = found.view(len(some), *size[2:])
+    return pages

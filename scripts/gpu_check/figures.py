@@ -17,7 +17,8 @@ class Figure:
     """One measured time.
 
     group: the table it stands in; labels: its place there.
-    seconds: the best of all rounds; slowest_s: the slowest round's best, so that the two show the noise.
+    seconds: the best of all rounds; slowest_s: the slowest round's best, so that the two show the noise. Infinite where
+        nothing was timed: a peer whose result is not the reference's does something else, and its time says nothing.
     num_bytes: to be read and written at least; num_ops: multiplies and adds; num_tokens: that went through.
     error: of what was computed, the norm of its difference to a float32 reference over the reference's; None where it
         was not compared. tolerance: what it must stay below.
@@ -39,6 +40,10 @@ class Figure:
     @property
     def key(self) -> Key:
         return self.group, tuple(sorted(self.labels.items()))
+
+    @property
+    def is_timed(self) -> bool:
+        return self.seconds < float("inf")
 
     @property
     def is_right(self) -> bool:

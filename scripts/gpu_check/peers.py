@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scripts.gpu_check.checkpoint import random_checkpoint
-from scripts.gpu_check.context import Context
+from scripts.gpu_check.context import Context, Time
 from scripts.gpu_check.figures import Figure
 from scripts.gpu_check.model import BATCH_CONTEXT, check_prompt, logprobs_file
 
@@ -86,7 +86,7 @@ def _decode(context: Context, model: Any, kind: str, batch: int, context_len: in
             token = model(input_ids=token, past_key_values=cache, use_cache=True).logits.argmax(-1)
 
     steps()
-    yield _decode_figure(context, kind, batch, context_len, steps)
+    yield _decode_figure(context, kind, batch, context_len, context.time_once(steps))
 
 
 def _compiled(context: Context, model: Any) -> Iterator[Figure]:
@@ -116,13 +116,16 @@ def _compiled(context: Context, model: Any) -> Iterator[Figure]:
 
     found = step().float().reshape(expected.shape)
     error = ((found - expected).norm() / expected.norm()).item()
-    steps()
-    figure = _decode_figure(context, COMPILED, 1, context_len, steps)
-    yield replace(figure, error=error if error == error else float("inf"), tolerance=_LOGITS_TOLERANCE)
+    error = error if error == error else float("inf")
+    if error <= _LOGITS_TOLERANCE:
+        steps()
+        time = context.time_once(steps)
+    else:
+        time = context.not_timed(name_of(COMPILED), error)
+    yield replace(_decode_figure(context, COMPILED, 1, context_len, time), error=error, tolerance=_LOGITS_TOLERANCE)
 
 
-def _decode_figure(context: Context, kind: str, batch: int, context_len: int, steps: Callable[[], None]) -> Figure:
-    found = context.time_once(steps)
+def _decode_figure(context: Context, kind: str, batch: int, context_len: int, found: Time) -> Figure:
     return Figure(
         group="decode",
         labels={

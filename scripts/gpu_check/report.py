@@ -98,9 +98,10 @@ def _linears(results: Results, *, is_short: bool) -> Iterator[Table]:
 def _linear_cell(results: Results, bandwidth: float | None, weight_format: Any, layer: Any, rows: Any, arm: Any) -> str:
     labels = {"format": weight_format, "layer": layer, "rows": rows}
     figure, library = results.one("linear", arm=arm, **labels), results.one("linear", arm="cuBLAS", **labels)
-    if figure is None:
-        return ""
-    ratio = f" ({library.seconds / figure.seconds:.2f})" if library is not None and library is not figure else ""
+    if figure is None or not figure.is_timed:
+        return _difference(figure)
+    is_compared = library is not None and library.is_timed and library is not figure
+    ratio = f" ({library.seconds / figure.seconds:.2f})" if is_compared else ""
     share = "" if bandwidth is None else f" {figure.bytes_per_s / bandwidth:.0%}"
     return f"{_microseconds(figure)}{share}{ratio}{_mark(figure)}"
 
@@ -114,12 +115,8 @@ def _attention(results: Results, group: str) -> Iterator[Table]:
         pairs = dict.fromkeys((f.labels["batch"], f.labels["context"]) for f in results.of(group, heads=heads))
         for batch, context_len in pairs:
             place = {"heads": heads, "batch": batch, "context": context_len}
-            cells = []
-            for name in names:
-                figure = results.one(group, by=name, **place)
-                cells.append(
-                    "" if figure is None else _microseconds(figure) + _share(figure, group, bandwidth, product)
-                )
+            figures = [results.one(group, by=name, **place) for name in names]
+            cells = [_attention_cell(figure, group, bandwidth, product) for figure in figures]
             table.append([str(batch), str(context_len), *cells, _fastest(results.of(group, **place))])
         limit = "copy bandwidth" if group.startswith("decode") else "the bfloat16 product"
         yield Table(title=f"{group}, heads {heads}: us, share of {limit}", rows=table)
@@ -131,13 +128,15 @@ def _fastest(figures: Sequence[Figure]) -> str:
     return str(min(right, key=lambda figure: figure.seconds).labels["by"]) if right else ""
 
 
-def _share(figure: Figure, group: str, bandwidth: float | None, product: Figure | None) -> str:
+def _attention_cell(figure: Figure | None, group: str, bandwidth: float | None, product: Figure | None) -> str:
+    if figure is None or not figure.is_timed:
+        return _difference(figure)
     share = None
     if group.startswith("decode") and bandwidth is not None:
         share = figure.bytes_per_s / bandwidth
     elif not group.startswith("decode") and product is not None:
         share = figure.ops_per_s / product.ops_per_s
-    return f"{'' if share is None else f' {share:.0%}'}{_mark(figure)}"
+    return f"{_microseconds(figure)}{'' if share is None else f' {share:.0%}'}{_mark(figure)}"
 
 
 def _decode(results: Results) -> Table:
@@ -154,8 +153,8 @@ def _decode(results: Results) -> Table:
 
 
 def _step_cell(figure: Figure | None, bandwidth: float | None) -> str:
-    if figure is None:
-        return ""
+    if figure is None or not figure.is_timed:
+        return _difference(figure)
     share = "" if bandwidth is None or not figure.num_bytes else f" ({figure.bytes_per_s / bandwidth:.0%})"
     return f"{figure.seconds * 1e3:.2f}{share}"
 
@@ -217,6 +216,11 @@ def _values(results: Results, group: str, label: str) -> list[str | int]:
 def _microseconds(figure: Figure) -> str:
     value = figure.seconds * 1e6
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _difference(figure: Figure | None) -> str:
+    """In the place of a time that was not taken; nothing where nothing was tried."""
+    return "" if figure is None else f"differs from the reference by {figure.error:.2g}"
 
 
 def _mark(figure: Figure) -> str:
