@@ -1,13 +1,15 @@
 """The ablation: every variant computes in its own way, and the report names all of them. No speed is asserted."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 from profile_run import run_profile_on_cpu
 from tiny_model import write_tiny_model
 
-from headrace.bench.ablation import BASELINE, VARIANTS, load_switchboard, measure_ablation
+from headrace.bench.ablation import WARM_UP_STEPS, load_switchboard, measure_ablation
+from headrace.bench.ablation_variants import BASELINE, VARIANTS
 from headrace.bench.model import BenchSettings
 from headrace.bench.rounds import RoundRunner
 from headrace.cli.main import main
@@ -23,6 +25,13 @@ needs_native = pytest.mark.skipif(not NATIVE, reason="without native kernels the
 BY_KEY = {variant.key: variant for variant in VARIANTS}
 MEASURED = Inflections(flat_gemm_from=2, gemm_from=6)
 """With these 1, 4 and 8 rows go to three implementations."""
+
+TIMES = {
+    LinearArm.GEMV: {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0},
+    LinearArm.FLAT_GEMM: {1: 2.0, 2: 1.0, 4: 1.0, 8: 6.0},
+    LinearArm.GEMM: {1: 5.0, 2: 5.0, 4: 5.0, 8: 5.0},
+}
+"""Without flat GEMM it is GEMV that takes 4 rows, not GEMM."""
 
 RANGE = LogitRange(
     least=-9.0,
@@ -48,7 +57,8 @@ def model(tmp_path):
 @pytest.fixture
 def switchboard(model):
     found = load_switchboard(EngineConfig(load=LoadConfig(model=str(model)), num_threads=1))
-    found._measured = {shape: replace(tuned, inflections=MEASURED) for shape, tuned in found._measured.items()}
+    measured = {shape: replace(tuned, inflections=MEASURED, times=TIMES) for shape, tuned in found._measured.items()}
+    found._measured = measured
     return found
 
 
@@ -95,6 +105,10 @@ def run(capsys):
         ("gemm", ("gemv", "gemm", "gemm")),
         ("default", ("gemv", "flat_gemm", "flat_gemm")),
         ("flat_gemm", ("flat_gemm", "flat_gemm", "flat_gemm")),
+        ("none", ("gemm", "gemm", "gemm")),
+        ("asynchronized_alone", ("gemm", "gemm", "gemm")),
+        ("flat_gemm_alone", ("flat_gemm", "flat_gemm", "flat_gemm")),
+        ("dataflow_alone", ("gemv", "gemv", "gemm")),
         ("again", ("gemv", "flat_gemm", "gemm")),
     ],
 )
@@ -195,12 +209,19 @@ def test_json_names_every_variant_and_figure(run, model):
     report = json.loads(out)
     assert (code, err) == (0, "")
     assert [variant["key"] for variant in report["variants"]] == list(BY_KEY)
-    assert [variant["switched_off"] for variant in report["variants"]] == [variant.idea for variant in VARIANTS]
-    for variant in report["variants"]:
-        assert variant["decode_from_20"] > 0
-        assert variant["batched_decode"].keys() == {"1", "3"}
-        assert variant["ratio_to_all"].keys() == {"context_20", "batch_1", "batch_3"}
-    assert set(report["variants"][0]["ratio_to_all"].values()) == {1.0}
+    by_key = {variant["key"]: variant for variant in report["variants"]}
+    for variant in VARIANTS:
+        found = by_key[variant.key]
+        assert found["alone_on" if variant.is_alone else "switched_off"] == variant.idea
+        assert found["decode_from_20"] > 0
+        assert found["batched_decode"].keys() == {"1", "3"}
+        for baseline in ("all", "none") if variant.is_alone else ("all",):
+            base = by_key[baseline]
+            ratios = {"context_20": found["decode_from_20"] / base["decode_from_20"]}
+            for size in ("1", "3"):
+                ratios[f"batch_{size}"] = found["batched_decode"][size] / base["batched_decode"][size]
+            assert found[f"ratio_to_{baseline}"] == pytest.approx(ratios, abs=2e-4)
+        assert ("ratio_to_none" in found) == variant.is_alone
     assert report["formats"] == {"linear": "int4", "kv_cache": "float32"}
     assert report["asynchronized"]["num_rows"] > 0
     assert report["asynchronized"]["num_layers_off"] is None
@@ -214,6 +235,12 @@ def test_table_says_what_was_switched_off_and_which_is_the_default(run, model):
     assert code == 0
     for text in ("batch of 2", "synchronized softmax (the default)", "lazy", "GEMV, row by row", "heuristic dataflow"):
         assert text in out
+    off, alone = out.split("\n\n")[:2]
+    assert off.count("heuristic dataflow") == 2
+    assert alone.splitlines()[0] == "decode, tokens/s (ratio to none of them on)"
+    rows = [re.split(" {2,}", line) for line in alone.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["nothing", "asynchronized softmax", "flat GEMM", "heuristic dataflow"]
+    assert [len(row[2].split()) for row in rows] == [1, 2, 2, 2], "a ratio to the first"
     assert "subtracts 0: the model has no calibration" in out
     assert "from 512" not in out
 
@@ -226,8 +253,9 @@ def test_a_short_model_shortens_contexts_and_says_so(run, model):
     )
     report = json.loads(out)
     assert code == 0
-    assert report["protocol"]["context_lens"] == [100 - 8 * 4 - 2]
-    assert len([remark for remark in report["remarks"] if remark.startswith("--context-lens is 66")]) == 2
+    longest = 100 - len(VARIANTS) * (WARM_UP_STEPS + 2) - 2
+    assert report["protocol"]["context_lens"] == [longest]
+    assert len([remark for remark in report["remarks"] if remark.startswith(f"--context-lens is {longest}")]) == 2
 
 
 @pytest.mark.parametrize(
@@ -239,7 +267,7 @@ def test_a_short_model_shortens_contexts_and_says_so(run, model):
         (["--context-lens", "--batch-sizes"], "there is nothing to measure"),
         (["--batch-sizes", "64"], "--batch-sizes 64 is above --max-num-seqs"),
         (["--context-lens", "99999"], "do not fit max_model_len"),
-        (["--max-model-len", "30"], "max_model_len is 30; the benchmark needs 34"),
+        (["--max-model-len", "30"], "max_model_len is 30; the benchmark needs 46"),
     ],
 )
 @needs_native

@@ -20,6 +20,7 @@ pytest.importorskip("transformers", reason="transformers, which is measured too,
 
 from triton_device import DEVICE, IS_INTERPRETED
 
+from headrace.bench.ablation_variants import VARIANTS
 from headrace.kernels import KernelChoice, resolve_kernels
 from scripts.gpu_check import attention, attention_peers, linears, report
 from scripts.gpu_check import peers as engines
@@ -115,7 +116,7 @@ class TestDryRun:
         }
         assert all(found["seconds"] > 0 for found in data["figures"])
         variants = {found["labels"]["variant"] for found in data["figures"] if found["group"] == "ablation"}
-        assert not variants or {"all", "synchronized", "gemm", "none"} <= variants
+        assert not variants or variants == {variant.key for variant in VARIANTS}
         for group in ("prefill attention", "chunk attention"):
             by = {found["labels"]["by"] for found in data["figures"] if found["group"] == group}
             assert {"synchronized", "library", "torch SDPA", "FlexAttention"} <= by
@@ -435,6 +436,23 @@ def test_tables_mark_what_is_wrong() -> None:
     )
     assert "2.0 50% (2.00) WRONG" in report.markdown(results)
     assert "4.0 50%" in report.markdown(results)
+
+
+def test_ideas_are_off_beside_all_of_them_and_alone_beside_none() -> None:
+    """Each variant takes a millisecond longer than the one before it."""
+    found = []
+    for i, variant in enumerate(VARIANTS):
+        labels = {"variant": variant.key, "label": variant.label, "baseline": variant.baseline.key}
+        found += [figure("ablation", 1e-3 * (i + 1), **labels, batch=size, context=16) for size in (1, 4)]
+    results = results_of(*found)
+    table = report.markdown(results)
+    assert "| all three on | 1.000 (1.000) | 1.000 (1.000) |" in table
+    assert "| synchronized softmax | 2.000 (0.500) | 2.000 (0.500) |" in table
+    alone = table.split("each idea alone")[1].splitlines()[4:]
+    cells = ["8.000 (1.000)", "9.000 (0.889)", "10.000 (0.800)", "11.000 (0.727)"]
+    labels = [variant.label for variant in VARIANTS if variant.is_alone]
+    assert alone == [f"| {label} | {cell} | {cell} |" for label, cell in zip(labels, cells, strict=True)]
+    assert "log-sum-exp" not in table.split("each idea alone")[0]
 
 
 def test_kernels_and_what_is_marked_are_what_a_gpu_tests() -> None:

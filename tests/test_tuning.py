@@ -64,6 +64,13 @@ def test_arms_that_never_win_are_never_chosen():
     assert {only_gemm.arm(m) for m in ROWS} == {LinearArm.GEMM}
 
 
+def test_an_arm_without_times_is_left_out():
+    """As the ablation does: GEMV and GEMM alone meet at M = 4.5."""
+    without = {arm: seconds for arm, seconds in CROSSING.items() if arm is not LinearArm.FLAT_GEMM}
+    found = find_inflections(without, DEFAULT_INFLECTIONS)
+    assert found == Inflections(flat_gemm_from=8, gemm_from=8)
+
+
 def test_ties_take_the_default():
     tied = times(lambda m: 1.0, lambda m: 1.01, lambda m: 0.995)
     assert find_inflections(tied, DEFAULT_INFLECTIONS) == DEFAULT_INFLECTIONS

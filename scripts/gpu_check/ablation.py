@@ -1,35 +1,19 @@
-"""The three ideas of FlashDecoding++, each switched off in turn in one loaded model, and all of them at once; see
-`headrace.bench.ablation`."""
+"""The three ideas of FlashDecoding++ in one loaded model: each switched off in turn, none of them, and each on alone;
+see `headrace.bench.ablation`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from headrace.bench.ablation import VARIANTS, Variant, load_switchboard, measure_ablation
+from headrace.bench.ablation import load_switchboard, measure_ablation
+from headrace.bench.ablation_variants import VARIANTS
 from headrace.bench.model import BATCH_CONTEXT_LEN, BenchSettings
-from headrace.config import CacheConfig, Device, Dtype, EngineConfig, LoadConfig, SchedulerConfig, SoftmaxScheme
-from headrace.kernels.tuning import Inflections
+from headrace.config import CacheConfig, Device, Dtype, EngineConfig, LoadConfig, SchedulerConfig
 from scripts.gpu_check.checkpoint import random_checkpoint
 from scripts.gpu_check.context import Context
 from scripts.gpu_check.figures import Figure
 
 _STEPS_OF_A_TURN = 8
-
-
-def _library_for_all(_measured: Inflections, _default: Inflections) -> Inflections:
-    return Inflections(flat_gemm_from=1, gemm_from=1)
-
-
-NONE = Variant(
-    key="none",
-    idea=None,
-    label="none: log-sum-exp, cuBLAS",
-    softmax=SoftmaxScheme.SYNCHRONIZED,
-    inflections=_library_for_all,
-)
-"""A good engine without the three ideas: contexts are split all the same, and merged by log-sum-exp."""
-
-_ALL_VARIANTS = (*VARIANTS, NONE)
 
 
 def measure(context: Context) -> Iterator[Figure]:
@@ -56,8 +40,8 @@ def measure(context: Context) -> Iterator[Figure]:
         batch_sizes=scale.ablation_batches,
         num_rounds=scale.num_rounds,
     )
-    speeds = measure_ablation(switchboard, settings, lambda _: None, _ALL_VARIANTS)
-    for variant in _ALL_VARIANTS:
+    speeds = measure_ablation(switchboard, settings, lambda _: None)
+    for variant in VARIANTS:
         speed = speeds[variant.key]
         cases = {(1, n): seconds for n, seconds in speed.decode_step_s.items()}
         cases |= {(size, BATCH_CONTEXT_LEN): seconds for size, seconds in speed.batch_step_s.items()}
@@ -65,6 +49,7 @@ def measure(context: Context) -> Iterator[Figure]:
             labels: dict[str, str | int] = {
                 "variant": variant.key,
                 "label": variant.label,
+                "baseline": variant.baseline.key,
                 "batch": batch,
                 "context": context_len,
             }

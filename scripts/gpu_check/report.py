@@ -64,7 +64,8 @@ def tables(results: Results, *, is_short: bool) -> Iterator[Table]:
     yield from _attention(results, "chunk attention")
     yield _decode(results)
     yield _prefill(results)
-    yield _ablation(results)
+    yield _ablation(results, "all", "each idea switched off: ms a step (rate relative to all three on)")
+    yield _ablation(results, "none", "each idea alone: ms a step (rate relative to none of them on)")
 
 
 def _limits(results: Results) -> Table:
@@ -170,18 +171,20 @@ def _prefill(results: Results) -> Table:
     return Table(title="prefill, end to end", rows=rows, num_left=2)
 
 
-def _ablation(results: Results) -> Table:
-    cases = list(dict.fromkeys((f.labels["batch"], f.labels["context"]) for f in results.of("ablation")))
+def _ablation(results: Results, baseline: str, title: str) -> Table:
+    """Of the variants that are compared with one baseline."""
+    found = results.of("ablation", baseline=baseline)
+    cases = list(dict.fromkeys((f.labels["batch"], f.labels["context"]) for f in found))
     rows = [("ablation", *(f"batch {batch}, context {length}" for batch, length in cases))]
-    for label in _values(results, "ablation", "label"):
+    for label in dict.fromkeys(f.labels["label"] for f in found):
         cells = []
         for batch, length in cases:
             figure = results.one("ablation", label=label, batch=batch, context=length)
-            whole = results.one("ablation", variant="all", batch=batch, context=length)
-            ratio = "" if figure is None or whole is None else f" ({whole.seconds / figure.seconds:.3f})"
+            base = results.one("ablation", variant=baseline, batch=batch, context=length)
+            ratio = "" if figure is None or base is None else f" ({base.seconds / figure.seconds:.3f})"
             cells.append("" if figure is None else f"{figure.seconds * 1e3:.3f}{ratio}")
         rows.append((str(label), *cells))
-    return Table(title="each idea switched off: ms a step (rate relative to all three on)", rows=rows)
+    return Table(title=title, rows=rows)
 
 
 def _verdicts(results: Results) -> Table:

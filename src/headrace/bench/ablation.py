@@ -1,4 +1,4 @@
-"""The ideas of FlashDecoding++ (arXiv:2311.01282), each switched off in turn in one loaded model.
+"""The ideas of FlashDecoding++ (arXiv:2311.01282), each switched off in turn in one loaded model, and each on alone.
 
 Weights and KV cache are the same for all variants; what differs is the softmax of attention and the points where a
 linear layer changes from one implementation to the next. Variants take turns at decoding the same sequences, a few
@@ -6,9 +6,10 @@ steps each, so that a busy moment of the machine falls on all; each round begins
 single step counts. The baseline takes part twice: what lies between its two figures is noise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
+from headrace.bench.ablation_variants import BASELINE, VARIANTS, Variant
 from headrace.bench.model import BATCH_CONTEXT_LEN, BenchSettings, ModelSpeed
 from headrace.bench.rounds import RoundRunner
 from headrace.config import DataflowChoice, EngineConfig, Softmax, SoftmaxScheme
@@ -24,62 +25,6 @@ from headrace.models.model_folder import resolve_model_folder
 
 WARM_UP_STEPS = 2
 """Of each turn, not timed: the first one after a change is recorded."""
-
-_NEVER = 2**31
-"""More rows than any layer gets."""
-
-
-def _as_measured(measured: Inflections, _: Inflections) -> Inflections:
-    return measured
-
-
-def _gemv_for_all(_measured: Inflections, _default: Inflections) -> Inflections:
-    return Inflections(flat_gemm_from=_NEVER, gemm_from=_NEVER)
-
-
-def _gemm_for_flat(measured: Inflections, _: Inflections) -> Inflections:
-    return replace(measured, gemm_from=measured.flat_gemm_from)
-
-
-def _by_default(_: Inflections, default: Inflections) -> Inflections:
-    return default
-
-
-def _flat_for_all(_measured: Inflections, _default: Inflections) -> Inflections:
-    return Inflections(flat_gemm_from=1, gemm_from=_NEVER)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One way to run the model.
-
-    idea: the one that is switched off; None for the baseline, which has all of them.
-    inflections: from the points measured for a shape, and those that hold before that, to those used.
-    """
-
-    key: str
-    idea: str | None
-    label: str
-    softmax: SoftmaxScheme = SoftmaxScheme.ASYNCHRONIZED
-    inflections: Callable[[Inflections, Inflections], Inflections] = _as_measured
-
-
-BASELINE = Variant(key="all", idea=None, label="all three on")
-VARIANTS = (
-    BASELINE,
-    Variant(
-        key="synchronized",
-        idea="asynchronized softmax",
-        label="synchronized softmax",
-        softmax=SoftmaxScheme.SYNCHRONIZED,
-    ),
-    Variant(key="lazy", idea="asynchronized softmax", label="lazy softmax", softmax=SoftmaxScheme.LAZY),
-    Variant(key="gemv", idea="flat GEMM", label="GEMV, row by row", inflections=_gemv_for_all),
-    Variant(key="gemm", idea="flat GEMM", label="GEMM in its place", inflections=_gemm_for_flat),
-    Variant(key="default", idea="heuristic dataflow", label="default points", inflections=_by_default),
-    Variant(key="flat_gemm", idea="heuristic dataflow", label="flat GEMM for every M", inflections=_flat_for_all),
-    Variant(key="again", idea=None, label="the same again"),
-)
 
 
 class Switchboard:
@@ -105,9 +50,7 @@ class Switchboard:
 
     def set(self, variant: Variant) -> None:
         self._dataflow.tuned = {
-            shape: replace(
-                tuned, inflections=variant.inflections(tuned.inflections, self._dataflow.default_inflections(shape))
-            )
+            shape: replace(tuned, inflections=variant.inflections(tuned, self._dataflow.default_inflections(shape)))
             for shape, tuned in self._measured.items()
         }
         others = (SoftmaxSpec(scheme=variant.softmax),) * self.model.config.num_hidden_layers
@@ -172,7 +115,6 @@ def measure_ablation(
     switchboard: Switchboard,
     settings: BenchSettings,
     on_start: Callable[[str], None],
-    variants: Sequence[Variant] = VARIANTS,
 ) -> dict[str, ModelSpeed]:
     """The fastest decode step of every variant, by its key; `on_start` hears of each round before it begins.
 
@@ -182,17 +124,17 @@ def measure_ablation(
         KernelError: some variants can be replayed and others cannot, so that their times say nothing of the ideas.
     """
     runner = RoundRunner(Engine(switchboard.model), repeats_prompts=True)
-    speeds = {variant.key: ModelSpeed() for variant in variants}
+    speeds = {variant.key: ModelSpeed() for variant in VARIANTS}
     obstacles: dict[str | None, str] = {}
-    num_steps = len(variants) * (WARM_UP_STEPS + settings.decode_tokens)
+    num_steps = len(VARIANTS) * (WARM_UP_STEPS + settings.decode_tokens)
 
     def fastest_step_s(num_seqs: int, context_len: int, name: str) -> dict[str, float]:
         best = dict.fromkeys(speeds, float("inf"))
         for i in range(settings.num_rounds):
             on_start(f"{name}, round {i + 1} of {settings.num_rounds}")
-            first = i % len(variants)
+            first = i % len(VARIANTS)
             with runner.prefilled(num_seqs, context_len, num_steps):
-                for variant in (*variants[first:], *variants[:first]):
+                for variant in (*VARIANTS[first:], *VARIANTS[:first]):
                     switchboard.set(variant)
                     runner.fastest_step_s(WARM_UP_STEPS)
                     obstacles[switchboard.obstacle] = variant.label

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
     from headrace.bench.ablation import Switchboard
+    from headrace.bench.ablation_variants import Variant
     from headrace.bench.model import BenchSettings, ModelSpeed
     from headrace.kernels import SoftmaxCounts
 
@@ -34,10 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "All three ideas on is the baseline: asynchronized softmax in every layer, flat GEMM, and the points between\n"
         "GEMV, flat GEMM and GEMM as measured for this model and machine. Then one of them at a time is switched off\n"
-        "in the same loaded model. Variants take turns of a few steps; each figure is of the fastest step of all, in\n"
-        "tokens/s, and in brackets its ratio to the baseline: below 1, the idea wins. The baseline is measured twice,\n"
-        "to show what is noise. Layers that a calibration keeps synchronized are forced; how many rows were computed\n"
-        "again is part of the result."
+        "in the same loaded model, and one at a time is on alone, beside a baseline without any (log-sum-exp softmax,\n"
+        "GEMM for every M). Variants take turns of a few steps; each figure is of the fastest step of all, in\n"
+        "tokens/s, and in brackets its ratio to the baseline: the idea wins below 1 where it is off, above 1 where it\n"
+        "is on alone. The baseline with all is measured twice, to show what is noise. Layers that a calibration keeps\n"
+        "synchronized are forced; how many rows were computed again is part of the result."
     )
     add_protocol_options(parser, _DEFAULTS)
     add_model_options(parser)
@@ -48,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     is_silent = args.json or args.quiet
     config = loading_config(args, show_progress=is_watched() and not is_silent)
     # From here on torch is needed.
-    from headrace.bench.ablation import VARIANTS, WARM_UP_STEPS, load_switchboard, measure_ablation
+    from headrace.bench.ablation import WARM_UP_STEPS, load_switchboard, measure_ablation
+    from headrace.bench.ablation_variants import VARIANTS
 
     switchboard = load_switchboard(config)
     settings, remarks = resolve_settings(
@@ -94,25 +97,36 @@ def _table(
     speeds: "Mapping[str, ModelSpeed]",
     remarks: list[str],
 ) -> Iterator[str]:
-    from headrace.bench.ablation import BASELINE, VARIANTS
-    from headrace.engine.softmax import DEFAULT_SCHEME
+    from headrace.bench.ablation_variants import VARIANTS
 
-    baseline = _figures(speeds[BASELINE.key])
-    heads = [f"batch of {n}" if kind == "batch" else f"from {n}" for kind, n in baseline]
-    rows = [("switched off", "instead", *heads)]
-    for variant in VARIANTS:
-        is_baseline = variant is BASELINE
-        note = " (the default)" if variant.softmax is DEFAULT_SCHEME else ""
-        rates = _figures(speeds[variant.key])
-        cells = (
-            format_rate(rate) + ("" if is_baseline else f" ({rate / baseline[figure]:.2f})")
-            for figure, rate in rates.items()
-        )
-        rows.append((variant.idea or "nothing", variant.label + note, *cells))
     yield "decode, tokens/s (ratio to all three on)"
-    yield from aligned(rows, num_left=2)
+    off = [variant for variant in VARIANTS if not variant.is_alone]
+    yield from aligned(_rows(off, speeds, ("switched off", "instead")), num_left=2)
+    yield ""
+    yield "decode, tokens/s (ratio to none of them on)"
+    alone = [variant for variant in VARIANTS if variant.is_alone]
+    yield from aligned(_rows(alone, speeds, ("alone on", "which makes")), num_left=2)
     yield ""
     yield from aligned(list(_background(args, switchboard, remarks)), num_left=2)
+
+
+def _rows(
+    variants: "Sequence[Variant]", speeds: "Mapping[str, ModelSpeed]", heads: tuple[str, str]
+) -> list[tuple[str, ...]]:
+    """A table's, its head first."""
+    from headrace.engine.softmax import DEFAULT_SCHEME
+
+    figures = _figures(speeds[variants[0].key])
+    rows = [(*heads, *(f"batch of {n}" if kind == "batch" else f"from {n}" for kind, n in figures))]
+    for variant in variants:
+        note = " (the default)" if variant.softmax is DEFAULT_SCHEME and not variant.is_alone else ""
+        baseline = _figures(speeds[variant.baseline.key])
+        cells = (
+            format_rate(rate) + ("" if variant is variant.baseline else f" ({rate / baseline[figure]:.2f})")
+            for figure, rate in _figures(speeds[variant.key]).items()
+        )
+        rows.append((variant.idea or "nothing", variant.label + note, *cells))
+    return rows
 
 
 def _background(args: argparse.Namespace, switchboard: "Switchboard", remarks: list[str]) -> Iterator[tuple[str, str]]:
@@ -143,18 +157,21 @@ def _json(
     speeds: "Mapping[str, ModelSpeed]",
     remarks: list[str],
 ) -> dict[str, Any]:
-    from headrace.bench.ablation import BASELINE, VARIANTS
+    from headrace.bench.ablation_variants import BASELINE, NONE, VARIANTS
     from headrace.engine.softmax import DEFAULT_SCHEME
 
-    model, counts, baseline = switchboard.model, switchboard.counts(), _figures(speeds[BASELINE.key])
+    model, counts = switchboard.model, switchboard.counts()
     variants = []
     for variant in VARIANTS:
         rates = _figures(speeds[variant.key])
         named: dict[str, Any] = {f"decode_from_{n}": round(r, 3) for (kind, n), r in rates.items() if kind == "context"}
         named["batched_decode"] = {str(n): round(r, 3) for (kind, n), r in rates.items() if kind == "batch"}
-        ratios = {f"{kind}_{n}": round(r / baseline[kind, n], 4) for (kind, n), r in rates.items()}
-        variants.append({"key": variant.key, "switched_off": variant.idea, "label": variant.label, **named})
-        variants[-1]["ratio_to_all"] = ratios
+        switched = {"alone_on" if variant.is_alone else "switched_off": variant.idea}
+        variants.append({"key": variant.key, **switched, "label": variant.label, **named})
+        for baseline in (BASELINE, NONE) if variant.is_alone else (BASELINE,):
+            base = _figures(speeds[baseline.key])
+            ratios = {f"{kind}_{n}": round(r / base[kind, n], 4) for (kind, n), r in rates.items()}
+            variants[-1][f"ratio_to_{baseline.key}"] = ratios
     return {
         "model": args.model or DEMO,
         "threads": model.plan.num_threads,

@@ -31,7 +31,10 @@ COMMANDS = {
     "serve": ("headrace.cli.serve", "serve a model to OpenAI clients over HTTP"),
     "bench model": ("headrace.cli.bench_model", "measure a model's speed, and how close it is to the machine's limits"),
     "bench kernels": ("headrace.cli.bench_kernels", "measure the kernels alone, beside the machine's limits"),
-    "bench ablation": ("headrace.cli.bench_ablation", "switch each idea of FlashDecoding++ off and measure without it"),
+    "bench ablation": (
+        "headrace.cli.bench_ablation",
+        "measure without each idea of FlashDecoding++, and with it alone",
+    ),
     "bench quality": ("headrace.cli.bench_quality", "measure what weight and KV cache formats cost in quality"),
     "bench serve": ("headrace.cli.bench_serve", "put load on an OpenAI endpoint, and measure what answers take"),
     "tune": ("headrace.cli.tune", "measure which kernels suit this machine and a model, and remember it"),

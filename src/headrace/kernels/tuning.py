@@ -98,12 +98,13 @@ ArmTimes = Mapping[LinearArm, Mapping[int, float]]
 def find_inflections(times: ArmTimes, default: Inflections) -> Inflections:
     """The points with the least regret: the sum over M of log(time of the arm chosen / time of the best).
 
-    Ratios within TIE count as 1. Of equals those nearest to the default are taken.
+    Ratios within TIE count as 1. Of equals those nearest to the default are taken. An arm without times is not chosen.
     """
     measured = sorted(set().union(*times.values()))
     points = sorted({*measured, measured[-1] + 1, default.flat_gemm_from, default.gemm_from})
     pairs = (Inflections(flat_gemm_from=a, gemm_from=b) for a, b in combinations_with_replacement(points, 2))
-    return min(pairs, key=lambda pair: (_regret(times, measured, pair), _distance(pair, default)))
+    possible = (pair for pair in pairs if all(arm in times for arm, _, _ in pair.ranges()))
+    return min(possible, key=lambda pair: (_regret(times, measured, pair), _distance(pair, default)))
 
 
 def _regret(times: ArmTimes, measured: Sequence[int], pair: Inflections) -> float:
@@ -123,7 +124,7 @@ def _distance(pair: Inflections, default: Inflections) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class TunedShape:
-    """times: what was measured, for people and plots; only inflections and tiles are used.
+    """times: what was measured, for people, plots and the ablation; what runs follows inflections and tiles alone.
 
     tiles: the best found for each implementation that has a choice of them.
     """
