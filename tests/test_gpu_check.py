@@ -1,5 +1,7 @@
 """The command that tests and measures the GPU backend: all of its code runs, and nothing stops it half way."""
 
+import ast
+import inspect
 import json
 import math
 import os
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +24,9 @@ pytest.importorskip("transformers", reason="transformers, which is measured too,
 from triton_device import DEVICE, IS_INTERPRETED
 
 from headrace.bench.ablation_variants import VARIANTS
+from headrace.bench.kernels import ModelShape
 from headrace.kernels import KernelChoice, resolve_kernels
-from scripts.gpu_check import attention, attention_peers, linears, report
+from scripts.gpu_check import attention, attention_flashinfer, attention_peers, flashinfer_stand_in, linears, report
 from scripts.gpu_check import peers as engines
 from scripts.gpu_check.__main__ import main
 from scripts.gpu_check.checkpoint import random_checkpoint
@@ -117,9 +121,10 @@ class TestDryRun:
         assert all(found["seconds"] > 0 for found in data["figures"])
         variants = {found["labels"]["variant"] for found in data["figures"] if found["group"] == "ablation"}
         assert not variants or variants == {variant.key for variant in VARIANTS}
-        for group in ("prefill attention", "chunk attention"):
+        for group in ("decode attention", "prefill attention", "chunk attention"):
             by = {found["labels"]["by"] for found in data["figures"] if found["group"] == group}
-            assert {"synchronized", "library", "torch SDPA", "FlexAttention"} <= by
+            assert {"synchronized", "torch SDPA", "FlexAttention", "FlashInfer"} <= by
+            assert ("library" in by) == (group != "decode attention")
 
     def test_every_process_takes_packages_from_pythonpath(self, data, out) -> None:
         assert len((out / "started").read_text()) >= len(data["tests"]) + 1
@@ -273,7 +278,7 @@ class TestPeers:
     @pytest.mark.parametrize("phase", ["decode", "prefill", "chunk"])
     def test_that_are_right_are_timed(self, context, failed, phase) -> None:
         found = {figure.labels["by"]: figure for figure in attention.measure("grouped", phase)(context)}
-        assert {"synchronized", "torch SDPA", "FlexAttention"} <= found.keys()
+        assert {"synchronized", "torch SDPA", "FlexAttention", "FlashInfer"} <= found.keys()
         assert all(figure.is_timed and figure.is_right for figure in found.values())
         assert not failed
 
@@ -318,9 +323,11 @@ class TestPeers:
 
         monkeypatch.setattr(attention_peers.F, "scaled_dot_product_attention", fails)
         monkeypatch.setattr(attention_peers.CompiledFlex, "calls", fails)
+        monkeypatch.setattr(flashinfer_stand_in.BatchDecodeWithPagedKVCacheWrapper, "plan", fails)
         found = [figure.labels["by"] for figure in attention.measure("grouped", "decode")(context)]
         assert found == [scheme.value for scheme in context.kernels.softmax_schemes]
-        assert failed == dict.fromkeys(("torch SDPA", "FlexAttention"), "RuntimeError: no kernel for this GPU")
+        peers = ("torch SDPA", "FlexAttention", "FlashInfer")
+        assert failed == dict.fromkeys(peers, "RuntimeError: no kernel for this GPU")
 
     def test_kernels_that_are_compiled_ahead_give_no_figure(self, context, failed, monkeypatch) -> None:
         monkeypatch.setattr(attention_peers, "_causal", lambda case: {"is_causal": True})
@@ -345,6 +352,77 @@ class TestPeers:
         [compiled] = [verdict for verdict in verdicts(results) if verdict.name.endswith("transformers, compiled")]
         assert compiled.is_met is None
         assert "| differs from the reference by 0.3 |" in report.markdown(results)
+
+
+class TestFlashInfer:
+    """Its calls, to a stand-in that takes and refuses what it does."""
+
+    def measured(self, context: Context, phase: str) -> dict[str, Figure]:
+        return {figure.labels["by"]: figure for figure in attention.measure("grouped", phase)(context)}
+
+    def test_is_left_out_where_it_is_not_installed(self, context, failed) -> None:
+        context.scale = replace(DRY, flashinfer="flashinfer_is_not_here")
+        assert "FlashInfer" not in self.measured(context, "decode")
+        assert not failed
+
+    @pytest.mark.parametrize("phase", ["decode", "prefill", "chunk"])
+    def test_reads_the_pages_of_its_sequence(self, context, failed, monkeypatch, phase) -> None:
+        """In another order they hold the same tokens, and are another context."""
+        table = attention_flashinfer._page_table
+        monkeypatch.setattr(
+            attention_flashinfer,
+            "_page_table",
+            lambda *arguments: tuple(x.flip(0) if i == 1 else x for i, x in enumerate(table(*arguments))),
+        )
+        found = self.measured(context, phase)
+        assert not found["FlashInfer"].is_timed
+        assert found["torch SDPA"].is_timed
+        assert failed.keys() == {"FlashInfer"}
+
+    def test_groups_that_cuda_cores_are_not_compiled_for(self, context, failed) -> None:
+        """It is told to use tensor cores for them."""
+        shape = ModelShape(hidden_size=80, intermediate_size=48, num_heads=10, num_kv_heads=2, vocab_size=160)
+        context.scale = replace(DRY, grouped=shape)
+        assert self.measured(context, "decode")["FlashInfer"].is_timed
+        assert not failed
+
+    def test_what_it_does_not_write_is_no_number(self, context, failed, monkeypatch) -> None:
+        monkeypatch.setattr(flashinfer_stand_in._Pages, "attend", lambda self, q, cache, bounds, out, causal: out)
+        assert self.measured(context, "decode")["FlashInfer"].error == math.inf
+
+    def test_its_kernels_are_kept_with_the_run_or_come_with_it(self, tmp_path, monkeypatch) -> None:
+        monkeypatch.delenv("FLASHINFER_WORKSPACE_BASE", raising=False)
+        assert settings(tmp_path).environment()["FLASHINFER_WORKSPACE_BASE"] == str(tmp_path / "flashinfer")
+        monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", "/carried")
+        assert settings(tmp_path).environment()["FLASHINFER_WORKSPACE_BASE"] == "/carried"
+
+    @pytest.mark.skipif(find_spec("flashinfer") is None, reason="FlashInfer is not installed")
+    @pytest.mark.parametrize("name", ["BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper"])
+    @pytest.mark.parametrize("method", ["__init__", "plan", "run"])
+    def test_the_stand_in_has_parameters_of_the_one_that_is_installed(self, name, method) -> None:
+        positional, named = flashinfer_parameters(name, method)
+        _, *parameters = inspect.signature(getattr(getattr(flashinfer_stand_in, name), method)).parameters.values()
+        defaults = {p.name: None if p.default is p.empty else repr(p.default) for p in parameters}
+        in_order = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert in_order == positional[: len(in_order)]
+        assert defaults.items() <= named.items()
+
+
+def flashinfer_parameters(name: str, method: str) -> tuple[list[str], dict[str, str | None]]:
+    """Of a method of the FlashInfer that is installed, from its source, since its import takes a GPU: those that may be
+    given by position, and the default of each as it is written."""
+    [folder] = find_spec("flashinfer").submodule_search_locations
+    source = Path(folder, "decode.py" if "Decode" in name else "prefill.py").read_text()
+    [found] = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name]
+    # The last of those with one name: overloads come before it.
+    methods = {node.name: node.args for node in found.body if isinstance(node, ast.FunctionDef)}
+    arguments = methods[method]
+    positional = arguments.args[1:]
+    if arguments.kwarg is not None:
+        arguments = methods[f"_{method}_impl"]  # to which all is handed on
+    names = [argument.arg for argument in (*arguments.args[1:], *arguments.kwonlyargs)]
+    given = [None if node is None else ast.unparse(node) for node in (*arguments.defaults, *arguments.kw_defaults)]
+    return [a.arg for a in positional], dict(zip(names, [None] * (len(names) - len(given)) + given, strict=True))
 
 
 class TestTargets:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -13,16 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from headrace.kernels import KvCache
-from scripts.gpu_check.attention_cases import BLOCK_SIZE, Case, Paged
+from scripts.gpu_check import attention_flashinfer
+from scripts.gpu_check.attention_cases import Case, Paged
 from scripts.gpu_check.context import Context
 
 SDPA, FLEX, FLASHINFER = "torch SDPA", "FlexAttention", "FlashInfer"
 
 Call = Callable[[], Tensor]
-
-_PAGES_AT_ONCE = 2**11
-"""That are copied: in float32, which the ops read caches in, they are twice as large as what they become."""
 
 
 def peers(context: Context, case: Case, paged: Paged, flex: CompiledFlex) -> dict[str, list[Call]]:
@@ -32,8 +27,8 @@ def peers(context: Context, case: Case, paged: Paged, flex: CompiledFlex) -> dic
     makers: dict[str, Callable[[], list[Call]]] = {SDPA: lambda: _sdpa(case, *in_order())}
     if (case.batch, case.context_len) in context.scale.flex:
         makers[FLEX] = lambda: flex.calls(case, *in_order())
-    if context.device.type == "cuda" and importlib.util.find_spec("flashinfer") is not None:
-        makers[FLASHINFER] = lambda: _flashinfer(context, case, paged)
+    if attention_flashinfer.is_installed(context.scale):
+        makers[FLASHINFER] = lambda: attention_flashinfer.calls(context, case, paged)
     runs = {}
     for name, make in makers.items():
         try:
@@ -100,43 +95,3 @@ def _flex(
     compiled: Callable[..., Tensor], mask: object, is_grouped: bool, query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
     return compiled(query, key, value, block_mask=mask, enable_gqa=is_grouped)
-
-
-def _flashinfer(context: Context, case: Case, paged: Paged) -> list[Call]:
-    """FlashInfer's paged kernels; copies of the caches in its own layout."""
-    flashinfer = importlib.import_module("flashinfer")
-    shape, device = case.shape, context.device
-    workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
-    indptr = case.num_blocks * torch.arange(case.batch + 1, dtype=torch.int32, device=device)
-    indices = paged.tables.flatten()
-    last = torch.full((case.batch,), (case.context_len - 1) % BLOCK_SIZE + 1, dtype=torch.int32, device=device)
-    if case.num_new == 1:
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
-        wrapper.plan(
-            *(indptr, indices, last, shape.num_heads, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE),
-            q_data_type=context.dtype,
-            kv_data_type=context.dtype,
-        )
-    else:
-        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-        new = case.num_new * torch.arange(case.batch + 1, dtype=torch.int32, device=device)
-        wrapper.plan(
-            *(new, indptr, indices, last, shape.num_heads, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE),
-            causal=True,
-            q_data_type=context.dtype,
-            kv_data_type=context.dtype,
-        )
-    return [partial(wrapper.run, paged.query, _in_pages(context, case, kv_cache)) for kv_cache in paged.caches]
-
-
-def _in_pages(context: Context, case: Case, kv_cache: KvCache) -> Tensor:
-    """A cache as FlashInfer has it ("NHD"): [pages, 2, page_size, num_kv_heads, head_dim], keys before values."""
-    num_pages, shape = case.batch * case.num_blocks, case.shape
-    size = (num_pages, 2, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
-    pages = torch.empty(size, dtype=context.dtype, device=context.device)
-    for first in range(0, num_pages, _PAGES_AT_ONCE):
-        some = pages[first : first + _PAGES_AT_ONCE]
-        slots = torch.arange(first * BLOCK_SIZE, (first + len(some)) * BLOCK_SIZE, device=context.device)
-        for kind, found in enumerate(context.kernels.read_kv(kv_cache, slots)):
-            some[:, kind] = found.view(len(some), *size[2:])
-    return pages

@@ -18,6 +18,7 @@ class Scale:
     min_s: of each measurement in each round.
     formats, model_formats: of weights, the one that they are not quantized to first.
     num_threads: of the host; None leaves it as it is.
+    compile_backend: torch's; flashinfer: the module that is imported as FlashInfer if it is there.
     """
 
     shape: ModelShape
@@ -47,6 +48,7 @@ class Scale:
     num_threads: int | None = None
     heads: tuple[str, ...] = ("alike", "grouped")
     compile_backend: str = "inductor"
+    flashinfer: str = "flashinfer"
 
 
 _GROUPED = ModelShape(hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8, vocab_size=128256)
@@ -110,4 +112,5 @@ DRY = Scale(
     num_threads=1,
     heads=("grouped",),
     compile_backend="eager",
+    flashinfer="scripts.gpu_check.flashinfer_stand_in",
 )

@@ -41,6 +41,8 @@ class Settings:
         """Of every process: the package from this tree before what PYTHONPATH names (peers that were carried here, for
         example), and caches that this run has for itself."""
         paths = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # FlashInfer's holds what it has compiled, which takes minutes: one that was carried here is used.
+        flashinfer = os.environ.get("FLASHINFER_WORKSPACE_BASE", str(self.folder / "flashinfer"))
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if self.is_dry else {}
         return (
             os.environ
@@ -51,6 +53,7 @@ class Settings:
                 "XDG_CACHE_HOME": str(self.folder / "cache"),
                 "TRITON_CACHE_DIR": str(self.folder / "triton"),
                 "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
+                "FLASHINFER_WORKSPACE_BASE": flashinfer,
                 "TRITON_INTERPRET": "1" if self.is_dry else "0",
                 "HEADRACE_KERNELS": "triton",
                 "HF_HUB_OFFLINE": "1",

@@ -25,9 +25,13 @@ class Unit:
 
 
 def all_units(scale: Scale) -> dict[str, Unit]:
-    """By name. Imports what measures only here, since that imports torch."""
-    from scripts.gpu_check import ablation, attention, limits, linears, model, peers
+    """By name. Imports what measures only here, since that imports torch.
 
+    Attention has more time where FlashInfer is, which may have to compile its kernels with nvcc.
+    """
+    from scripts.gpu_check import ablation, attention, attention_flashinfer, limits, linears, model, peers
+
+    attention_s = 300 if attention_flashinfer.is_installed(scale) else 120
     units = [
         Unit(name="limits", stage="limits", limit_s=60, run=limits.measure),
         *(
@@ -45,7 +49,7 @@ def all_units(scale: Scale) -> dict[str, Unit]:
             Unit(
                 name=f"attention {heads} {phase}",
                 stage="attention",
-                limit_s=120,
+                limit_s=attention_s,
                 run=attention.measure(heads, phase),
                 has_kernels=True,
             )
