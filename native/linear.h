@@ -11,10 +11,11 @@
 //   bfloat16 with AMX
 //              the chain of tiles (simd/amx-inl.h), 32 columns at a time
 //   int8, int4 with AMX-FP16
-//              the same of x, times a power of two for each row, and scale_w q_w, both rounded to float16
-//              (linear_tiles-inl.h); out = acc * 2^-e * row_scale. NaN from 2^111 on, as there. Rounds less than
-//              bytes of x do, by a factor of some 20. Of few rows reading takes longer than multiplying either way, and
-//              bytes leave it more to spare: calls that need not be batch invariant use them in kGemv and kFlatGemm.
+//              the same of x, times a power of two for each row, and scale_w q_w, both in float16, which is exact for
+//              int4 weights (linear_tiles-inl.h); out = acc * 2^-e * row_scale. NaN from 2^111 on, as there. Rounds
+//              less than bytes of x do, by a factor of some 20. Of few rows reading takes longer than multiplying
+//              either way, and bytes leave it more to spare: calls that need not be batch invariant use them in kGemv
+//              and kFlatGemm.
 //   then       acc + bias, rounded once to the type of out.
 #ifndef HEADRACE_NATIVE_LINEAR_H_
 #define HEADRACE_NATIVE_LINEAR_H_

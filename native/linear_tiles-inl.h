@@ -54,10 +54,10 @@ class PreparedTiles {
 // enough, as float16: off by at most 2^-12 of itself or 2^-39 of that largest one. Rows below 2^-120 count as zeros; NaN,
 // infinity or a magnitude of 2^111 makes its row NaN. As where x becomes int8 (prepare-inl.h).
 constexpr int kHalfExponent = 14;
-// Unpacked weights are too small by this power of two: float16 has no factor that makes up for a subnormal's 2^-24 and
-// a scale of up to 2 at the same time. Those of int8 are off by at most 2^-12 of themselves, and all by 2^-15, where
-// the row's largest scale is 1 to 2 and rounding its weights to integers costs up to a half of that.
-constexpr int kUnpackedExponent = 10;
+// Unpacked weights are too small by this power of two, so that both they and what integers' bits are multiplied by
+// (LoadGroupScales) are float16. Those of int4 are exact: four bits of a scale times four, no less than 2^-24. Those of
+// int8 are off by at most 2^-12 of themselves.
+constexpr int kUnpackedExponent = 8;
 
 #ifdef __AVX512FP16__
 
@@ -103,22 +103,25 @@ void PrepareHalves(const X* x, int64_t columns, Range steps, char* to, int64_t s
 // A group's scales, each of them twice, for the two entries along K that lie side by side: times two powers of two, and
 // times minus the offset that integers are stored with, times a third.
 struct GroupScales {
-  __m512h low;     // 2^14
-  __m512h high;    // 2^10
+  __m512h low;     // 2^(24 - kUnpackedExponent)
+  __m512h high;    // 2^(20 - kUnpackedExponent)
   __m512h offset;  // 2^-kUnpackedExponent
 };
 
-// A byte in the high half of a word and one place further right has its exponent and the rest where float16 has them;
-// only that the sign is there twice.
+// A byte in the high half of a word and one place further right has its exponent and the rest where float16 has them,
+// only that the sign is there twice. With the second one set it is the scale times 2^16.
 inline GroupScales LoadGroupScales(const uint8_t* scales, int bias) {
+  constexpr int kAndThenOr = 0xea;
+  static_assert(24 - kUnpackedExponent == 16);
   const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
   const __m512i to_words =
       _mm512_set_epi32(0x0fff0fff, 0x0eff0eff, 0x0dff0dff, 0x0cff0cff, 0x0bff0bff, 0x0aff0aff, 0x09ff09ff, 0x08ff08ff,
                        0x07ff07ff, 0x06ff06ff, 0x05ff05ff, 0x04ff04ff, 0x03ff03ff, 0x02ff02ff, 0x01ff01ff, 0x00ff00ff);
   const __m512i words = _mm512_srai_epi16(_mm512_shuffle_epi8(bytes, to_words), 1);
-  const auto pairs = _mm512_castsi512_ph(_mm512_and_si512(words, _mm512_set1_epi16(static_cast<short>(0xbfff))));
-  const auto times = [&](float factor) { return _mm512_mul_ph(pairs, _mm512_set1_ph(static_cast<_Float16>(factor))); };
-  return {times(0x1p14f), times(0x1p10f), times(static_cast<float>(-bias) / (1 << kUnpackedExponent))};
+  const __m512i sign_and_rest = _mm512_set1_epi16(static_cast<short>(0xbfff)), second = _mm512_set1_epi16(0x4000);
+  const auto low = _mm512_castsi512_ph(_mm512_ternarylogic_epi32(words, sign_and_rest, second, kAndThenOr));
+  const auto times = [&](float factor) { return _mm512_mul_ph(low, _mm512_set1_ph(static_cast<_Float16>(factor))); };
+  return {low, times(0x1p-4f), times(static_cast<float>(-bias) * 0x1p-24f)};
 }
 
 // A tile row of scale * q * 2^-kUnpackedExponent. The bits of a small integer are those of a subnormal

@@ -99,7 +99,7 @@ void ExpandPairs(const uint8_t* pairs, int64_t columns, uint8_t* to) {
   if (columns % 2 != 0) to[columns - 1] = static_cast<uint8_t>((pairs[columns / 2] & 15) - kInt4Bias);
 }
 
-// The least magnitude that a byte holds and a scale does not exceed, which is at most 1.875 itself; with its sign.
+// The least magnitude that a byte holds and a scale does not exceed, which is at most 0.9375 itself; with its sign.
 float HeldScale(double scale) {
   const float magnitude = ScaleFrom(std::max(static_cast<float>(std::fabs(scale)), kLeastScale));
   return scale < 0 ? -magnitude : magnitude;
@@ -236,7 +236,7 @@ void PackedMatrix::WriteQuantizedRows(int64_t row, int64_t num_rows, const uint8
 void PackedMatrix::WriteScales(int64_t row, const float* scales, int8_t* q) {
   float largest = 0;
   for (int64_t g = 0; g < layout_.num_groups; ++g) largest = std::max(largest, std::fabs(scales[g]));
-  const int exponent = largest > 0 ? std::ilogb(ScaleFrom(largest)) : 0;
+  const int exponent = largest > 0 ? std::ilogb(ScaleFrom(largest)) + 1 : 0;
   row_scales_[row] = std::ldexp(1.0f, exponent);
   const double inverse = std::ldexp(1.0, -exponent);
   uint8_t* packed = scales_ + row / kLanes * layout_.num_groups * kLanes + row % kLanes;

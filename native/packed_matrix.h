@@ -13,9 +13,9 @@
 //
 // Scales of the integer formats: w[n][k] = row_scale[n] * scale[n][k / 32] * q, scale in a byte (scale_byte.h),
 // row_scale a power of two. Lying [panel][group][16], scales cost a quarter of a bit for each weight, where float16
-// would cost half a bit and float32 one. The power of two brings the largest |scale| of a row into [1, 2). QuantizeRows
-// chooses scales that bytes hold; a group whose scale is below 2^-14 of the row's power of two, or none of a byte's,
-// has its integers rounded once more, to steps of the next scale.
+// would cost half a bit and float32 one. The power of two brings the largest |scale| of a row into [1/2, 1).
+// QuantizeRows chooses scales that bytes hold; a group whose scale is below 2^-14 of the row's power of two, or none of
+// a byte's, has its integers rounded once more, to steps of the next scale.
 #ifndef HEADRACE_NATIVE_PACKED_MATRIX_H_
 #define HEADRACE_NATIVE_PACKED_MATRIX_H_
 

@@ -1,5 +1,6 @@
-// Scales of integer weights in a byte: a sign, four bits of exponent, 1 to 15, and the three bits after a mantissa's
-// leading one. 2^-14 to 1.875, no zero.
+// Scales of integer weights in a byte: a sign, four bits of exponent, 1 to 14, and the three bits after a mantissa's
+// leading one. 2^-14 to 0.9375, no zero. Exponent 15 is left out, since it has no place in float16 beside the others
+// where tiles want them (linear_tiles-inl.h).
 #ifndef HEADRACE_NATIVE_SCALE_BYTE_H_
 #define HEADRACE_NATIVE_SCALE_BYTE_H_
 

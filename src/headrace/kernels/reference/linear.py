@@ -69,8 +69,8 @@ def linear_int8_activations(x: Tensor, weight: QuantizedWeight, bias: Tensor | N
 def linear_float16_activations(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias with each row of x, times a power of two, rounded to float16 (`round_to_float16`), in float64.
 
-    What native kernels with float16 tiles compute, but for their rounding of scale * q to float16 and their float32
-    sums. NaN, infinity or a magnitude of 2^111 makes its row NaN.
+    What native kernels with float16 tiles compute, but for their rounding of scale * q of int8 to float16 and their
+    float32 sums. NaN, infinity or a magnitude of 2^111 makes its row NaN.
 
     Shapes: as `linear`.
     """
