@@ -210,8 +210,8 @@ void PackedMatrix::WriteQuantizedRows(int64_t row, int64_t num_rows, const uint8
   const bool is_int4 = layout_.format == Format::kInt4;
   const int64_t from_bytes = is_int4 ? (layout_.columns + 1) / 2 : layout_.columns;
   const int64_t num_scales = num_rows * layout_.num_groups;
-  if (!std::all_of(scales, scales + num_scales, [](float scale) { return std::fabs(scale) < 0x1p127f; })) {
-    throw std::invalid_argument("a weight's scale is NaN, infinite or above 2^127");
+  if (!std::all_of(scales, scales + num_scales, [](float scale) { return std::fabs(scale) < 0x1p126f; })) {
+    throw std::invalid_argument("a weight's scale is NaN, infinite or above 2^126");
   }
   ForEachPanel(row, num_rows, [&](Range rows) {
     char* memory = Scratch(static_cast<size_t>(kLanes * layout_.padded_columns));

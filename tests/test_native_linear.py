@@ -542,6 +542,13 @@ class TestPackedWeights:
         tolerance = (steps.abs() * 1.125).maximum(largest * 2.0**-12) / 2
         assert_within(embed(torch.arange(16), builder.build()), q * steps, tolerance)
 
+    def test_the_largest_scale(self) -> None:
+        """Bug: those that rounding up brought to 2^127 had an infinite power of two."""
+        builder = cpu.make_weight_builder(WeightFormat.INT8, 16, 32)
+        scale = 2.0**126 * (1 - 2.0**-24)
+        builder.write_quantized(0, torch.ones(16, 32, dtype=torch.int8), torch.full((16, 1), scale))
+        assert torch.equal(embed(torch.arange(16), builder.build()), torch.full((16, 32), 2.0**126))
+
     @each_format
     def test_size(self, weight_format: WeightFormat) -> None:
         bits = {"float32": 32, "bfloat16": 16, "int8": 8.25, "int4": 4.25}[weight_format.value]
@@ -571,7 +578,7 @@ class TestPackedWeights:
             quantized.write_quantized(0, torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, 1))
         with pytest.raises(ShapeError, match="2 rows of values, 1 of scales"):
             quantized.write_quantized(0, torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(1, 2))
-        for bad in (torch.inf, -torch.inf, torch.nan, 2.0**127):
+        for bad in (torch.inf, -torch.inf, torch.nan, 2.0**126):
             with pytest.raises(KernelError, match="NaN, infinite or above"):
                 quantized.write_quantized(0, torch.zeros(1, 32, dtype=torch.uint8), torch.full((1, 2), bad))
         with pytest.raises(KernelError, match="NaN or infinity"):

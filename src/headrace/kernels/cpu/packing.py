@@ -100,8 +100,8 @@ class _Builder:
         self._check_columns(scales, scale_columns)
         if len(qweight) != len(scales):
             raise ShapeError(f"{len(qweight)} rows of values, {len(scales)} of scales")
-        if not (scales.abs() < 2.0**127).all():
-            raise KernelError("a quantized weight has a scale that is NaN, infinite or above 2^127")
+        if not (scales.abs() < 2.0**126).all():
+            raise KernelError("a quantized weight has a scale that is NaN, infinite or above 2^126")
         qweight = qweight.view(torch.uint8).contiguous()
         scales = scales.float().contiguous()
         self._matrix.write_quantized_rows(row, len(qweight), qweight.data_ptr(), scales.data_ptr())
